@@ -1,0 +1,20 @@
+"""The two ways a job ends early on purpose."""
+
+from __future__ import annotations
+
+
+class BadInput(Exception):
+    """What was given cannot work. The message is one line: what, where, and how to mend it; the CLI exits with 2."""
+
+
+class Interrupted(Exception):
+    """A job stopped cleanly and can go on later; the CLI exits with 75.
+
+    `command` continues it, where whoever stopped it knows the command line.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, command: str | None = None) -> None:
+        super().__init__(message)
+        self.command = command
