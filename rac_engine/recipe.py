@@ -1,0 +1,407 @@
+"""Recipes: everything a job decides, as pydantic models that are written in YAML.
+
+A recipe is the whole truth about a job: what the defaults filled in is saved beside the result (`dump`), and every
+mistake is one line that names the file, the line and column, and the field. Relative paths are relative to the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    model_validator,
+)
+
+from rac_engine.errors import BadInput
+from rac_engine.sizes import parse_size
+
+MAX_RECIPE_BYTES = 1 << 20
+RESERVED_NAMES = ("dense", "pruned")
+TEXT_PREFIX = "text:"
+
+Location = tuple[int | str, ...]
+
+
+def _size(value: Any) -> Any:
+    """Turn "1M" or "8k" into a number; what is not text is left for the type check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+
+
+def _resolve(path: str, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    expanded = Path(path).expanduser()
+    return expanded if base is None else Path(base) / expanded
+
+
+def _path(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("should be the path of a file or folder")
+        return _resolve(value, info)
+    return value
+
+
+def _source(value: str, info: ValidationInfo) -> str:
+    prefix, path = (TEXT_PREFIX, value[len(TEXT_PREFIX) :]) if value.startswith(TEXT_PREFIX) else ("", value)
+    if not path or "\0" in path:
+        raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE")
+    return prefix + str(_resolve(path, info))
+
+
+def _pattern(value: str) -> str:
+    try:
+        parse_pattern(value)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
+Source = Annotated[str, AfterValidator(_source)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+ModuleName = Annotated[str, AfterValidator(_regex)]
+JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read "N:M" (at most N nonzeros in every M consecutive columns of a row) as `(N, M)`, with 0 < N < M.
+
+    Raises `BadInput` for anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern)
+    if found is None:
+        raise BadInput(f"pattern {pattern!r} is not N:M; write for example 2:4 (2 of every 4 weights stay)")
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n < m:
+        raise BadInput(f"pattern {pattern}: N of every M weights stay, so 0 < N < M is needed; write for example 2:4")
+    return n, m
+
+
+class Settings(BaseModel):
+    """A section of a recipe: unknown fields and values of a wrong type are refused, never guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TraceSettings(Settings):
+    """How the model's own chains of thought are sampled."""
+
+    prompts: FilePath = Field(description="jsonl file with `prompt`, `problem` or `messages` a line")
+    tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
+    samples: Count = Field(default=2, description="traces a prompt")
+    max_new_tokens: Count = Field(default=8192, description="longest completion, in tokens")
+    temperature: float = Field(default=0.6, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus kept when sampling")
+    seed: Seed = Field(default=0, description="the same seed gives the same traces")
+    batch_size: Count = Field(default=64, description="traces decoded together")
+
+
+class CalibrationSettings(Settings):
+    """Which tokens the Hessians are gathered from."""
+
+    source: Source | None = Field(
+        default=None, description="traces folder or file, jsonl, or text:FILE; none: this job's traces"
+    )
+    part: Literal["all", "prompt", "completion"] = Field(default="all", description="which part of a trace counts")
+    tokens: Count | None = Field(default=None, description="token budget; none: all there are")
+    sequence_length: Count = Field(default=2048, description="length of a sequence cut from text, in tokens")
+
+
+class PruneSettings(Settings):
+    """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
+
+    method: Literal["sparsegpt", "wanda", "magnitude"] = Field(default="sparsegpt", description="solver")
+    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix")
+    pattern: Pattern | None = Field(
+        default=None, description="N:M, at most N nonzeros in every M columns; none: unstructured"
+    )
+    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, relative to its mean")
+    block_size: Count = Field(default=128, description="columns that share a threshold")
+    order: Literal["staged", "layer"] = Field(default="staged", description="calibrate stage by stage, or once a layer")
+    dense: list[ModuleName] = Field(default=[], description="modules left dense, by name or regular expression")
+    unseen: Literal["dense", "magnitude"] = Field(
+        default="dense", description="for a matrix that saw no calibration token"
+    )
+    chunk_tokens: Count = Field(default=8192, description="tokens that go through a linear layer together")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto", description="of activations")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_follows_pattern(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "sparsity" not in data and isinstance(data.get("pattern"), str):
+            try:
+                n, m = parse_pattern(data["pattern"])
+            except BadInput:
+                return data
+            return {**data, "sparsity": 1 - n / m}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PruneSettings:
+        if self.pattern is not None:
+            n, m = parse_pattern(self.pattern)
+            if abs(self.sparsity - (1 - n / m)) > 0.005:
+                raise ValueError(
+                    f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
+                )
+            if self.block_size % m:
+                raise ValueError(f"block_size {self.block_size} is not a multiple of pattern {self.pattern}'s M")
+        return self
+
+
+class EvalSettings(Settings):
+    """How answers are sampled and counted."""
+
+    problems: FilePath = Field(description="jsonl file with `problem` and `answer` a line")
+    limit: Count | None = Field(default=None, description="only the first so many problems")
+    samples: Count = Field(default=1, description="answers a problem")
+    max_new_tokens: Count = Field(default=32768, description="an answer longer than this is cut off and wrong")
+    temperature: float = Field(default=0.6, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus kept when sampling")
+    seed: Seed = Field(default=0, description="the same seed gives the same answers")
+    batch_size: Count = Field(default=64, description="answers decoded together")
+
+
+class Variant(Settings):
+    """A model to compare the main one with: pruned otherwise, evaluated the same way, not kept."""
+
+    name: JobName
+    calibration: CalibrationSettings | None = Field(default=None, description="none: as the main model")
+    prune: PruneSettings = Field(default=PruneSettings(), description="only what differs from the main model")
+
+    @field_serializer("prune")
+    def _only_what_differs(self, prune: PruneSettings) -> dict[str, Any]:
+        return prune.model_dump(mode="json", exclude_unset=True)
+
+    def settings(self, main: PruneSettings) -> PruneSettings:
+        """The main model's settings with this variant's on top; a new sparsity lifts the main model's pattern."""
+        changed = self.prune.model_dump(exclude_unset=True)
+        kept = main.model_dump(exclude={"pattern"} if "sparsity" in changed else None)
+        return PruneSettings.model_validate({**kept, **changed})
+
+
+class Recipe(Settings):
+    """A whole job: trace → prune → evaluate, and what to compare with."""
+
+    model: FilePath = Field(description="folder of a Hugging Face checkpoint")
+    name: JobName = Field(default="pruned", description="what tables call the pruned model")
+    trace: TraceSettings | None = None
+    calibration: CalibrationSettings = CalibrationSettings()
+    prune: PruneSettings = PruneSettings()
+    evaluate: EvalSettings | None = None
+    compare: list[Variant] = []
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        taken = {*RESERVED_NAMES, self.name}
+        for variant in self.compare:
+            if variant.name in taken:
+                raise ValueError(f"compare: the name {variant.name!r} is taken; each variant needs a name of its own")
+            taken.add(variant.name)
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars only: in YAML 1.1 `2:4` is the number 124, `no` is false and `1e-3` is text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+
+
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises `BadInput` with one line: file, line and column where known, field, and what was expected.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise BadInput(f"recipe {path}: {error.strerror}; give the path of a YAML file") from None
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise BadInput(f"recipe {path}: larger than 1 MiB; that is no recipe")
+    node, data = _parse(path, raw)
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}:1:1: a recipe is a mapping that starts with `model: FOLDER`")
+    try:
+        return Recipe.model_validate(data, context={"base": path.absolute().parent})
+    except ValidationError as error:
+
+        def locate(location: Location, key: bool) -> str:
+            mark = _mark(node, location, key)
+            return ": ".join(filter(None, [f"{path}:{mark.line + 1}:{mark.column + 1}", _dotted(location)]))
+
+        raise BadInput(explain(error, Recipe, locate)) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out; loading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def build(model: type[M], values: Mapping[str, Any], where: Callable[[str], str] = str) -> M:
+    """Make `model` from `values`; a mistake becomes a one-line `BadInput` in which `where(field)` names the field."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise BadInput(
+            explain(error, model, lambda location, _: where(_dotted(location)) if location else "")
+        ) from None
+
+
+def explain(error: ValidationError, model: type[BaseModel], locate: Callable[[Location, bool], str]) -> str:
+    """One line for the first mistake in `error`. `locate(path, at_key)` gives the place in the user's words."""
+    mistakes = sorted(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
+    first, others = mistakes[0], len(mistakes) - 1
+    location, kind = first["loc"], first["type"]
+    known = _fields_at(model, location[:-1])
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        text = f"unknown field; {hint}"
+    elif kind == "missing":
+        text = "is missing"
+    else:
+        text = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+        text = re.sub(r"a valid dictionary or instance of \w+", "a mapping of fields", text).replace(
+            "be a valid ", "be a "
+        )
+        if kind != "value_error" and isinstance(first["input"], str | int | float):
+            text += f", got {reprlib.repr(first['input'])}"
+    place = locate(location, kind == "extra_forbidden")
+    line = f"{place}: {text}" if place else text
+    if others:
+        line += f" (and {others} more)"
+    return " ".join(line.split())
+
+
+def _parse(path: Path, raw: bytes) -> tuple[yaml.Node | None, Any]:
+    try:
+        loader = _Loader(raw)
+        try:
+            node = loader.get_single_node()
+            _refuse_duplicates(path, node, set())
+            return node, None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise BadInput(f"{place}: not valid YAML: {' '.join(str(error.problem or error.context).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInput(f"recipe {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def _refuse_duplicates(path: Path, node: yaml.Node | None, seen: set[int]) -> None:
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            _refuse_duplicates(path, child, seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys: dict[str, int] = {}
+        for key, child in node.value:
+            line, column = key.start_mark.line + 1, key.start_mark.column + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise BadInput(f"{path}:{line}:{column}: a field name should be plain text")
+            if key.value in keys:
+                raise BadInput(
+                    f"{path}:{line}:{column}: field {key.value!r} is given twice (first on line {keys[key.value]})"
+                )
+            keys[key.value] = line
+            _refuse_duplicates(path, child, seen)
+
+
+def _mark(node: yaml.Node | None, location: Location, key: bool) -> Any:
+    """Where in the file the value at `location` stands (its key if `key`), or the nearest thing around it."""
+    assert node is not None
+    mark = node.start_mark
+    for depth, step in enumerate(location):
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+        elif isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == step), None)
+            if found is None:
+                break
+            name, node = found
+            if key and depth == len(location) - 1:
+                return name.start_mark
+        else:
+            break
+        mark = node.start_mark
+    return mark
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(str(step) for step in location)
+
+
+def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
+    """Names of the fields that may stand at `location` in `model`."""
+    for step in location:
+        if isinstance(step, int):
+            continue
+        field = model.model_fields.get(str(step))
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in getattr(annotation, "__args__", ()) if (found := _model_in(part))), None)
