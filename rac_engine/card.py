@@ -1,0 +1,104 @@
+"""The model card of a pruned checkpoint, and the jinja2 environment that the report shares with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rac_engine.sizes import format_bytes, format_count, format_seconds
+
+TEMPLATES = Path(__file__).parent / "templates"
+METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`50%`, `48.3%`; a dash for None. Never rounds something to 0% or all but everything to 100%."""
+    if share is None:
+        return "–"
+    text = f"{100 * share:.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    if share > 0 and text == "0":
+        return f"<{10**-digits:g}%"
+    if share < 1 and text == "100":
+        return f">{100 - 10**-digits:g}%"
+    return f"{text}%"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number to `digits` significant places, without exponent where that reads well; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def pattern_text(settings: dict[str, Any]) -> str:
+    """`2:4`, or `50% unstructured`."""
+    return settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
+
+
+def code(text: object) -> str:
+    """A Markdown code span on one line, whatever `text` holds."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def environment(autoescape: bool) -> jinja2.Environment:
+    """A jinja2 environment over `templates/` with the filters that both templates use; a missing name is empty."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=autoescape,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters.update(
+        percent=percent,
+        figure=figure,
+        bytes=format_bytes,
+        count=format_count,
+        seconds=format_seconds,
+        pattern=pattern_text,
+        code=code,
+        json=json.dumps,
+        method=lambda name: METHODS.get(name, name),
+    )
+    return made
+
+
+def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the matrices of a job: `pruned` (how many), `weights`, `zeros`, `errors` (mean, worst and where)."""
+    pruned = [matrix for matrix in matrices if not matrix.get("skipped")]
+    weights = sum(matrix["rows"] * matrix["columns"] for matrix in pruned)
+    zeros = sum(matrix["zeros"] for matrix in pruned)
+    errors = [matrix for matrix in pruned if matrix.get("relative_error") is not None]
+    worst = max(errors, key=lambda matrix: matrix["relative_error"], default=None)
+    return {
+        "pruned": len(pruned),
+        "skipped": len(matrices) - len(pruned),
+        "weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights if weights else None,
+        "mean_error": sum(matrix["relative_error"] for matrix in errors) / len(errors) if errors else None,
+        "worst": worst,
+    }
+
+
+def model_card(run: dict[str, Any]) -> str:
+    """The README.md of a pruned checkpoint, in Markdown with the YAML front matter of the Hugging Face hub.
+
+    `run` is the "run" object of metrics.jsonl (`model.path` and `settings` at least), with `matrices` (the matrix
+    objects), `end` (the last object) and `evaluation` (rows of the comparison table) where there are such; what is
+    missing is left out of the card.
+    """
+    name = Path(run["model"]["path"]).name or "model"
+    return (
+        environment(autoescape=False)
+        .get_template("model_card.md.j2")
+        .render(run=run, name=" ".join(name.split()), totals=totals(run.get("matrices", [])))
+    )
