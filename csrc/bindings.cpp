@@ -1,0 +1,134 @@
+// The only file that knows Python. Tensors come as raw pointers, sizes and strides (in elements), so nothing of torch is
+// needed to build; what they say has been checked by rac_kernels. Every operation runs without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/types.h"
+
+namespace py = pybind11;
+
+namespace rac {
+namespace baseline {
+#include "cpu/ops.h"
+}
+namespace avx2 {
+#include "cpu/ops.h"
+}
+namespace avx512 {
+#include "cpu/ops.h"
+}
+namespace avx512bf16 {
+#include "cpu/ops.h"
+}
+}  // namespace rac
+
+#if defined(RAC_HAVE_AVX2)
+#define RAC_AVX2(x) x
+#else
+#define RAC_AVX2(x) {}
+#endif
+#if defined(RAC_HAVE_AVX512)
+#define RAC_AVX512(x) x
+#else
+#define RAC_AVX512(x) {}
+#endif
+#if defined(RAC_HAVE_AVX512BF16)
+#define RAC_AVX512BF16(x) x
+#else
+#define RAC_AVX512BF16(x) {}
+#endif
+
+namespace {
+
+// Rising order; the same as in setup.py.
+const char* const kIsas[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+constexpr int kIsaCount = 4;
+
+// Whether the instruction set was built and this processor (and its operating system) can run it.
+bool usable(int isa) {
+    switch (isa) {
+        case 0: return true;
+        case 1: return RAC_AVX2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // F16C is older than both
+        case 2:
+            return usable(1) && RAC_AVX512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
+        default: return usable(2) && RAC_AVX512BF16(__builtin_cpu_supports("avx512bf16"));
+    }
+}
+
+int best_isa() {
+    int isa = kIsaCount - 1;
+    while (!usable(isa)) --isa;
+    return isa;
+}
+
+int chosen_isa = best_isa();
+
+void choose_isa(const std::string& name) {
+    for (int isa = 0; isa < kIsaCount; ++isa) {
+        if (name != kIsas[isa]) continue;
+        if (!usable(isa)) throw std::invalid_argument("this build or this processor has no " + name);
+        chosen_isa = isa;
+        return;
+    }
+    throw std::invalid_argument("no instruction set is called " + name);
+}
+
+std::vector<std::string> usable_isas() {
+    std::vector<std::string> found;
+    for (int isa = 0; isa < kIsaCount; ++isa)
+        if (usable(isa)) found.push_back(kIsas[isa]);
+    return found;
+}
+
+template <class F>
+struct Versions { F of[kIsaCount]; };
+
+// The chosen instruction set's version of an operation.
+#define RAC_OP(op)                                                                                              \
+    (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                      \
+                                             RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op)}} \
+         .of[chosen_isa])
+
+template <class T>
+T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+using Address = std::uintptr_t;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.def("isas", usable_isas, "Instruction sets that this build and this processor share, weakest first");
+    m.def("isa", [] { return std::string(kIsas[chosen_isa]); }, "The instruction set in use");
+    m.def("choose_isa", choose_isa, "Use another instruction set from now on");
+    m.attr("build") = RAC_BUILD;
+    m.attr("openmp") =
+#if defined(RAC_OPENMP)
+        true;
+#else
+        false;
+#endif
+
+    m.def(
+        "hessian",
+        [](Address H, int64_t h_stride, Address X, int dtype, int64_t tokens, int64_t n, int64_t row_stride,
+           int64_t column_stride, Address weights, int threads) {
+            RAC_OP(hessian)(pointer<float>(H), h_stride, pointer<const void>(X), static_cast<rac::DType>(dtype), tokens,
+                            n, row_stride, column_stride, pointer<const float>(weights), threads);
+        },
+        NoGil());
+    m.def(
+        "column_norm",
+        [](Address s, Address X, int dtype, int64_t tokens, int64_t n, int64_t row_stride, int64_t column_stride,
+           Address weights, int threads) {
+            RAC_OP(column_norm)(pointer<float>(s), pointer<const void>(X), static_cast<rac::DType>(dtype), tokens, n,
+                                row_stride, column_stride, pointer<const float>(weights), threads);
+        },
+        NoGil());
+}

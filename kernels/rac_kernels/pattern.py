@@ -1,0 +1,39 @@
+"""N:M patterns: at most N nonzeros in every M consecutive columns of a row."""
+
+from __future__ import annotations
+
+import re
+
+Pattern = tuple[int, int]
+
+
+def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
+    """``"2:4"`` or ``(2, 4)`` → ``(2, 4)``: N weights stay of every M. None stays None.
+
+    N is what stays, as in the N:M literature. Raises ValueError unless 1 <= N <= M.
+    """
+    if pattern is None:
+        return None
+    if isinstance(pattern, str):
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        if not match:
+            raise ValueError(f"pattern {pattern!r} is not of the form N:M, such as 2:4")
+        pattern = int(match[1]), int(match[2])
+    keep, group = pattern
+    if not 1 <= keep <= group:
+        raise ValueError(f"pattern {keep}:{group} must keep at least 1 and at most {group} of every {group} weights")
+    return keep, group
+
+
+def check_pattern_fits(pattern: Pattern, columns: int) -> None:
+    """Raises ValueError if ``columns`` cannot be cut into whole groups of M."""
+    if columns % pattern[1]:
+        raise ValueError(
+            f"pattern {pattern[0]}:{pattern[1]} needs columns in whole groups of {pattern[1]}, not {columns}"
+        )
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError unless 0 <= sparsity <= 1 (NaN included)."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity {sparsity} must lie between 0 and 1")

@@ -1,0 +1,133 @@
+"""Builds the native extension ``rac_kernels._native`` with ninja; everything else is in pyproject.toml.
+
+Every file of csrc/cpu is compiled once for each instruction set below, in a namespace of that name, and the extension
+chooses at run time. The extension is optional: without a compiler the install succeeds and the torch references do the
+work. ``RAC_REQUIRE_NATIVE=1`` makes a failed build an error; ``CXX`` names the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
+ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildFailed(Exception):
+    """Why there is no extension, in words for whoever installs."""
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command: $CXX, else the first of g++, c++ and clang++ that is there."""
+    named = os.environ.get("CXX")
+    for command in [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    raise BuildFailed(f"no C++ compiler ({named or 'g++, c++, clang++'}); install one (apt install g++)")
+
+
+def compiles(compiler: list[str], flags: list[str], source: str = "int rac;") -> bool:
+    """Whether the compiler takes these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "probe.cpp"
+        file.write_text(source)
+        command = [*compiler, *flags, "-Werror", "-c", str(file), "-o", str(file.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def openmp_flags(compiler: list[str]) -> list[str]:
+    """-fopenmp for GCC: its GOMP_* calls stay undefined in the extension and find the libgomp inside torch's wheel.
+
+    Linking libgomp would start a second thread pool beside torch's. Clang calls another runtime, which torch does not
+    bring, so there the extension runs on one thread.
+    """
+    gcc = compiles(compiler, [], "#ifdef __clang__\n#error\n#endif\n")
+    return ["-fopenmp"] if gcc and sys.platform == "linux" and compiles(compiler, ["-fopenmp"]) else []
+
+
+def write_ninja(folder: Path, target: Path) -> None:
+    """Write folder/build.ninja, which makes `target` from csrc."""
+    compiler = find_compiler()
+    common = [*BASE_FLAGS, *openmp_flags(compiler)]
+    isas = {name: flags for name, flags in ISAS.items() if not flags or (X86 and compiles(compiler, flags))}
+    includes = [
+        f"-isystem{sysconfig.get_paths()['include']}",
+        f"-isystem{pybind11.get_include()}",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    built = [f"-DRAC_HAVE_{name.upper()}" for name in isas]
+    openmp = ["-DRAC_OPENMP"] if "-fopenmp" in common else []
+    described = f"{' '.join(compiler)} {' '.join(common)}"
+    link = ["-shared", "-Wl,--gc-sections"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
+
+    def path(file: Path) -> str:
+        return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def words(parts: list[str]) -> str:
+        return " ".join(shlex.quote(part) for part in parts).replace("$", "$$")
+
+    lines = [
+        "ninja_required_version = 1.5",
+        f"rule compile\n  command = {words([*compiler, *common])} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = $name",
+        f"rule link\n  command = {words([*compiler, *link])} $in -o $out",
+    ]
+    objects = []
+
+    def compile_(source: Path, name: str, flags: list[str]) -> None:
+        out = folder / f"{name}.o"
+        objects.append(path(out))
+        lines.append(f"build {objects[-1]}: compile {path(source)}\n  flags = {words(flags)}\n  name = {name}")
+
+    compile_(ROOT / "csrc/bindings.cpp", "bindings", [*includes, *built, *openmp, f'-DRAC_BUILD="{described}"'])
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        for isa, flags in isas.items():
+            compile_(source, f"{source.stem}.{isa}", [*flags, f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"])
+    lines += [f"build {path(target)}: link {' '.join(objects)}", f"default {path(target)}", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines))
+
+
+class NinjaBuild(build_ext):
+    """setuptools' build_ext with the compiling handed to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = ROOT / "build" / "native" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        built = folder / target.name
+        try:
+            write_ninja(folder, built)
+            command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(done.stdout)
+            if done.returncode:
+                raise BuildFailed(f"compiling failed:\n{done.stdout}")
+            # A running process may have the old file mapped: replace it, never write into it.
+            fresh = target.with_name(target.name + ".new")
+            shutil.copy2(built, fresh)
+            os.replace(fresh, target)
+        except BuildFailed as why:
+            if os.environ.get("RAC_REQUIRE_NATIVE"):
+                raise
+            self.warn(f"rac_kernels._native is left out, the torch references will be used (slower): {why}")
+
+
+setup(ext_modules=[Extension("rac_kernels._native", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
