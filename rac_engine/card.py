@@ -9,30 +9,11 @@ from typing import Any
 
 import jinja2
 
+from rac_engine.results import Metrics, figure, percent
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
 METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """`50%`, `48.3%`; a dash for None. Never rounds something to 0% or all but everything to 100%."""
-    if share is None:
-        return "–"
-    text = f"{100 * share:.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    if share > 0 and text == "0":
-        return f"<{10**-digits:g}%"
-    if share < 1 and text == "100":
-        return f">{100 - 10**-digits:g}%"
-    return f"{text}%"
-
-
-def figure(value: float | None, digits: int = 3) -> str:
-    """A number to `digits` significant places, without exponent where that reads well; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def pattern_text(settings: dict[str, Any]) -> str:
@@ -71,24 +52,6 @@ def environment(autoescape: bool) -> jinja2.Environment:
     return made
 
 
-def totals(matrices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over the matrices of a job: `pruned` (how many), `weights`, `zeros`, `errors` (mean, worst and where)."""
-    pruned = [matrix for matrix in matrices if not matrix.get("skipped")]
-    weights = sum(matrix["rows"] * matrix["columns"] for matrix in pruned)
-    zeros = sum(matrix["zeros"] for matrix in pruned)
-    errors = [matrix for matrix in pruned if matrix.get("relative_error") is not None]
-    worst = max(errors, key=lambda matrix: matrix["relative_error"], default=None)
-    return {
-        "pruned": len(pruned),
-        "skipped": len(matrices) - len(pruned),
-        "weights": weights,
-        "zeros": zeros,
-        "sparsity": zeros / weights if weights else None,
-        "mean_error": sum(matrix["relative_error"] for matrix in errors) / len(errors) if errors else None,
-        "worst": worst,
-    }
-
-
 def model_card(run: dict[str, Any]) -> str:
     """The README.md of a pruned checkpoint, in Markdown with the YAML front matter of the Hugging Face hub.
 
@@ -100,5 +63,5 @@ def model_card(run: dict[str, Any]) -> str:
     return (
         environment(autoescape=False)
         .get_template("model_card.md.j2")
-        .render(run=run, name=" ".join(name.split()), totals=totals(run.get("matrices", [])))
+        .render(run=run, name=" ".join(name.split()), totals=Metrics(run, run.get("matrices", [])))
     )

@@ -1,0 +1,160 @@
+"""What finished jobs leave behind, read back: metrics, evaluations, and the table that compares models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rac_engine.errors import BadInput
+
+RAC = "rac"
+METRICS = "metrics.jsonl"
+MANIFEST = "manifest.json"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """`50%`, `48.3%`; a dash for None. Never rounds something to 0% or all but everything to 100%."""
+    if share is None:
+        return "–"
+    text = f"{100 * share:.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    if share > 0 and text == "0":
+        return f"<{10**-digits:g}%"
+    if share < 1 and text == "100":
+        return f">{100 - 10**-digits:g}%"
+    return f"{text}%"
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number to `digits` significant places, without exponent where that reads well; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl: the run (versions, model, calibration, settings), an object a matrix, and how it ended."""
+
+    run: dict[str, Any]
+    matrices: list[dict[str, Any]]
+    end: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> list[dict[str, Any]]:
+        return [matrix for matrix in self.matrices if not matrix.get("skipped")]
+
+    @property
+    def weights(self) -> int:
+        """Elements of all pruned matrices."""
+        return sum(matrix["rows"] * matrix["columns"] for matrix in self.pruned)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all pruned matrices."""
+        return sum(matrix["zeros"] for matrix in self.pruned)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the pruned matrices."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of the pruned matrices' outputs; None where no method measured it."""
+        errors = [matrix["relative_error"] for matrix in self._measured]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def worst(self) -> dict[str, Any] | None:
+        """The matrix with the largest relative error."""
+        return max(self._measured, key=lambda matrix: float(matrix["relative_error"]), default=None)
+
+    @property
+    def _measured(self) -> list[dict[str, Any]]:
+        return [matrix for matrix in self.pruned if matrix.get("relative_error") is not None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison: shares in [0, 1], lengths in tokens."""
+
+    name: str
+    calibration: str
+    sparsity: float
+    accuracy: float
+    ci95: tuple[float, float]
+    mean_tokens: float
+    p95_tokens: float
+    cut_off_share: float
+    problems: int
+    main: bool = False
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`; `BadInput` if it is missing or broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON ({error})") from None
+
+
+def load_metrics(folder: Path) -> Metrics:
+    """Read `folder`/metrics.jsonl. Raises `BadInput` where it is missing or a line is broken."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise BadInput(f"{path} not found; give the output folder of `rac prune` or `rac run`")
+    run: dict[str, Any] = {}
+    end: dict[str, Any] = {}
+    matrices = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                kind = entry["type"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise BadInput(f"{path}:{number}: not a metrics entry; run `rac verify` on the folder") from None
+            if kind == "run":
+                run = entry
+            elif kind == "end":
+                end = entry
+            else:
+                matrices.append(entry)
+    return Metrics(run, matrices, end)
+
+
+def evaluations(out: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """The results in `out`/rac/eval by name: dense first, then pruned, then `names`, then what else there is."""
+    found = {path.stem: path for path in sorted((out / RAC / "eval").glob("*.json"))}
+    order = [name for name in ("dense", "pruned", *names) if name in found]
+    order += [name for name in found if name not in order]
+    return {name: read_json(found[name]) for name in order}
+
+
+def table(rows: list[Row]) -> str:
+    """`rows` as aligned text for a terminal."""
+    head = ("name", "sparsity", "accuracy [95% interval]", "mean decode", "p95 decode", "cut off")
+    body = [
+        (
+            row.name,
+            percent(row.sparsity),
+            f"{row.accuracy:.3f} [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]",
+            f"{row.mean_tokens:.0f}",
+            f"{row.p95_tokens:.0f}",
+            percent(row.cut_off_share),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+    aligned = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in [head, *body]
+    ]
+    return "\n".join([aligned[0], "─" * len(aligned[0]), *aligned[1:]])
