@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
         seconds=format_seconds,
         pattern=pattern_text,
         code=code,
-        json=json.dumps,
+        signed=lambda value: f"{value:+.1f}".replace("-", "−"),  # noqa: RUF001
         method=lambda name: METHODS.get(name, name),
     )
     return made

@@ -15,17 +15,16 @@ METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """`50%`, `48.3%`; a dash for None. Never rounds something to 0% or all but everything to 100%."""
+def percent(share: float | None, digits: int = 1, strip: bool = True) -> str:
+    """`50%`, `48.3%`, a dash for None; `strip=False` keeps `50.0%`, for columns. Only 0 is shown as 0, only 1 as 100."""
     if share is None:
         return "–"
     text = f"{100 * share:.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    if share > 0 and text == "0":
+    if share > 0 and float(text) == 0:
         return f"<{10**-digits:g}%"
-    if share < 1 and text == "100":
+    if share < 1 and float(text) == 100:
         return f">{100 - 10**-digits:g}%"
-    return f"{text}%"
+    return f"{text.rstrip('0').rstrip('.') if strip and '.' in text else text}%"
 
 
 def figure(value: float | None, digits: int = 3) -> str:

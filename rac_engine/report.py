@@ -1,0 +1,358 @@
+"""The report of a job: one HTML file that needs no network and no JavaScript.
+
+Everything that came from a checkpoint, a trace or a recipe is escaped by jinja2, and the page's own content security
+policy forbids scripts besides. Figures are drawn as inline SVG, with the numbers beside them in text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rac_engine.card import environment
+from rac_engine.errors import BadInput
+from rac_engine.recipe import Recipe, load_recipe
+from rac_engine.results import RAC, Metrics, Row, evaluations, figure, load_metrics, percent, read_json
+
+REPORT = "report.html"
+STEPS = "steps.json"
+
+_BLUES = ("#eef4fa", "#cfe2f1", "#9cc5e2", "#5fa1cd", "#2d7bb2", "#12578b", "#08365c")
+_AMBERS = ("#fdf5e8", "#fae0b8", "#f4c279", "#e59a3f", "#c66d1c", "#954611", "#5e2708")
+_SHOWN_TRACES = 2
+_SHOWN_CHANGES = 8
+_CLIP = 1200
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One matrix in a heatmap: what is printed, its colours, and what a pointer or a screen reader gets."""
+
+    text: str
+    title: str
+    background: str = ""
+    ink: str = ""
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Layers down, modules across; `scale` are the legend's colours from `low` to `high`."""
+
+    title: str
+    caption: str
+    modules: list[str]
+    rows: list[tuple[int, list[Cell | None]]]
+    scale: Sequence[str]
+    low: str
+    high: str
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Decode lengths of one model on bins shared by all: bars and outline are SVG geometry."""
+
+    name: str
+    bars: list[tuple[float, float, float, float, str]]
+    outline: str
+    mean_x: float
+    mean: float
+    cut_off: float
+    summary: str
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The histograms of all models with the axis that they share (SVG units, `width` x `height` each)."""
+
+    histograms: list[Histogram]
+    ticks: list[tuple[float, str]]
+    limit: int
+    limit_shown: bool
+    width: int = 560
+    height: int = 74
+
+
+def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
+    """The evaluated models of a job, dense first, then the main one, then the variants as the recipe orders them."""
+    metrics = metrics or load_metrics(out / RAC)
+    recipe = _recipe(out)
+    variants = [variant.name for variant in recipe.compare] if recipe else []
+    rows = []
+    for name, evaluation in evaluations(out, variants).items():
+        if name == "dense":
+            label, of = "dense", None
+        elif name == "pruned":
+            label, of = (recipe.name if recipe else name), metrics
+        else:
+            label, of = name, load_metrics(out / RAC / "variants" / name)
+        try:
+            figures = evaluation["summary"]
+            rows.append(
+                Row(
+                    name=label,
+                    calibration=((of.run.get("calibration") or {}).get("description", "none") if of else ""),
+                    sparsity=of.sparsity if of else 0.0,
+                    accuracy=float(figures["accuracy"]),
+                    ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),
+                    mean_tokens=float(figures["mean_tokens"]),
+                    p95_tokens=float(figures["p95_tokens"]),
+                    cut_off_share=float(figures["cut_off_share"]),
+                    problems=int(figures["problems"]),
+                    main=name == "pruned",
+                )
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise BadInput(f"{out / RAC / 'eval' / name}.json: not a result of `rac eval` ({error!r})") from None
+    return rows
+
+
+def write_report(out: str | Path) -> Path:
+    """Write `out`/rac/report.html from what the job left in `out`/rac and return its path.
+
+    Raises `BadInput` where `out` is no output of `rac prune` or `rac run`.
+    """
+    out = Path(out)
+    path = out / RAC / REPORT
+    page = render(out)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def render(out: Path) -> str:
+    """The report's HTML."""
+    metrics = load_metrics(out / RAC)
+    recipe = _recipe(out)
+    results = evaluations(out, [variant.name for variant in recipe.compare] if recipe else [])
+    rows = comparison(out, metrics)
+    labels = dict(zip(results, rows, strict=True))
+    steps_file = out / RAC / STEPS
+    recipe_file = out / RAC / "recipe.yaml"
+    return (
+        environment(autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            title=Path(metrics.run.get("model", {}).get("path", out.name)).name,
+            run=metrics.run,
+            end=metrics.end,
+            metrics=metrics,
+            rows=rows,
+            dense=next((row for row in rows if row.name == "dense"), None),
+            main=next((row for row in rows if row.main), None),
+            heatmaps=[_sparsity_map(metrics), _error_map(metrics)],
+            lengths=_lengths(results, {name: row.name for name, row in labels.items()}),
+            kinds=_kinds(results, {name: row.name for name, row in labels.items()}),
+            changes=_changes(results),
+            traces=_traces(out),
+            times=_times(read_json(steps_file) if steps_file.is_file() else [], metrics),
+            notes=_notes(metrics),
+            recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
+        )
+    )
+
+
+def _recipe(out: Path) -> Recipe | None:
+    path = out / RAC / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def _colour(scale: Sequence[str], share: float) -> tuple[str, str]:
+    """The colour at `share` of `scale` and an ink that reads well on it (WCAG contrast of 4.5 at least)."""
+    at = min(max(share, 0.0), 1.0) * (len(scale) - 1)
+    low = min(int(at), len(scale) - 2)
+    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in scale[low : low + 2]]
+    mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 255 / 12.92 for c in mixed]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    ink = "#0c1116" if (luminance + 0.05) / 0.056 > 1.05 / (luminance + 0.05) else "#ffffff"
+    return "#{:02x}{:02x}{:02x}".format(*mixed), ink
+
+
+def _short(module: str) -> str:
+    """`self_attn.q_proj` → `q`."""
+    return module.rpartition(".")[2].removesuffix("_proj") or module
+
+
+def _grid(
+    metrics: Metrics, title: str, caption: str, scale: Sequence[str], key: str, top: float, show: Callable[[float], str]
+) -> Heatmap:
+    modules = list(dict.fromkeys(matrix["module"] for matrix in metrics.matrices))
+    layers = sorted({matrix["layer"] for matrix in metrics.matrices})
+    at = {(matrix["layer"], matrix["module"]): matrix for matrix in metrics.matrices}
+
+    def cell(layer: int, module: str) -> Cell | None:
+        matrix = at.get((layer, module))
+        if matrix is None:
+            return None
+        place = f"layer {layer}, {module} ({matrix['rows']} × {matrix['columns']})"
+        if matrix.get("skipped"):
+            return Cell("dense", f"{place}: left dense, {matrix['skipped']}")
+        value = matrix.get(key)
+        if value is None:
+            return Cell("–", f"{place}: not measured")
+        return Cell(show(value), f"{place}: {title.lower()} {value:.6g}", *_colour(scale, value / top if top else 0))
+
+    rows = [(layer, [cell(layer, module) for module in modules]) for layer in layers]
+    return Heatmap(title, caption, [_short(module) for module in modules], rows, scale, show(0), show(top))
+
+
+def _sparsity_map(metrics: Metrics) -> Heatmap:
+    caption = "Zeros in each matrix, as a share of its weights (per cent)."
+    return _grid(metrics, "Sparsity", caption, _BLUES, "sparsity", 1.0, lambda share: f"{100 * share:.4g}")
+
+
+def _error_map(metrics: Metrics) -> Heatmap:
+    top = max((matrix["relative_error"] for matrix in metrics.pruned if matrix.get("relative_error")), default=0.0)
+    caption = "Error of each matrix's outputs on the calibration tokens, relative to the outputs' own size."
+    digits = 2 if top >= 0.1 else 1 - math.floor(math.log10(top or 1))
+
+    def show(error: float) -> str:
+        return f"{error:.{digits}f}" if digits <= 4 else f"{error:.1e}"
+
+    return _grid(metrics, "Relative error", caption, _AMBERS, "relative_error", top, show)
+
+
+def _nice(step: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, … that is at least `step`."""
+    power = 10 ** max(0, math.floor(math.log10(max(step, 1))))
+    return next(int(power * m) for m in (1, 2, 5, 10) if power * m >= step)
+
+
+def _lengths(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> Lengths | None:
+    """Histograms of the answers that ended, on one axis and one vertical scale; those cut off are a column apart."""
+    if not any(result.get("rows") for result in results.values()):
+        return None
+    ended = {
+        name: [row["tokens"] for row in result["rows"] if row["finish_reason"] != "length"]
+        for name, result in results.items()
+    }
+    every = [row["tokens"] for result in results.values() for row in result["rows"]]
+    limit = max(int(result.get("settings", {}).get("max_new_tokens", 0)) for result in results.values())
+    bin_width = _nice(max(every) / 48)
+    bins = max(every) // bin_width + 1
+    counts = {
+        name: [
+            sum(1 for length in lengths if length // bin_width == b) / len(results[name]["rows"]) for b in range(bins)
+        ]
+        for name, lengths in ended.items()
+    }
+    top = max((share for shares in counts.values() for share in shares), default=0) or 1.0
+    width, height = Lengths.width, Lengths.height
+    unit = width / bins
+    outline = _outline(counts["dense"], unit, height, top) if "dense" in counts else ""
+    histograms = []
+    for name, shares in counts.items():
+        figures = results[name]["summary"]
+        bars = [
+            (
+                round(b * unit, 2),
+                round(height * (1 - share / top), 2),
+                round(max(unit - 1, 0.5), 2),
+                round(height * share / top, 2),
+                f"{b * bin_width} to {(b + 1) * bin_width - 1} tokens: {percent(share)}",
+            )
+            for b, share in enumerate(shares)
+            if share
+        ]
+        summary = (
+            f"{labels[name]}: mean {figure(figures['mean_tokens'])} tokens, 95% within {figure(figures['p95_tokens'])}, "
+            f"{percent(figures['cut_off_share'])} cut off"
+        )
+        mean_x = round(min(figures["mean_tokens"] / bin_width * unit, width), 2)
+        shown = outline if name != "dense" else ""
+        mean = figures["mean_tokens"]
+        histograms.append(Histogram(labels[name], bars, shown, mean_x, mean, figures["cut_off_share"], summary))
+    step = _nice(bins * bin_width / 7)
+    ticks = [(round(value / bin_width * unit, 2), f"{value:,}") for value in range(0, bins * bin_width, step)]
+    return Lengths(histograms, ticks, limit, max(every) >= limit > 0)
+
+
+def _outline(shares: list[float], unit: float, height: int, top: float) -> str:
+    """An SVG path along the tops of a histogram's bars, with gaps where there are none."""
+    path, before = [], 0.0
+    for b, share in enumerate([*shares, 0.0]):
+        if share or before:
+            start = "" if before else f"M{b * unit:.2f} {height}"
+            path.append(f"{start}V{height * (1 - share / top):.2f}" + (f"H{(b + 1) * unit:.2f}" if share else ""))
+        before = share
+    return "".join(path)
+
+
+def _kinds(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> dict[str, Any] | None:
+    """Accuracy by kind of problem and model, where the problems have kinds."""
+    kinds = sorted({row["kind"] for result in results.values() for row in result.get("rows", []) if row.get("kind")})
+    if len(kinds) < 2:
+        return None
+
+    def accuracy(result: dict[str, Any], kind: str) -> float | None:
+        rows = [row for row in result["rows"] if row.get("kind") == kind]
+        return sum(bool(row["correct"]) for row in rows) / len(rows) if rows else None
+
+    return {
+        "models": list(labels.values()),
+        "rows": [(kind, [accuracy(result, kind) for result in results.values()]) for kind in kinds],
+    }
+
+
+def _changes(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Problems that one of dense and pruned got right and the other did not."""
+    if not {"dense", "pruned"} <= results.keys():
+        return None
+    pairs = list(zip(results["dense"]["rows"], results["pruned"]["rows"], strict=False))
+    lost = [(dense, pruned) for dense, pruned in pairs if dense["correct"] and not pruned["correct"]]
+    gained = sum(1 for dense, pruned in pairs if pruned["correct"] and not dense["correct"])
+    return {"lost": lost[:_SHOWN_CHANGES], "lost_count": len(lost), "gained_count": gained, "pairs": len(pairs)}
+
+
+def _traces(out: Path) -> list[dict[str, str]]:
+    """The first traces as text, clipped."""
+    files = sorted((out / RAC / "traces").glob("*.parquet"))
+    if not files:
+        return []
+    import pyarrow.parquet
+
+    rows = next(pyarrow.parquet.ParquetFile(files[0]).iter_batches(_SHOWN_TRACES), None)
+    return [
+        {
+            "id": str(row.get("id", "")),
+            "text": text if len(text) <= _CLIP else text[:_CLIP] + " …",
+            "finish_reason": str(row.get("finish_reason", "")),
+            "tokens": str(len(row.get("completion_token_ids") or [])),
+        }
+        for row in (rows.to_pylist() if rows is not None else [])
+        for text in [str(row.get("text", ""))]
+    ]
+
+
+def _times(steps: list[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+    """Groups of (name, seconds, share of the longest in its group): the job's steps, the pruning's phases."""
+    phases = [{"name": name, "seconds": seconds} for name, seconds in (metrics.end.get("phases") or {}).items()]
+    groups = [("The whole job", steps), ("Pruning, by phase", phases)]
+    return [
+        {
+            "title": title,
+            "rows": [
+                (entry["name"], entry["seconds"], entry["seconds"] / max(max(e["seconds"] for e in entries), 1e-9))
+                for entry in entries
+            ],
+        }
+        for title, entries in groups
+        if entries
+    ]
+
+
+def _notes(metrics: Metrics) -> list[tuple[str, list[str]]]:
+    """Everything that was noted, a note with all the places it came from."""
+    places: dict[str, list[str]] = {str(note): [] for note in metrics.end.get("notes") or []}
+    for matrix in metrics.matrices:
+        where = f"layer {matrix['layer']} {matrix['module']}"
+        if matrix.get("skipped"):
+            places.setdefault(f"left dense: {matrix['skipped']}", []).append(where)
+        for note in matrix.get("notes") or []:
+            places.setdefault(str(note), []).append(where)
+    return list(places.items())
