@@ -45,7 +45,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
         seconds=format_seconds,
         pattern=pattern_text,
         code=code,
-        signed=lambda value: f"{value:+.1f}".replace("-", "−"),  # noqa: RUF001
+        signed=lambda value: f"{value:+.1f}".replace("-", "−"),
         method=lambda name: METHODS.get(name, name),
     )
     return made

@@ -174,8 +174,6 @@ class PruneSettings(Settings):
                 raise ValueError(
                     f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
                 )
-            if self.block_size % m:
-                raise ValueError(f"block_size {self.block_size} is not a multiple of pattern {self.pattern}'s M")
         return self
 
 

@@ -1,0 +1,233 @@
+"""Proof, from the files alone, that a pruned checkpoint is whole and is what its recipe says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, other_files, sha256_files
+from rac_engine.errors import BadInput
+from rac_engine.recipe import parse_pattern
+from rac_engine.results import MANIFEST, RAC, Metrics, load_metrics, percent, read_json
+
+# What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
+_FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
+_PIECE_BYTES = 64 << 20
+
+
+@dataclass
+class Verification:
+    """What was checked, and every problem found, one line each."""
+
+    out: Path
+    problems: list[str] = field(default_factory=list)
+    files: int = 0
+    tensors: int = 0
+    matrices: int = 0
+    weights: int = 0
+    zeros: int = 0
+    rule: str = ""
+    untouched: int | None = None
+    """Tensors found bit-equal to the source; None if no source was given."""
+
+    def summary(self) -> str:
+        """A few aligned lines for a terminal."""
+        share = self.zeros / self.weights if self.weights else 0.0
+        lines = [
+            f"files      {self.files} in the manifest",
+            f"tensors    {self.tensors} read back",
+            f"zeros      {percent(share, 2)} of {self.weights:,} weights in {self.matrices} matrices; asked for: {self.rule}",
+        ]
+        if self.untouched is not None:
+            lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
+        verdict = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}" if self.problems else "whole"
+        return "\n".join(
+            [f"{self.out}: {verdict}", *(f"  {line}" for line in lines), *(f"  ✗ {p}" for p in self.problems)]
+        )
+
+
+def verify(
+    out: str | Path, source: str | Path | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Verification:
+    """Read back everything in `out`: manifest and checksums, every tensor, zeros and pattern of every matrix.
+
+    With `source`, the checkpoint that it was made from, what was not pruned must be bit-equal to it. `progress` is told
+    what is being read. Raises `BadInput` where `out` is no output of the engine or `source` no checkpoint.
+    """
+    out = Path(out)
+    metrics = load_metrics(out / RAC)
+    result = Verification(out)
+    _check_manifest(out, result, progress)
+    try:
+        checkpoint = Checkpoint.open(out)
+    except BadInput as error:
+        result.problems.append(str(error))
+        return result
+    _check_layout(checkpoint, result)
+    _check_tensors(checkpoint, metrics, result, progress)
+    if source is not None:
+        _check_source(checkpoint, Checkpoint.open(source), metrics, result, progress)
+    return result
+
+
+def _check_manifest(out: Path, result: Verification, progress: Callable[[str], None]) -> None:
+    path = out / RAC / MANIFEST
+    try:
+        entries: dict[str, Any] = read_json(path)["files"]
+        expected = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in entries.items()}
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    except (KeyError, TypeError, ValueError, AttributeError):
+        result.problems.append(f"{path}: not a manifest")
+        return
+    result.files = len(expected)
+    present = []
+    for name, (_, size) in expected.items():
+        file = out / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            result.problems.append(f"{name}: the manifest leads out of the folder")
+        elif not file.is_file():
+            result.problems.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            result.problems.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
+        else:
+            present.append(name)
+    progress(f"checksums of {len(present)} files")
+    for name, digest in sha256_files(out, present).items():
+        if digest != expected[name][0]:
+            result.problems.append(f"{name}: its SHA-256 is not the manifest's")
+    for file in sorted(out.rglob("*")):
+        name = str(file.relative_to(out))
+        if file.is_file() and name not in expected and not name.startswith(NOT_IN_MANIFEST):
+            result.problems.append(f"{name}: not in the manifest")
+
+
+def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:
+    """Nothing beside the shards that an engine would load, the index's sum, and no key that means compression."""
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        if file.name not in checkpoint.shards:
+            result.problems.append(f"{file.name}: a stray weight file that the index does not name")
+    index = checkpoint.path / INDEX
+    if index.exists():
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        said = read_json(index).get("metadata", {}).get("total_size")
+        if said != total:
+            result.problems.append(f"{INDEX}: total_size is {said}, the tensors have {total} bytes")
+    for key in _FORBIDDEN_KEYS:
+        if key in checkpoint.config:
+            result.problems.append(f"config.json: {key} is set, so inference engines would refuse these dense weights")
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
+) -> None:
+    settings = metrics.run.get("settings", {})
+    pattern = settings.get("pattern")
+    result.rule = pattern or f"{percent(settings.get('sparsity'))} unstructured"
+    pruned = {matrix["name"]: matrix for matrix in metrics.pruned}
+    for name in pruned.keys() - checkpoint.tensors.keys():
+        result.problems.append(f"{name}: pruned by metrics.jsonl, but not in the checkpoint")
+    for name, info in checkpoint.tensors.items():
+        progress(name)
+        result.tensors += 1
+        matrix = pruned.get(name)
+        zeros, finite, negative, fits = 0, True, False, True
+        for piece in _pieces(checkpoint, info):
+            if info.dtype.is_floating_point:
+                finite = finite and bool(piece.isfinite().all())
+            if matrix is not None:
+                zero = piece == 0
+                zeros += int(zero.sum())
+                negative = negative or bool((piece.signbit() & zero).any())
+                fits = fits and (pattern is None or _fits(piece, *parse_pattern(pattern)))
+        if not finite:
+            result.problems.append(f"{name}: holds NaN or Inf")
+        if matrix is None:
+            continue
+        result.matrices += 1
+        result.zeros += zeros
+        result.weights += matrix["rows"] * matrix["columns"]
+        if info.shape != (matrix["rows"], matrix["columns"]):
+            result.problems.append(
+                f"{name}: {list(info.shape)}, metrics.jsonl says {matrix['rows']} × {matrix['columns']}"
+            )
+            continue
+        if zeros != matrix["zeros"]:
+            result.problems.append(f"{name}: {zeros:,} zeros, metrics.jsonl says {matrix['zeros']:,}")
+        if negative:
+            result.problems.append(f"{name}: has −0.0 among its zeros")
+        if not fits:
+            result.problems.append(f"{name}: breaks the pattern {pattern}")
+        if zeros < _least_zeros(settings, *info.shape):
+            result.problems.append(f"{name}: {percent(zeros / (info.shape[0] * info.shape[1]), 2)} zeros, too few")
+
+
+def _least_zeros(settings: dict[str, Any], rows: int, columns: int) -> int:
+    """Zeros that the recipe leads to at least: solvers round down, by row or by block of columns."""
+    if settings.get("pattern"):
+        n, m = parse_pattern(settings["pattern"])
+        return rows * (columns // m) * (m - n)
+    blocks = -(-columns // int(settings.get("block_size", columns)))
+    return int(float(settings.get("sparsity", 0)) * rows * columns) - max(rows, blocks)
+
+
+def _fits(piece: torch.Tensor, n: int, m: int) -> bool:
+    """Whether every m consecutive columns of every row have at most n nonzeros."""
+    columns = piece.shape[1]
+    padded = torch.nn.functional.pad(piece != 0, (0, -columns % m))
+    return bool((padded.unflatten(1, (-1, m)).sum(-1) <= n).all())
+
+
+def _pieces(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
+    """A tensor by runs of rows of 64 MiB or so."""
+    if len(info.shape) < 2 or info.nbytes <= _PIECE_BYTES:
+        yield checkpoint.read(info.name)
+        return
+    step = max(1, _PIECE_BYTES * info.shape[0] // info.nbytes)
+    for first in range(0, info.shape[0], step):
+        yield checkpoint.read(info.name, (first, min(first + step, info.shape[0])))
+
+
+def _check_source(
+    made: Checkpoint, source: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
+) -> None:
+    result.untouched = 0
+    sha256 = metrics.run.get("model", {}).get("sha256")
+    progress(f"checksum of {source.path}")
+    if sha256 and source.sha256() != sha256:
+        result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
+    pruned = {matrix["name"] for matrix in metrics.pruned}
+    for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
+        result.problems.append(f"{name}: in only one of output and source")
+    for name in sorted(made.tensors.keys() & source.tensors.keys()):
+        here, there = made.tensors[name], source.tensors[name]
+        if (here.dtype, here.shape) != (there.dtype, there.shape):
+            result.problems.append(
+                f"{name}: {here.dtype} {list(here.shape)}, the source has {there.dtype} {list(there.shape)}"
+            )
+        elif name not in pruned:
+            progress(name)
+            pairs = zip(_pieces(made, here), _pieces(source, there), strict=True)
+            if all(torch.equal(_bits(a), _bits(b)) for a, b in pairs):
+                result.untouched += 1
+            else:
+                result.problems.append(f"{name}: differs from the source, though it was not pruned")
+    for name in other_files(source.path):
+        copy = made.path / name
+        if not copy.is_file() or copy.read_bytes() != (source.path / name).read_bytes():
+            result.problems.append(f"{name}: differs from the source's")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def to_json(result: Verification) -> str:
+    """The result for programs."""
+    return json.dumps({**result.__dict__, "out": str(result.out)}, indent=1)
