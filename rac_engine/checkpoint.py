@@ -1,0 +1,487 @@
+"""Hugging Face checkpoints as files: read tensor by tensor, written back in the same layout.
+
+Tensors go by their names on disk. Nothing in a header or an index is believed before it is checked; only the bytes of
+the tensor asked for are read (no memory map, so that what a process holds is what it asked for); and what is written
+appears under its final name by one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from rac_engine.errors import BadInput
+from rac_engine.sizes import format_bytes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "rac/manifest.json"
+# Written into a finished folder later, by `rac eval` and `rac report`.
+NOT_IN_MANIFEST = (MANIFEST, "rac/report.html", "rac/eval/", "rac/traces/", "rac/variants/")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER = 100_000_000  # what the safetensors format allows
+_MAX_JSON = 64 << 20
+_PIECE = 8 << 20
+# What other tools would take for weights: pickles are never opened nor passed on, and an engine loads every
+# *.safetensors at the top of a folder.
+_WEIGHT_FILES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".npy", ".npz", ".onnx"),
+    *(".gguf", ".ggml", ".ot", ".tflite", ".index.json"),
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes from `offset` (of the file's start) in `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with config.json and safetensors, one file or shards with an index. Made by `open`."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: dict[str, list[TensorInfo]]
+    """Tensors of each weight file in the order of their bytes, by file name."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read and check config, index and headers.
+
+        Raises `BadInput` for a folder that is missing or incomplete, for an index that leads out of it, and for a
+        header whose names, dtypes, shapes and offsets do not describe exactly the file's bytes.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise BadInput(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+        config = read_json(_inside(folder, "config.json"))
+        index, single = folder / INDEX, folder / SINGLE
+        weight_map = None
+        if index.exists():
+            weight_map = _weight_map(index)
+            files = sorted(set(weight_map.values()))
+            if single.exists() and SINGLE not in files:
+                raise BadInput(f"{folder}: {INDEX} and a {SINGLE} that it does not name; remove the one that is stale")
+        elif single.exists():
+            files = [SINGLE]
+        else:
+            raise BadInput(f"{folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+        shards = {file: read_header(_inside(folder, file)) for file in files}
+        tensors: dict[str, TensorInfo] = {}
+        for file, infos in shards.items():
+            for info in infos:
+                if info.name in tensors:
+                    raise BadInput(f"{folder}: tensor {info.name!r} is in two shards; the checkpoint is damaged")
+                if weight_map is not None and weight_map.get(info.name) != file:
+                    raise BadInput(f"{index}: does not say that {info.name!r} is in {file}, but it is; fetch it again")
+                tensors[info.name] = info
+        for name in weight_map or ():
+            if name not in tensors:
+                raise BadInput(f"{index}: {name!r} is not in {(weight_map or {})[name]}; fetch the checkpoint again")
+        return cls(folder, config, tensors, shards)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """The tensor (or its rows from `rows[0]` up to `rows[1]`) in its own dtype, on the CPU."""
+        return read_tensor(self.tensors[name], rows)
+
+    def sha256(self) -> str:
+        """SHA-256 over the SHA-256 of config.json and every weight file; computed once, with all cores."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        files = ["config.json", *sorted(self.shards)]
+        return hashlib.sha256(
+            "".join(f"{name} {digest}\n" for name, digest in sha256_files(self.path, files).items()).encode()
+        ).hexdigest()
+
+
+class CheckpointWriter:
+    """Writes a checkpoint that has the names, dtypes, shapes and shards of `source` into `folder`.
+
+    Every shard has its full size on disk before the first tensor is written, so a disk that is too small shows at once.
+    Files of an earlier, unfinished writer in the folder are taken over as they are: `digest` tells what they hold.
+    """
+
+    def __init__(self, source: Checkpoint, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        self._places: dict[str, TensorInfo] = {}
+        self._written: set[str] = set()
+        self._dirty: set[Path] = set()
+        self.total_size = sum(info.nbytes for info in source.tensors.values())
+        count = len(source.shards)
+        with disk_errors(folder):
+            for number, infos in enumerate(source.shards.values(), start=1):
+                file = folder / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+                header, places = _layout(file, infos)
+                _reserve(file, header, len(header) + sum(info.nbytes for info in infos))
+                self._places.update(places)
+            for name in other_files(source.path):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(_inside(source.path, name), folder / name)
+
+    def write(self, name: str, tensor: torch.Tensor) -> str:
+        """Put `tensor` (dtype and shape as in the source) in its place and return the SHA-256 of its bytes.
+
+        Raises `ValueError` for another dtype or shape, and for values that are not finite.
+        """
+        place = self._places[name]
+        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} given for {place.dtype} {place.shape}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: NaN or Inf in the tensor to be written")
+        data = _bytes_of(tensor.detach().cpu().contiguous())
+        with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as fd:
+            _write_at(fd, data, place.offset)
+        self._done(place)
+        return hashlib.sha256(data).hexdigest()
+
+    def copy(self, name: str) -> str:
+        """Put the source's bytes of a tensor in their place and return their SHA-256."""
+        there, place = self.source.tensors[name], self._places[name]
+        digest = hashlib.sha256()
+        with disk_errors(place.file), _opened(there.file) as source, _opened(place.file, os.O_WRONLY) as target:
+            for at in range(0, there.nbytes, _PIECE):
+                piece = _read_at(source, there.file, there.offset + at, min(_PIECE, there.nbytes - at))
+                _write_at(target, piece, place.offset + at)
+                digest.update(piece)
+        self._done(place)
+        return digest.hexdigest()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it is in the file now."""
+        return read_tensor(self._places[name])
+
+    def accept(self, name: str, digest: str) -> bool:
+        """Take over what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
+        place = self._places[name]
+        if _sha256_range(place.file, place.offset, place.nbytes) != digest:
+            return False
+        self._written.add(name)
+        return True
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        with disk_errors(self.folder):
+            for file in sorted(self._dirty):
+                sync(file)
+        self._dirty.clear()
+
+    def finish(self) -> None:
+        """Copy every tensor that was not written, then write the index, if the checkpoint has shards."""
+        for name in self._places:
+            if name not in self._written:
+                self.copy(name)
+        self.sync()
+        if len(self.source.shards) > 1:
+            index = {
+                "metadata": {"total_size": self.total_size},
+                "weight_map": {name: self._places[name].file.name for name in sorted(self._places)},
+            }
+            with disk_errors(self.folder):
+                write_file(self.folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+    def _done(self, place: TensorInfo) -> None:
+        self._written.add(place.name)
+        self._dirty.add(place.file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB without duplicate keys; anything else is `BadInput`."""
+    try:
+        if file.stat().st_size > _MAX_JSON:
+            raise BadInput(f"{file}: larger than {format_bytes(_MAX_JSON)}; that is no file of a checkpoint")
+        raw = file.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror}; give the folder of a whole Hugging Face checkpoint") from None
+    return _json_object(raw, str(file))
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of a safetensors file in the order of their bytes.
+
+    Raises `BadInput` unless the header accounts for every byte of the file exactly once.
+    """
+    with _opened(file) as fd:
+        status = os.fstat(fd)
+        size = int.from_bytes(_read_at(fd, file, 0, 8), "little") if status.st_size >= 8 else -1
+        if not stat.S_ISREG(status.st_mode) or not 2 <= size <= min(_MAX_HEADER, status.st_size - 8):
+            raise BadInput(f"{file}: not a safetensors file, or cut short; fetch it again")
+        header = _json_object(bytes(_read_at(fd, file, 8, size)), f"header of {file}")
+    start, data = 8 + size, status.st_size - 8 - size
+    infos = [_tensor_info(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = start
+    for info in infos:
+        if info.offset != end:
+            raise BadInput(f"{file}: tensor {info.name!r} overlaps another or leaves a hole; the file is damaged")
+        end += info.nbytes
+    if end != start + data:
+        raise BadInput(
+            f"{file}: the header describes {end - start} bytes of tensors, the file has {data}; fetch it again"
+        )
+    return infos
+
+
+def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """The tensor, or a range of its rows, read from its file into memory of its own."""
+    first, shape = 0, info.shape
+    if rows is not None:
+        first, shape = rows[0], (rows[1] - rows[0], *info.shape[1:])
+    tensor = torch.empty(shape, dtype=info.dtype)
+    offset = info.offset + first * math.prod(shape[1:]) * info.dtype.itemsize
+    with _opened(info.file) as fd:
+        _read_into(fd, info.file, offset, _bytes_of(tensor))
+    return tensor
+
+
+def other_files(folder: Path) -> list[str]:
+    """The files beside the weights that belong to a checkpoint, relative to `folder`.
+
+    Left out: weights in any format, hidden files, the model card (the pruned model has its own), and `rac/`.
+    """
+    found = []
+    for base, folders, files in os.walk(folder):
+        relative = Path(base).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and (relative / name) != Path("rac"))
+        found += [
+            str(relative / name)
+            for name in sorted(files)
+            if not name.startswith(".")
+            and not name.lower().endswith(_WEIGHT_FILES)
+            and (relative / name) != Path("README.md")
+        ]
+    return found
+
+
+def write_file(file: Path, data: bytes) -> None:
+    """Write a small file and wait until it is on the disk."""
+    with _opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        _write_at(fd, data, 0)
+        os.fsync(fd)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
+    with _opened(path) as fd:
+        os.fsync(fd)
+
+
+def sha256_files(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files in `folder`, with all cores."""
+
+    def one(name: str) -> str:
+        file = folder / name
+        return _sha256_range(file, 0, file.stat().st_size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def write_manifest(folder: Path) -> None:
+    """Write rac/manifest.json: SHA-256 and size of every file in `folder` that is final."""
+    every = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    names = [name for name in every if not name.startswith(NOT_IN_MANIFEST)]
+    files = {
+        name: {"sha256": digest, "size": (folder / name).stat().st_size}
+        for name, digest in sha256_files(folder, names).items()
+    }
+    with disk_errors(folder):
+        write_file(folder / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Let the finished folder `partial` appear as `out`, by one rename, once all its bytes are on the disk."""
+    with disk_errors(out):
+        for base, _, files in os.walk(partial, topdown=False):
+            for name in files:
+                sync(Path(base) / name)
+            sync(Path(base))
+        if os.path.lexists(out):
+            raise BadInput(f"{out}: appeared meanwhile; the finished result is in {partial}")
+        os.rename(partial, out)
+        sync(out.absolute().parent)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a disk that is full, over quota, read-only or forbidden into one line of `BadInput`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise BadInput(f"{path}: {error.strerror}; free some space or choose another disk") from None
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise BadInput(f"{error.filename or path}: {error.strerror}; choose another output folder") from None
+        raise
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of a checkpoint's folder, refused if it leads out of it (into the hub cache's blobs, it may)."""
+    parts = PurePosixPath(name)
+    if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+        raise BadInput(f"{folder}: file name {name!r} leads out of the folder; the checkpoint is not to be trusted")
+    try:
+        home, real = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "cannot be resolved"
+        raise BadInput(f"{folder / name}: {reason}; the checkpoint is incomplete, fetch it again") from None
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise BadInput(f"{folder / name}: is a link out of the folder; the checkpoint is not to be trusted")
+    return folder / name
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(_inside(index.parent, index.name)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index}: has no weight_map; fetch the checkpoint again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file:
+            raise BadInput(
+                f"{index}: weight_map gives {name!r} to {file!r}, which is no safetensors file of this folder"
+            )
+    return weight_map
+
+
+def _json_object(raw: bytes, what: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key is given twice")
+        return made
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{what}: not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{what}: not a JSON object; fetch the checkpoint again")
+    return value
+
+
+def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 62 for x in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise BadInput(f"{file}: tensor {name!r} needs dtype, shape and data_offsets; the file is damaged")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise BadInput(f"{file}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not counts(shape) or not counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise BadInput(f"{file}: tensor {name!r} has a shape or offsets that make no sense; the file is damaged")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise BadInput(f"{file}: tensor {name!r} has shape {shape} but {nbytes} bytes; the file is damaged")
+    return TensorInfo(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _layout(file: Path, infos: list[TensorInfo]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Header of an output file and the places of its tensors in it."""
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for info in infos:
+        offsets = [at, at := at + info.nbytes]
+        entries[info.name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {
+        info.name: TensorInfo(
+            info.name, file, info.dtype, info.shape, start + entries[info.name]["data_offsets"][0], info.nbytes
+        )
+        for info in infos
+    }
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _reserve(file: Path, header: bytes, size: int) -> None:
+    with _opened(file, os.O_WRONLY | os.O_CREAT) as fd:
+        os.ftruncate(fd, min(size, os.fstat(fd).st_size))
+        os.posix_fallocate(fd, 0, size)
+        _write_at(fd, header, 0)
+
+
+@contextmanager
+def _opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    fd = os.open(file, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_into(fd: int, file: Path, offset: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise BadInput(f"{file}: ends before byte {offset + len(target)}; it was cut short, fetch it again")
+        done += count
+
+
+def _read_at(fd: int, file: Path, offset: int, count: int) -> bytearray:
+    data = bytearray(count)
+    _read_into(fd, file, offset, memoryview(data))
+    return data
+
+
+def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
+
+
+def _sha256_range(file: Path, offset: int, count: int) -> str:
+    digest = hashlib.sha256()
+    with _opened(file) as fd:
+        for at in range(0, count, _PIECE):
+            digest.update(_read_at(fd, file, offset + at, min(_PIECE, count - at)))
+    return digest.hexdigest()
