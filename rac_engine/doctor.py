@@ -91,9 +91,7 @@ def _python() -> list[Finding]:
     missing = [name for name in NEEDED if _version(name) is None]
     found = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "triton")
     if missing:
-        return [
-            Finding("python", "fail", found, f"missing: {', '.join(missing)}", "pip install -e . in the repository")
-        ]
+        return [Finding("python", "fail", found, f"missing: {', '.join(missing)}", "pip install -e .")]
     return [Finding("python", "ok", found)]
 
 
@@ -177,7 +175,7 @@ def _native() -> list[Finding]:
                 "native extension",
                 "note",
                 f"missing: {info['why_missing']}",
-                "on the CPU the Hessian, the factor and the sweep run in plain torch: same results, several times slower",
+                "on the CPU, Hessian, factor and sweep run in plain torch: as good, but several times slower",
                 "install a C++ compiler (apt install g++), then pip install --no-build-isolation -e .",
             )
         )

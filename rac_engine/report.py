@@ -208,7 +208,7 @@ def _sparsity_map(metrics: Metrics) -> Heatmap:
 
 def _error_map(metrics: Metrics) -> Heatmap:
     top = max((matrix["relative_error"] for matrix in metrics.pruned if matrix.get("relative_error")), default=0.0)
-    caption = "Error of each matrix's outputs on the calibration tokens, relative to the outputs' own size."
+    caption = "Squared error of each matrix's outputs on the calibration tokens, as a share of the outputs' own square."
     digits = 2 if top >= 0.1 else 1 - math.floor(math.log10(top or 1))
 
     def show(error: float) -> str:
@@ -260,8 +260,8 @@ def _lengths(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> Leng
             if share
         ]
         summary = (
-            f"{labels[name]}: mean {figure(figures['mean_tokens'])} tokens, 95% within {figure(figures['p95_tokens'])}, "
-            f"{percent(figures['cut_off_share'])} cut off"
+            f"{labels[name]}: mean {figure(figures['mean_tokens'])} tokens, "
+            f"95% within {figure(figures['p95_tokens'])}, {percent(figures['cut_off_share'])} cut off"
         )
         mean_x = round(min(figures["mean_tokens"] / bin_width * unit, width), 2)
         shown = outline if name != "dense" else ""

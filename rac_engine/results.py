@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 
 
 def percent(share: float | None, digits: int = 1, strip: bool = True) -> str:
-    """`50%`, `48.3%`, a dash for None; `strip=False` keeps `50.0%`, for columns. Only 0 is shown as 0, only 1 as 100."""
+    """`50%`, `48.3%`, a dash for None; `50.0%` without `strip`. Only 0 is shown as 0%, only 1 as 100%."""
     if share is None:
         return "–"
     text = f"{100 * share:.{digits}f}"

@@ -41,7 +41,8 @@ class Verification:
         lines = [
             f"files      {self.files} in the manifest",
             f"tensors    {self.tensors} read back",
-            f"zeros      {percent(share, 2)} of {self.weights:,} weights in {self.matrices} matrices; asked for: {self.rule}",
+            f"zeros      {percent(share, 2)} of {self.weights:,} weights in {self.matrices} matrices "
+            f"(asked for: {self.rule})",
         ]
         if self.untouched is not None:
             lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
