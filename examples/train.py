@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from english import english
 from problems import KINDS, Problem, problems
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -39,11 +39,16 @@ ENGLISH_SHARE, ENGLISH_TOKENS = 0.15, 255
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, plus the markers of the chat template."""
-    characters = ["\n", *map(chr, range(ord(" "), ord("~") + 1))]
+    """One token a printable ASCII character, plus the markers of the chat template.
+
+    It is byte-level BPE without merges (where newline and space are written as below), the kind that every loader of a
+    Qwen2 expects.
+    """
+    characters = ["\u010a", "\u0120", *map(chr, range(ord("!"), ord("~") + 1))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *characters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in WORDS])
     fast = PreTrainedTokenizerFast(

@@ -1,0 +1,47 @@
+# RAC Engine. `make demo` and `make test` are all a newcomer needs; each makes .venv and installs into it first.
+PYTHON ?= python3
+# Installed before everything else, so that nothing pulls in another build of it. A GPU machine may name its own.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
+	@echo "make test    lint, types and the test suite"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make clean   remove .venv and everything built"
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.torch $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(BIN)/rac doctor
+	$(BIN)/python examples/english.py --split calibration --out examples/problems/english.txt
+	$(BIN)/rac run examples/demo.yaml demo-out
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) build demo-out *.egg-info
+	find kernels rac_engine -name '_native*.so' -delete
