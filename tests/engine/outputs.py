@@ -118,7 +118,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 def write_run(out: Path, recipe: Recipe, layers: int = 6) -> Path:
     """Write the `rac` folder of a finished run of `recipe` with invented results."""
     rac = out / "rac"
-    write_lines(rac / "metrics.jsonl", metrics_lines(layers=layers, description="240 traces of its own, prompt and completion"))
+    write_lines(
+        rac / "metrics.jsonl", metrics_lines(layers=layers, description="240 traces of its own, prompt and completion")
+    )
     (rac / "recipe.yaml").write_text(dump(recipe))
     (rac / "eval").mkdir()
     (rac / "eval" / "dense.json").write_text(json.dumps(evaluation(0.995, 150, 0.0)))
