@@ -97,14 +97,14 @@ class Stream:
             for piece in chunk.pieces():
                 statistic.add(block.norm(hidden[piece]), self._weights(chunk, piece))
 
-    def observe_inner(self, block: Block, statistic: Statistic, width: int) -> Tensor | None:
-        """Gather `statistic` from the input [tokens, width] of the block's last matrix.
+    def observe_inner(self, block: Block, statistic: Statistic) -> Tensor | None:
+        """Gather `statistic` from the input [tokens, block.width] of the block's last matrix.
 
-        Returns that input, if there is room to keep it, for `advance`.
+        Returns that input for `advance`, unless it is too large to be kept.
         """
         tokens = len(self.hidden)
-        fits = tokens * width * self.hidden.dtype.itemsize <= _KEEP_BYTES
-        kept = self.hidden.new_empty(tokens, width) if fits or block.plan.attention else None
+        fits = tokens * block.width * self.hidden.dtype.itemsize <= _KEEP_BYTES
+        kept = self.hidden.new_empty(tokens, block.width) if fits or block.plan.attention else None
         for chunk in self.packing.chunks:
             hidden = self._load(chunk)
             for piece in block.slices(chunk):

@@ -1,0 +1,56 @@
+"""Tiny random checkpoints of every family, saved by transformers itself, and calibration sequences for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rac_engine.traces import Calibration, Sequence
+
+VOCABULARY = 64
+FAMILIES = {
+    "llama": {"attention_bias": False, "tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 24, "tie_word_embeddings": False},
+}
+
+
+def config(family: str = "qwen2", **changes: Any) -> Any:
+    """A config of that family with odd sizes; `changes` win."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "dtype": torch.bfloat16,
+        **FAMILIES[family],
+        **changes,
+    }
+    return CONFIG_MAPPING[family](**settings)
+
+
+def save(folder: Path, family: str = "qwen2", shard_size: int | str = "40KB", seed: int = 0, **changes: Any) -> Path:
+    """Save a random model with noise in its norms and biases too, so that nothing is trivially one or zero."""
+    torch.manual_seed(seed)
+    made = config(family, **changes)
+    model = AutoModelForCausalLM.from_config(made).to(made.dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def sequences(lengths: list[int], seed: int = 0) -> list[Sequence]:
+    """Sequences of random tokens in which every token counts."""
+    draw = np.random.default_rng(seed)
+    return [Sequence(draw.integers(0, VOCABULARY, length), length // 2) for length in lengths]
