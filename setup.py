@@ -87,7 +87,7 @@ def write_ninja(folder: Path, target: Path) -> None:
         "ninja_required_version = 1.5",
         f"rule compile\n  command = {words([*compiler, *common])} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $name",
-        f"rule link\n  command = {words([*compiler, *link])} $in -o $out",
+        f"rule link\n  command = {words([*compiler, *link])} $in -o $out\n  description = link",
     ]
     objects = []
 
@@ -99,7 +99,9 @@ def write_ninja(folder: Path, target: Path) -> None:
     compile_(ROOT / "csrc/bindings.cpp", "bindings", [*includes, *built, *openmp, f'-DRAC_BUILD="{described}"'])
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for isa, flags in isas.items():
-            compile_(source, f"{source.stem}.{isa}", [*flags, f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"])
+            compile_(
+                source, f"{source.stem}.{isa}", ["-fno-exceptions", *flags, f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"]
+            )
     lines += [f"build {path(target)}: link {' '.join(objects)}", f"default {path(target)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
@@ -117,9 +119,9 @@ class NinjaBuild(build_ext):
             write_ninja(folder, built)
             command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            print(done.stdout)
             if done.returncode:
                 raise BuildFailed(f"compiling failed:\n{done.stdout}")
+            print(done.stdout)
             # A running process may have the old file mapped: replace it, never write into it.
             fresh = target.with_name(target.name + ".new")
             shutil.copy2(built, fresh)
@@ -127,6 +129,7 @@ class NinjaBuild(build_ext):
         except BuildFailed as why:
             if os.environ.get("RAC_REQUIRE_NATIVE"):
                 raise
+            target.unlink(missing_ok=True)  # one from an earlier build would not fit the rest of the package
             self.warn(f"rac_kernels._native is left out, the torch references will be used (slower): {why}")
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -98,6 +99,12 @@ struct Versions { F of[kIsaCount]; };
 template <class T>
 T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// How an operation ended, as python has it; running out of memory is an exception.
+int status(rac::Status ended) {
+    if (ended == rac::Status::no_memory) throw std::bad_alloc();
+    return static_cast<int>(ended);
+}
+
 using Address = std::uintptr_t;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -119,8 +126,8 @@ PYBIND11_MODULE(_native, m) {
         "hessian",
         [](Address H, int64_t h_stride, Address X, int dtype, int64_t tokens, int64_t n, int64_t row_stride,
            int64_t column_stride, Address weights, int threads) {
-            RAC_OP(hessian)(pointer<float>(H), h_stride, pointer<const void>(X), static_cast<rac::DType>(dtype), tokens,
-                            n, row_stride, column_stride, pointer<const float>(weights), threads);
+            status(RAC_OP(hessian)(pointer<float>(H), h_stride, pointer<const void>(X), static_cast<rac::DType>(dtype),
+                                   tokens, n, row_stride, column_stride, pointer<const float>(weights), threads));
         },
         NoGil());
     m.def(
@@ -129,6 +136,37 @@ PYBIND11_MODULE(_native, m) {
            Address weights, int threads) {
             RAC_OP(column_norm)(pointer<float>(s), pointer<const void>(X), static_cast<rac::DType>(dtype), tokens, n,
                                 row_stride, column_stride, pointer<const float>(weights), threads);
+        },
+        NoGil());
+    m.def(
+        "kth_smallest",
+        [](Address scores, int64_t count, int64_t k, int threads) {
+            float result;
+            if (!RAC_OP(kth_smallest)(pointer<const float>(scores), count, k, &result, threads)) throw std::bad_alloc();
+            return result;
+        },
+        NoGil());
+    m.def(
+        "sweep",
+        [](Address Q, Address W, int dtype, int64_t n, int64_t w_stride, Address U, int64_t u_stride, Address dead,
+           double sparsity, int64_t keep, int64_t group, int64_t block_size, const std::vector<int64_t>& row_groups,
+           int threads) {
+            return status(RAC_OP(sweep)(pointer<float>(Q), pointer<const void>(W), static_cast<rac::DType>(dtype), n,
+                                        w_stride, pointer<const float>(U), u_stride, pointer<const uint8_t>(dead),
+                                        sparsity, keep, group, block_size, row_groups.data(),
+                                        static_cast<int64_t>(row_groups.size()), threads));
+        },
+        NoGil());
+    m.def(
+        "factor",
+        [](Address H, int64_t n, int64_t h_stride, int threads) {
+            return status(RAC_OP(factor)(pointer<float>(H), n, h_stride, threads));
+        },
+        NoGil());
+    m.def(
+        "mirror",
+        [](Address H, int64_t n, int64_t h_stride, bool down, int threads) {
+            return status(RAC_OP(mirror)(pointer<float>(H), n, h_stride, down, threads));
         },
         NoGil());
 }

@@ -38,7 +38,7 @@ void accumulate(float* s, const T* X, int64_t tokens, int64_t n, int64_t row_str
 
 void rac::RAC_ISA::column_norm(float* s, const void* X, DType dtype, int64_t tokens, int64_t n, int64_t row_stride,
                                int64_t column_stride, const float* weights, int threads) {
-    with_dtype(dtype, [&](auto* type) {
-        accumulate(s, static_cast<decltype(type)>(X), tokens, n, row_stride, column_stride, weights, threads);
+    with_dtype(dtype, [&](auto zero) {
+        accumulate(s, static_cast<const decltype(zero)*>(X), tokens, n, row_stride, column_stride, weights, threads);
     });
 }

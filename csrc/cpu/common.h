@@ -11,6 +11,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -28,22 +31,29 @@ namespace RAC_ISA {
 namespace {
 
 using rac::DType;
+using rac::Status;
 
 constexpr int64_t kCacheLine = 64;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T>
-inline T min_of(T a, T b) { return a < b ? a : b; }
+constexpr T min_of(T a, T b) { return a < b ? a : b; }
 template <class T>
-inline T max_of(T a, T b) { return a > b ? a : b; }
+constexpr T max_of(T a, T b) { return a > b ? a : b; }
 
-// Scratch memory on cache lines; null data after a failed allocation of more than nothing.
+// Scratch memory on cache lines, or on huge pages where it is large; null data after a failed allocation of more than nothing.
 template <class T>
 struct Scratch {
     T* data;
-    explicit Scratch(int64_t count)
-        : data(static_cast<T*>(aligned_alloc(kCacheLine, round_up(max_of<int64_t>(count, 1) * sizeof(T), kCacheLine)))) {}
+    explicit Scratch(int64_t count) {
+        constexpr int64_t kHugePage = 1 << 21;
+        const int64_t bytes = max_of<int64_t>(count, 1) * sizeof(T), unit = bytes < kHugePage ? kCacheLine : kHugePage;
+        data = static_cast<T*>(aligned_alloc(unit, round_up(bytes, unit)));
+#if defined(MADV_HUGEPAGE)
+        if (data && unit == kHugePage) madvise(data, round_up(bytes, unit), MADV_HUGEPAGE);
+#endif
+    }
     ~Scratch() { free(data); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
@@ -104,13 +114,13 @@ inline void for_each_range(int64_t count, int64_t grain, int threads, const F& f
     });
 }
 
-// Call f with a null pointer of the element type that `dtype` stands for.
+// Call f with a zero of the element type that `dtype` stands for.
 template <class F>
 inline void with_dtype(DType dtype, const F& f) {
     switch (dtype) {
-        case DType::float32: f(static_cast<const float*>(nullptr)); break;
-        case DType::bfloat16: f(static_cast<const bf16*>(nullptr)); break;
-        case DType::float16: f(static_cast<const fp16*>(nullptr)); break;
+        case DType::float32: f(0.0f); break;
+        case DType::bfloat16: f(bf16{}); break;
+        case DType::float16: f(fp16{}); break;
     }
 }
 

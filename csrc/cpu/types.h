@@ -6,4 +6,7 @@ namespace rac {
 // Element types as python names them by number; keep in step with rac_kernels/native.py.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+// How an operation that can fail in more than one way ended; in step with rac_kernels/native.py.
+enum class Status : int { done = 0, no_memory = 1, not_finite = 2, not_positive_definite = 3 };
+
 }  // namespace rac

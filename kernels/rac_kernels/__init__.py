@@ -1,12 +1,30 @@
 """RAC's kernels: each operation with a torch reference, a native CPU path and a Triton path behind one function.
 
-Import this before anything that would load an OpenMP runtime of its own; torch comes first here.
+Functions and the modules they live in share names (``rac_kernels.sweep`` is the function), so everything public is
+imported here, once.
 """
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (its OpenMP runtime must be loaded before the extension's calls are resolved)
+from rac_kernels import native, roofline
+from rac_kernels.column_norm import column_norm_accumulate_
+from rac_kernels.factor import Factor, FactorError, factor_
+from rac_kernels.hessian import hessian_accumulate_, symmetrize_
+from rac_kernels.objective import objective
+from rac_kernels.select import kth_smallest, mask_by_score
+from rac_kernels.sweep import sweep
 
-from rac_kernels import native
-
-__all__ = ["native"]
+__all__ = [
+    "Factor",
+    "FactorError",
+    "column_norm_accumulate_",
+    "factor_",
+    "hessian_accumulate_",
+    "kth_smallest",
+    "mask_by_score",
+    "native",
+    "objective",
+    "roofline",
+    "sweep",
+    "symmetrize_",
+]

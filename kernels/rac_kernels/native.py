@@ -1,10 +1,10 @@
 """The native extension: loading it, saying why it is missing, and choosing among its instruction sets.
 
-The extension is compiled with OpenMP but linked to no OpenMP library: its calls resolve to the libgomp that torch's wheel
-brought along, so that one process has one thread pool, governed by ``torch.set_num_threads``.
+The extension is compiled with OpenMP but linked to no OpenMP library: its calls resolve to the libgomp that torch's
+wheel brought along, so that one process has one thread pool, governed by ``torch.set_num_threads``.
 
-``RAC_NATIVE=0`` in the environment turns the extension off; ``RAC_NATIVE_ISA=baseline|avx2|avx512|avx512bf16`` chooses an
-instruction set instead of the best one.
+``RAC_NATIVE=0`` in the environment turns the extension off; ``RAC_NATIVE_ISA=baseline|avx2|avx512|avx512bf16`` chooses
+an instruction set instead of the best one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ import torch
 
 #: Number by which the extension knows each element type; in step with csrc/cpu/types.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: How an operation ended; in step with csrc/cpu/types.h. Without memory it raises MemoryError instead.
+DONE, NOT_FINITE, NOT_POSITIVE_DEFINITE = 0, 2, 3
 
 _MEND = "install a C++ compiler (apt install g++) and run: pip install --no-build-isolation -e ."
 
