@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Lengths
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rac_engine.traces import Calibration, Sequence
 
 VOCABULARY = 64
-FAMILIES = {
-    "llama": {"attention_bias": False, "tie_word_embeddings": False},
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 24, "tie_word_embeddings": False},
 }
 
 
 def config(family: str = "qwen2", **changes: Any) -> Any:
-    """A config of that family with odd sizes; `changes` win."""
+    """A config of that family; `changes` win."""
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 48,
@@ -39,7 +40,7 @@ def config(family: str = "qwen2", **changes: Any) -> Any:
 
 
 def save(folder: Path, family: str = "qwen2", shard_size: int | str = "40KB", seed: int = 0, **changes: Any) -> Path:
-    """Save a random model with noise in its norms and biases too, so that nothing is trivially one or zero."""
+    """Save a random model, with noise in its norms and biases too, so that nothing is trivially one or zero."""
     torch.manual_seed(seed)
     made = config(family, **changes)
     model = AutoModelForCausalLM.from_config(made).to(made.dtype)
@@ -50,7 +51,11 @@ def save(folder: Path, family: str = "qwen2", shard_size: int | str = "40KB", se
     return folder
 
 
-def sequences(lengths: list[int], seed: int = 0) -> list[Sequence]:
-    """Sequences of random tokens in which every token counts."""
+def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 0, part: str = "all") -> Calibration:
+    """Sequences of random tokens, of which the second halves are the completions."""
     draw = np.random.default_rng(seed)
-    return [Sequence(draw.integers(0, VOCABULARY, length), length // 2) for length in lengths]
+    sequences = []
+    for length in lengths:
+        weights = None if part == "all" else (np.arange(length) >= length // 2).astype(np.float32)
+        sequences.append(Sequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
+    return Calibration(sequences)

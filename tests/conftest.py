@@ -1,0 +1,32 @@
+"""What all tests share: no network, no progress bars, and tiny checkpoints made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils import logging
+
+from tests import tiny
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("llama", hidden_size=32)`: the folder of a tiny checkpoint by `tiny.save`, not to be written to."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen2", **changes: Any) -> Path:
+        key = repr((family, sorted(changes.items())))
+        if key not in made:
+            made[key] = tiny.save(tmp_path_factory.mktemp(family), family, **changes)
+        return made[key]
+
+    return make

@@ -1,0 +1,174 @@
+"""Decoder layers taken apart, against transformers' own forward pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from rac_engine import models
+from rac_engine.calibrate import Packing, Stream
+from rac_engine.checkpoint import INDEX, Checkpoint
+from rac_engine.errors import BadInput
+from rac_engine.models import Model, packed_attention
+from tests import tiny
+
+Make = Callable[..., Path]
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama-dynamic-rope": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen2-sliding-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3-one-key-value-head": ("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
+}
+
+
+def stream_through(folder: Path, chunk_tokens: int) -> tuple[Model, Stream]:
+    """All calibration tokens sent through all layers as they are."""
+    model = Model.open(Checkpoint.open(folder))
+    stream = Stream(model, Packing.of(tiny.calibration(), chunk_tokens), model.dtype, "cpu")
+    for layer in range(model.layers):
+        tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
+        for block in model.build_layer(layer, tensors, model.dtype, "cpu"):
+            stream.advance(block)
+    return model, stream
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, variant: str, dtype: torch.dtype) -> None:
+    family, changes = VARIANTS[variant]
+    folder = checkpoint(family, dtype=dtype, **changes)
+    _, stream = stream_through(folder, chunk_tokens=64)
+    whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").model
+    exact = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).model
+    bound, worst = 0.0, 0.0
+    for chunk in stream.packing.chunks:
+        start = chunk.start
+        for length in chunk.lengths:
+            ids = stream.packing.token_ids[start : start + length][None]
+            truth = exact(ids).last_hidden_state[0]
+            norm = truth.norm()
+            ours = whole.norm(stream.hidden[start : start + length]).float()
+            worst = max(worst, float((ours - truth).norm() / norm))
+            bound = max(bound, float((whole(ids).last_hidden_state[0].float() - truth).norm() / norm))
+            start += length
+    # Ours may be as far from the fp32 truth as transformers' own pass in the model's dtype is.
+    assert worst <= 1.5 * bound + 1e-5, (worst, bound)
+    if dtype == torch.bfloat16:
+        assert 1e-4 < bound < 0.1
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_packed_attention_is_attention_of_each_sequence(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr(models, "_QUERY_BLOCK", 8)
+    lengths = [33, 33, 20, 7, 7, 7, 1, 1]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16, dtype=torch.float64) for heads in (6, 2, 2))
+    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, lengths=lengths, sliding_window=window)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        keys, values = (x[0, :, part].repeat_interleave(3, 0) for x in (k, v))
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (distance >= 0) & (distance < (window or length))
+        scores = (0.3 * q[0, :, part] @ keys.mT).masked_fill(~seen, -torch.inf)
+        expected = (scores.softmax(-1) @ values).transpose(0, 1)
+        torch.testing.assert_close(out[0, part], expected, rtol=1e-12, atol=1e-12)
+        start += length
+
+
+def test_embedding_is_looked_up_a_part_at_a_time(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_EMBEDDING_BYTES", 5 * 48 * 2)
+    model = Model.open(Checkpoint.open(checkpoint("qwen2")))
+    ids = torch.randint(0, tiny.VOCABULARY, (100,))
+    table = model.checkpoint.read("model.embed_tokens.weight")
+    assert torch.equal(model.embed(ids, torch.bfloat16), F.embedding(ids, table))
+    assert model.embed(ids[:0], torch.bfloat16).shape == (0, 48)
+    for wrong in (-1, tiny.VOCABULARY):
+        with pytest.raises(BadInput, match="another model"):
+            model.embed(torch.tensor([0, wrong]), torch.bfloat16)
+
+
+def test_matrices_in_the_order_of_the_data(checkpoint: Make) -> None:
+    model = Model.open(Checkpoint.open(checkpoint("qwen3")))
+    found = [(matrix.stage, matrix.module, matrix.rows, matrix.columns) for matrix in model.matrices(1)]
+    assert found == [
+        (0, "self_attn.q_proj", 96, 48),
+        (0, "self_attn.k_proj", 48, 48),
+        (0, "self_attn.v_proj", 48, 48),
+        (1, "self_attn.o_proj", 48, 96),
+        (2, "mlp.gate_proj", 80, 48),
+        (2, "mlp.up_proj", 80, 48),
+        (3, "mlp.down_proj", 48, 80),
+    ]
+    first = model.matrices(1)[0]
+    assert (first.layer, first.name) == (1, "model.layers.1.self_attn.q_proj.weight")
+    assert first.path == "model.layers.1.self_attn.q_proj"
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba' is not known; known are llama, qwen2, qwen3"),
+        ({"model_type": None}, "None is not known"),
+        ({"model_type": ["qwen2"]}, "is not known"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"hidden_size": "many"}, "transformers refuses"),
+        ({"num_attention_heads": 0}, "transformers refuses"),
+        ({"hidden_act": "nonsense"}, "transformers refuses"),
+        ({"hidden_size": 96}, "has shape"),
+        ({"intermediate_size": 96}, "has shape"),
+        ({"vocab_size": 65}, "has shape"),
+        ({"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}, "layers.2"),
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}, "missing"),
+        ({"tie_word_embeddings": False}, "lm_head.weight' is missing"),
+    ],
+)
+def test_config_and_tensors_must_fit(checkpoint: Make, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "model"))
+    change_config(folder, **changes)
+    with pytest.raises(BadInput, match=message) as caught:
+        Model.open(Checkpoint.open(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_in_eight_bits_are_refused_by_name(checkpoint: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("qwen2", shard_size="1GB"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors")
+    assert not (folder / INDEX).exists()
+    with pytest.raises(BadInput, match=name):
+        Model.open(Checkpoint.open(folder))
