@@ -45,6 +45,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
         seconds=format_seconds,
         pattern=pattern_text,
         code=code,
+        capitalize_first=lambda text: text[:1].upper() + text[1:],
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),
         method=lambda name: METHODS.get(name, name),
     )

@@ -120,8 +120,8 @@ class TraceSettings(Settings):
     tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
     samples: Count = Field(default=2, description="traces a prompt")
     max_new_tokens: Count = Field(default=8192, description="longest completion, in tokens")
-    temperature: float = Field(default=0.6, ge=0, description="0 is greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus kept when sampling")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
     batch_size: Count = Field(default=64, description="traces decoded together")
 
@@ -130,30 +130,45 @@ class CalibrationSettings(Settings):
     """Which tokens the Hessians are gathered from."""
 
     source: Source | None = Field(
-        default=None, description="traces folder or file, jsonl, or text:FILE; none: this job's traces"
+        default=None, description="traces folder or file, jsonl, or text:FILE; none: this job's own traces"
     )
-    part: Literal["all", "prompt", "completion"] = Field(default="all", description="which part of a trace counts")
-    tokens: Count | None = Field(default=None, description="token budget; none: all there are")
-    sequence_length: Count = Field(default=2048, description="length of a sequence cut from text, in tokens")
+    part: Literal["all", "prompt", "completion"] = Field(
+        default="all", description="which part of a trace enters the Hessians"
+    )
+    tokens: Count | None = Field(default=None, description="token budget (all there are by default)")
+    sequence_length: Count = Field(default=2048, description="for text: tokens in a sequence")
 
 
 class PruneSettings(Settings):
     """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
 
-    method: Literal["sparsegpt", "wanda", "magnitude"] = Field(default="sparsegpt", description="solver")
-    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix")
+    method: Literal["sparsegpt", "wanda", "magnitude"] = Field(
+        default="sparsegpt", description="how weights are chosen and corrected"
+    )
+    sparsity: float = Field(
+        default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix, from 0 up to but not 1"
+    )
     pattern: Pattern | None = Field(
-        default=None, description="N:M, at most N nonzeros in every M columns; none: unstructured"
+        default=None,
+        description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
     )
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, relative to its mean")
     block_size: Count = Field(default=128, description="columns that share a threshold")
-    order: Literal["staged", "layer"] = Field(default="staged", description="calibrate stage by stage, or once a layer")
-    dense: list[ModuleName] = Field(default=[], description="modules left dense, by name or regular expression")
-    unseen: Literal["dense", "magnitude"] = Field(
-        default="dense", description="for a matrix that saw no calibration token"
+    order: Literal["staged", "layer"] = Field(
+        default="staged", description="calibrate each stage on the pruned ones before it, or a layer at once"
     )
-    chunk_tokens: Count = Field(default=8192, description="tokens that go through a linear layer together")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(default="auto", description="of activations")
+    dense: list[ModuleName] = Field(
+        default=[], description="modules left dense, by name or regular expression; may be repeated"
+    )
+    unseen: Literal["dense", "magnitude"] = Field(
+        default="dense", description="what becomes of a matrix that saw no calibration token"
+    )
+    chunk_tokens: Count = Field(
+        default=8192, description="tokens that go through a layer together; fewer take less memory"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="number format of activations"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -181,11 +196,11 @@ class EvalSettings(Settings):
     """How answers are sampled and counted."""
 
     problems: FilePath = Field(description="jsonl file with `problem` and `answer` a line")
-    limit: Count | None = Field(default=None, description="only the first so many problems")
+    limit: Count | None = Field(default=None, description="only the first N problems (all by default)")
     samples: Count = Field(default=1, description="answers a problem")
     max_new_tokens: Count = Field(default=32768, description="an answer longer than this is cut off and wrong")
-    temperature: float = Field(default=0.6, ge=0, description="0 is greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1, description="nucleus kept when sampling")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
     batch_size: Count = Field(default=64, description="answers decoded together")
 

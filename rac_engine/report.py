@@ -169,7 +169,7 @@ def _colour(scale: Sequence[str], share: float) -> tuple[str, str]:
     mixed = [round(a + (b - a) * (at - low)) for a, b in zip(*ends, strict=True)]
     linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 255 / 12.92 for c in mixed]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    ink = "#0c1116" if (luminance + 0.05) / 0.056 > 1.05 / (luminance + 0.05) else "#ffffff"
+    ink = "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
     return "#{:02x}{:02x}{:02x}".format(*mixed), ink
 
 
@@ -191,7 +191,7 @@ def _grid(
             return None
         place = f"layer {layer}, {module} ({matrix['rows']} × {matrix['columns']})"
         if matrix.get("skipped"):
-            return Cell("dense", f"{place}: left dense, {matrix['skipped']}")
+            return Cell("dense", f"{place}: {matrix['skipped']}")
         value = matrix.get(key)
         if value is None:
             return Cell("–", f"{place}: not measured")
@@ -348,11 +348,12 @@ def _times(steps: list[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]
 
 def _notes(metrics: Metrics) -> list[tuple[str, list[str]]]:
     """Everything that was noted, a note with all the places it came from."""
-    places: dict[str, list[str]] = {str(note): [] for note in metrics.end.get("notes") or []}
+    of_matrices = {f"{matrix['name']}: {note}" for matrix in metrics.matrices for note in matrix.get("notes") or []}
+    places: dict[str, list[str]] = {str(note): [] for note in metrics.end.get("notes") or [] if note not in of_matrices}
     for matrix in metrics.matrices:
         where = f"layer {matrix['layer']} {matrix['module']}"
         if matrix.get("skipped"):
-            places.setdefault(f"left dense: {matrix['skipped']}", []).append(where)
+            places.setdefault(str(matrix["skipped"]), []).append(where)
         for note in matrix.get("notes") or []:
             places.setdefault(str(note), []).append(where)
     return list(places.items())

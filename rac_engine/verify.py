@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ class Verification:
     rule: str = ""
     untouched: int | None = None
     """Tensors found bit-equal to the source; None if no source was given."""
+
+    def to_json(self) -> str:
+        """The result for programs."""
+        return json.dumps({**dataclasses.asdict(self), "out": str(self.out)}, indent=1)
 
     def summary(self) -> str:
         """A few aligned lines for a terminal."""
@@ -227,8 +232,3 @@ def _check_source(
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def to_json(result: Verification) -> str:
-    """The result for programs."""
-    return json.dumps({**result.__dict__, "out": str(result.out)}, indent=1)

@@ -80,7 +80,7 @@ def metrics_lines(
 def evaluation(accuracy: float, mean: float, cut_off: float, count: int = 200, seed: int = 0) -> dict[str, Any]:
     """A result of `rac eval` with invented answers."""
     draw = random.Random(seed)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(count):
         cut = draw.random() < cut_off
         rows.append(

@@ -1,0 +1,62 @@
+"""The doctor says what there is, what is missing, what that costs and what to do, and looks at all of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from rac_engine import doctor
+from rac_engine.doctor import Finding, examine, render
+from rac_kernels import native
+
+
+def _by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.what: finding for finding in findings}
+
+
+def test_everything_that_decides_speed_is_looked_at():
+    found = _by_name(examine())
+    assert {"python", "processor", "memory", "disk", "torch", "native extension", "compiler", "triton", "nvcc"} <= set(
+        found
+    )
+    assert any(name.startswith("GPU") for name in found)
+    assert found["python"].status == "ok" and "torch 2" in found["python"].found
+
+
+def test_a_missing_extension_says_what_it_costs_and_how_to_mend_it(monkeypatch):
+    monkeypatch.setattr(native, "info", lambda: {"available": False, "why_missing": "no compiler when installed"})
+    finding = _by_name(examine())["native extension"]
+    assert finding.status == "note"
+    assert "no compiler when installed" in finding.found
+    assert "slower" in finding.costs and "apt install g++" in finding.mend
+
+
+def test_two_openmp_runtimes_are_noted(monkeypatch):
+    info = {**native.info(), "available": True, "isa": "avx2", "isas": ["avx2"], "build": "g++", "threads": 2}
+    monkeypatch.setattr(native, "info", lambda: {**info, "openmp_runtime": ["/a/libgomp.so.1", "/b/libgomp.so.1"]})
+    assert _by_name(examine())["OpenMP"].status == "note"
+
+
+def test_a_missing_package_is_a_failure(monkeypatch):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "pyarrow" else real(name))
+    finding = _by_name(examine())["python"]
+    assert finding.status == "fail" and "pyarrow" in finding.costs
+
+
+def test_a_look_that_fails_is_a_finding_and_the_others_go_on(monkeypatch):
+    def broken() -> list[Finding]:
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(doctor, "_machine", broken)
+    found = _by_name(examine())
+    assert "no such thing" in found["machine"].found
+    assert "torch" in found
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"), [("ok", "Ready."), ("note", "Ready; could be better: GPU."), ("fail", "Not ready: GPU.")]
+)
+def test_the_page_ends_with_a_verdict(status, verdict):
+    text = render([Finding("python", "ok", "3.11"), Finding("GPU", status, "none", "slow", "buy one")])
+    assert text.endswith(verdict)
+    assert "costs: slow" in text and "to do: buy one" in text
