@@ -122,14 +122,12 @@ class NinjaBuild(build_ext):
             if done.returncode:
                 raise BuildFailed(f"compiling failed:\n{done.stdout}")
             print(done.stdout)
-            # A running process may have the old file mapped: replace it, never write into it.
-            fresh = target.with_name(target.name + ".new")
-            shutil.copy2(built, fresh)
-            os.replace(fresh, target)
+            shutil.copy2(built, target)
         except BuildFailed as why:
             if os.environ.get("RAC_REQUIRE_NATIVE"):
                 raise
-            target.unlink(missing_ok=True)  # one from an earlier build would not fit the rest of the package
+            for stale in (target, ROOT / "kernels" / "rac_kernels" / target.name):  # may not fit the rest any more
+                stale.unlink(missing_ok=True)
             self.warn(f"rac_kernels._native is left out, the torch references will be used (slower): {why}")
 
 
