@@ -1,0 +1,165 @@
+"""Verification finds what is wrong with an output, and nothing wrong with a good one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rac_engine.checkpoint import INDEX, Checkpoint, write_manifest
+from rac_engine.engine import prune
+from rac_engine.errors import BadInput
+from rac_engine.recipe import PruneSettings
+from rac_engine.verify import _fits, verify
+from tests import tiny
+
+PRUNED = "model.layers.1.mlp.up_proj.weight"
+UNTOUCHED = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory) -> Path:
+    settings = PruneSettings(method="magnitude", pattern="2:4", dense=["model.layers.0.mlp.down_proj"])
+    return prune(checkpoint(), tmp_path_factory.mktemp("pruned") / "out", settings).out
+
+
+@pytest.fixture
+def out(pruned, tmp_path) -> Path:
+    return Path(shutil.copytree(pruned, tmp_path / "out"))
+
+
+def _edit(out: Path, name: str, change: Callable[[torch.Tensor], object], sign: bool = True) -> None:
+    """Change a tensor in its file, in a folder whose manifest is made to agree if `sign`."""
+    info = Checkpoint.open(out).tensors[name]
+    tensor = Checkpoint.open(out).read(name)
+    change(tensor)
+    with info.file.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if sign:
+        write_manifest(out)
+
+
+def test_a_good_output_is_whole(out, checkpoint):
+    result = verify(out, checkpoint())
+    assert result.problems == []
+    assert result.matrices == 3 * 7 - 1
+    assert result.zeros == result.weights / 2
+    tensors = Checkpoint.open(out).tensors
+    assert (result.tensors, result.untouched) == (len(tensors), len(tensors) - result.matrices)
+    assert "whole" in result.summary() and "bit-equal" in result.summary()
+    assert json.loads(result.to_json())["problems"] == []
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(out):
+    _edit(out, UNTOUCHED, lambda t: t.view(torch.int16)[0].bitwise_xor_(1), sign=False)
+    (problem,) = verify(out).problems
+    assert "SHA-256" in problem and problem.startswith("model-")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (UNTOUCHED, lambda t: t.fill_(torch.nan), "holds NaN or Inf"),
+        (PRUNED, lambda t: t.masked_fill_(t == 0, -0.0), "−0.0 among its zeros"),
+        (PRUNED, lambda t: t[0].fill_(1), "breaks the pattern 2:4"),
+        (PRUNED, lambda t: t[0].fill_(1), "zeros, too few"),
+        (PRUNED, lambda t: t[0].zero_(), "metrics.jsonl says"),
+    ],
+)
+def test_a_wrong_tensor_is_found_though_the_manifest_agrees(out, name, change, said):
+    _edit(out, name, change)
+    assert any(name in problem and said in problem for problem in verify(out).problems)
+
+
+def test_a_tensor_that_differs_from_the_source_is_found_only_with_the_source(out, checkpoint):
+    _edit(out, UNTOUCHED, lambda t: t.add_(1))
+    assert verify(out).problems == []
+    assert [problem.split(":")[0] for problem in verify(out, checkpoint()).problems] == [UNTOUCHED]
+
+
+def test_another_source_is_refused(out, checkpoint):
+    problems = verify(out, checkpoint(initializer_range=0.3)).problems
+    assert any("not the checkpoint that this one was made from" in problem for problem in problems)
+
+
+def test_files_that_are_missing_changed_or_stray_are_named(out, checkpoint):
+    (out / "generation_config.json").unlink()
+    (out / "config.json").write_text((out / "config.json").read_text() + " ")
+    (out / "adapter.safetensors").write_bytes(b"")
+    problems = verify(out, checkpoint()).problems
+    for said in (
+        "generation_config.json: missing",
+        "config.json: ",
+        "adapter.safetensors: not in the manifest",
+        "adapter.safetensors: a stray weight file",
+        "generation_config.json: differs from the source's",
+    ):
+        assert any(problem.startswith(said) for problem in problems), said
+
+
+def test_what_comes_later_is_not_stray(out):
+    (out / "rac" / "eval").mkdir()
+    (out / "rac" / "eval" / "dense.json").write_text("{}")
+    (out / "rac" / "report.html").write_text("")
+    assert verify(out).problems == []
+
+
+def test_a_wrong_index_and_keys_of_compression_are_named(out):
+    index = json.loads((out / INDEX).read_text())
+    index["metadata"]["total_size"] += 1
+    (out / INDEX).write_text(json.dumps(index))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
+    write_manifest(out)
+    problems = verify(out).problems
+    assert len(problems) == 2
+    assert "total_size" in problems[0] and "quantization_config" in problems[1]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", '{"files": {"x": 1}}', '{"files": {"../x": {"sha256": "", "size": 0}}}']
+)
+def test_a_manifest_that_is_none_is_a_problem(out, manifest):
+    (out / "rac" / "manifest.json").write_text(manifest)
+    assert "manifest" in verify(out).problems[0]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_a_problem(out):
+    shard = sorted(out.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    problems = verify(out).problems
+    assert any("the manifest says" in problem for problem in problems)
+    assert any("fetch it again" in problem for problem in problems)
+
+
+def test_a_folder_that_is_no_output_is_bad_input(checkpoint):
+    with pytest.raises(BadInput, match="output folder of"):
+        verify(checkpoint())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PruneSettings(sparsity=0.37, block_size=32),
+        PruneSettings(method="wanda", sparsity=0.77),
+        PruneSettings(method="wanda", pattern="4:8"),
+        PruneSettings(method="magnitude", sparsity=0.05),
+        PruneSettings(sparsity=0.0),
+    ],
+    ids=lambda settings: f"{settings.method}-{settings.pattern or settings.sparsity}",
+)
+def test_what_every_method_makes_passes(checkpoint, tmp_path, settings):
+    made = prune(checkpoint(), tmp_path / "out", settings, tiny.calibration([40, 30, 20])).out
+    assert verify(made, checkpoint()).problems == []
+
+
+@pytest.mark.parametrize(
+    ("row", "fits"), [([1, 0, 0, 2, 0, 3], True), ([1, 0, 3, 2, 0, 3], False), ([0, 0, 0, 0, 5, 6], True)]
+)
+def test_patterns_hold_in_a_last_group_that_is_not_whole_too(row, fits):
+    assert _fits(torch.tensor([row]), 2, 4) is fits
