@@ -1,8 +1,8 @@
 """H + λI = U Uᵀ with U upper triangular, by one Cholesky factorization in place.
 
-The SparseGPT factor R with (H + λI)⁻¹ = RᵀR is U⁻¹, and the sweep never needs it. An upper U with the factor on the
-left is what a Cholesky run from the last column to the first gives: n³/3 FLOP where the usual chain (Cholesky, inverse,
-Cholesky of the inverse) costs 4n³/3 and two more matrices.
+The SparseGPT factor R with (H + λI)⁻¹ = RᵀR is U⁻¹, and the sweep never needs it. U itself is what a Cholesky gives
+that runs from the last column to the first: n³/3 FLOP, where the usual chain (Cholesky, inverse, Cholesky of the
+inverse) costs 4n³/3 and two more matrices.
 
 Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774), for damping and dead columns.
 """
@@ -14,109 +14,152 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 128  # columns factored at a time; the rest of the work is one product a block
-MIRROR = 1024  # side of the squares copied from one triangle to the other
-FIRST_STEP = 1e-6  # where escalation starts when no damping was asked for
+from rac_kernels import native
+from rac_kernels.backend import choose
+
+BLOCK = 128  # columns the reference factors at a time; the rest of the work is one product a block
+MIRROR = 1024  # side of the squares it copies from one triangle to the other
+FIRST_STEP = 1e-6  # where escalation goes from no damping at all
 
 
 class FactorError(RuntimeError):
-    """H cannot be factored: it is not finite, not a Gram matrix, or not positive definite at any damping allowed."""
+    """H cannot be factored: it is not finite, no Gram matrix, or not positive definite at any damping allowed."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """H + λI = U Uᵀ.
-
-    ``U`` [n, n] fp32 is H's own storage: its upper triangle, diagonal included, holds U; below the diagonal lies
-    what stood above it in H, so H's memory serves both. ``diagonal`` [n] fp32 is H's diagonal as it came.
-    """
+    """H + λI = U Uᵀ."""
 
     U: Tensor
+    """[n, n] fp32, H's own storage: the upper triangle with the diagonal holds U; below the diagonal lies, mirrored,
+    what stood above it in H, so that one matrix's memory keeps both."""
+    diagonal: Tensor
+    """[n] fp32: H's diagonal as it came."""
     dead: Tensor
-    """[n] bool: columns with H_ii = 0. They have U_ii = √(1 + λ) and no coupling."""
+    """[n] bool: columns with H_ii = 0. Their U_ii is 1, and nothing couples to them."""
     damping: float
-    """The damping that succeeded: λ is this times the mean of H_ii over columns that are not dead."""
+    """The damping that did it: λ is this times the mean of H_ii over the columns that are not dead."""
     ridge: float
     """λ itself."""
     attempts: list[float]
-    """Every damping tried, the last one being ``damping``."""
-    diagonal: Tensor
+    """Every damping tried; the last one is ``damping``."""
 
 
-def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0) -> Factor:
+def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> Factor:
     """Factors H + λI = U Uᵀ in place, λ = damping · mean(H_ii over live columns).
 
-    H: [n, n] fp32, contiguous rows; only its upper triangle is read. Dead columns (H_ii = 0) get a unit diagonal and
-    do not enter the mean; without dead columns λ is that of the published SparseGPT, which counts each dead column
-    as 1 and so depends on H's scale. If H + λI is not positive definite in fp32, the damping is raised tenfold (from
-    0: to 1e-6) until it exceeds ``max_damping``; every value tried is recorded. The result does not depend on H's
-    scale as long as H_ii stays within about 1e-30 to 1e30: a Cholesky factorization commutes with scaling the
-    diagonal, so large ranges inside one H need no care either.
+    H: [n, n] fp32 with contiguous rows; only its upper triangle is read. Dead columns (H_ii = 0) get a unit diagonal
+    and stay out of the mean: without dead columns λ is the published SparseGPT's, which counts each dead column as 1
+    and so depends on H's scale. Where fp32 cannot tell H + λI from an indefinite matrix (a pivot below 2⁻²³ of its
+    diagonal element), the damping is raised tenfold, from 0 to 1e-6, up to ``max_damping``; the result lists every
+    value tried. Scaling H, or any of its columns with its row, scales U and costs no accuracy, so nothing is scaled
+    here; H_ii may range from 1e-30 to 1e30.
 
-    Raises FactorError if H is not finite, has a negative diagonal element or a coupling to a dead column (no XᵀX
-    has), or if no damping up to the limit makes it positive definite. H's contents are lost then.
+    Raises FactorError if H is not finite, has a negative diagonal element or a dead column that couples to others (no
+    XᵀX has), or is not positive definite within the limit; ValueError for arguments that cannot be meant. After an
+    error H's contents are lost.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or H.stride(-1) != 1:
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {tuple(H.shape)}")
-    if not (damping >= 0 and max_damping >= damping):
-        raise ValueError(f"damping {damping} must lie between 0 and max_damping {max_damping}")
+    if not 0 <= damping <= max_damping:
+        raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
+    diagonal, dead, used = _factor_op(H, damping, max_damping, choose(backend, H.device))
+    final, ridge = used.tolist()
+    attempts = [damping]
+    while attempts[-1] != final:
+        attempts.append(_raised(attempts[-1]))
+    return Factor(H, diagonal, dead, final, ridge, attempts)
+
+
+def _raised(damping: float) -> float:
+    return damping * 10 or FIRST_STEP
+
+
+@torch.library.custom_op("rac::factor_", mutates_args={"H"})
+def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns H's diagonal [n], the dead columns [n] and (damping, λ) that did it [2] fp64."""
+    n = H.shape[0]
+    mirror_, cholesky_ = (_mirror_native_, _cholesky_native_) if backend == "native" else (_mirror_, _cholesky_)
+    if not mirror_(H, True):
+        raise FactorError(f"H [{n}, {n}] holds infinities or NaN")
     diagonal = H.diagonal().clone()
     dead = diagonal == 0
-    _check(H, diagonal, dead)
+    _check_gram(H, diagonal, dead)
     live = diagonal[~dead].double()
     mean = float(live.mean()) if live.numel() else 0.0
-    _mirror_(H)
+    tried = []
+    while damping <= max_damping:
+        tried.append(f"{damping:g}")
+        wanted = torch.where(dead, 1.0, diagonal + damping * mean)
+        H.diagonal().copy_(wanted)
+        # A pivot that rounding alone could have made says nothing. NaN fails every comparison.
+        if cholesky_(H) and (H.diagonal().square() > torch.finfo(H.dtype).eps * wanted).all():
+            return diagonal, dead, torch.tensor([damping, damping * mean], dtype=torch.float64)
+        damping = _raised(damping)
+        mirror_(H, False)
+    raise FactorError(
+        f"H [{n}, {n}] is not positive definite with damping {', '.join(tried)}; the limit is {max_damping:g}"
+    )
 
-    attempts: list[float] = []
-    while True:
-        attempts.append(damping)
-        ridge = damping * mean
-        H.diagonal().copy_(torch.where(dead, 1.0, diagonal) + ridge)
-        if _cholesky_(H):
-            return Factor(H, dead, damping, ridge, attempts, diagonal)
-        damping = max(damping * 10, FIRST_STEP)
-        if damping > max_damping:
-            tried = ", ".join(f"{value:g}" for value in attempts)
-            raise FactorError(f"H [{H.shape[0]}] is not positive definite with damping {tried} (limit {max_damping:g})")
-        _mirror_(H.T)
 
-
-def _check(H: Tensor, diagonal: Tensor, dead: Tensor) -> None:
-    """Refuses what no sum of x xᵀ can be."""
+@_factor_op.register_fake
+def _(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     n = H.shape[0]
-    for lo in range(0, n, MIRROR):
-        rows = H[lo : lo + MIRROR, lo:]
-        bounds = torch.stack(torch.aminmax(rows)) if lo + MIRROR < n else rows.triu()
-        if not bounds.isfinite().all() and not rows.triu().isfinite().all():
-            raise FactorError(f"H [{n}] holds infinities or NaN")
+    return H.new_empty(n), H.new_empty(n, dtype=torch.bool), torch.empty(2, dtype=torch.float64)
+
+
+def _check_gram(H: Tensor, diagonal: Tensor, dead: Tensor) -> None:
+    """Refuses what no sum of x xᵀ can be. H is symmetric here."""
+    n = H.shape[0]
     if (diagonal < 0).any():
-        raise FactorError(f"H [{n}] is no Gram matrix: diagonal element {int((diagonal < 0).nonzero()[0])} is negative")
-    for i in dead.nonzero().flatten().tolist():
-        if H[:i, i].any() or H[i, i + 1 :].any():
-            raise FactorError(f"H [{n}] is no Gram matrix: column {i} has a zero diagonal but is not zero")
+        i = int((diagonal < 0).nonzero()[0])
+        raise FactorError(f"H [{n}, {n}] is no Gram matrix: its diagonal element {i} is negative")
+    coupled = dead.nonzero().flatten()
+    coupled = coupled[H[coupled].any(1)]
+    if coupled.numel():
+        raise FactorError(f"H [{n}, {n}] is no Gram matrix: column {int(coupled[0])} is zero only on the diagonal")
 
 
-def _mirror_(H: Tensor) -> None:
-    """Copies the strictly upper triangle onto the lower one, square by square."""
+def _mirror_native_(H: Tensor, down: bool) -> bool:
+    return native.library().mirror(H.data_ptr(), H.shape[0], H.stride(0), down, native.threads()) == native.DONE
+
+
+def _cholesky_native_(H: Tensor) -> bool:
+    return native.library().factor(H.data_ptr(), H.shape[0], H.stride(0), native.threads()) == native.DONE
+
+
+def _mirror_(H: Tensor, down: bool) -> bool:
+    """Copies the strictly upper triangle onto the lower one, or back. False: what is copied is not finite."""
+    source = H if down else H.T
     n = H.shape[0]
+    finite = True
     for lo in range(0, n, MIRROR):
         hi = min(lo + MIRROR, n)
-        corner = H[lo:hi, lo:hi]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        H[hi:, lo:hi] = H[lo:hi, hi:].T
+        corner, rows = source[lo:hi, lo:hi], source[lo:hi, hi:]
+        upper = corner.triu()
+        corner.copy_(upper + upper.triu(1).T)
+        source[hi:, lo:hi] = rows.T
+        finite = finite and bool(upper.isfinite().all() and rows.isfinite().all())
+    return finite
 
 
 def _cholesky_(H: Tensor) -> bool:
-    """Upper triangle of H → U with H = U Uᵀ, from the last block of columns to the first. False: not positive definite.
+    """Upper triangle of H → U with H = U Uᵀ; the rest stays. False: not positive definite, and H is half done.
 
-    Left-looking: a block of columns is final once the product of all columns to its right is taken off.
+    Left-looking from the last block of columns to the first: a block is final once the products of the columns to its
+    right are taken off and its own corner is factored, which a flip makes an ordinary Cholesky.
     """
     hi = H.shape[0]
     while hi:
         lo = (hi - 1) // BLOCK * BLOCK
-        H[:hi, lo:hi].addmm_(H[:hi, hi:], H[lo:hi, hi:].T, alpha=-1)
         corner = H[lo:hi, lo:hi]
-        L, info = torch.linalg.cholesky_ex(corner.triu().T.flip(0, 1))
-        ...
+        below = corner.tril(-1)
+        H[:hi, lo:hi].addmm_(H[:hi, hi:], H[lo:hi, hi:].T, alpha=-1)
+        L, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        if info:
+            return False
+        U = L.flip(0, 1)
+        corner.copy_(U + below)
+        H[:lo, lo:hi] = torch.linalg.solve_triangular(U.T, H[:lo, lo:hi], upper=False, left=False)
         hi = lo
     return True

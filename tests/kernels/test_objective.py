@@ -1,0 +1,46 @@
+"""objective: the trace, in fp64, from one triangle."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from rac_kernels import objective
+from tests.kernels.gram import gram
+
+
+@pytest.mark.parametrize("rows, n", [(1, 1), (3, 40), (70, 33), (20, 130)])
+def test_against_the_activations_themselves(rows, n, monkeypatch):
+    module = sys.modules[objective.__module__]
+    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "COLUMNS", 32)
+    X = torch.randn(50, n).double()
+    W, Q = torch.randn(rows, n).double(), torch.randn(rows, n).double()
+    expected = float((X @ (W - Q).T).square().sum())
+    H = (X.T @ X).triu() + torch.full((n, n), torch.nan).tril(-1).nan_to_num(nan=1e9)
+    assert objective(W, Q, H) == pytest.approx(expected, rel=1e-12)
+
+
+def test_fp64_from_start_to_end():
+    """What fp32 would lose: a small error over a large common part, in weights and in H."""
+    H = gram("offset", 200)
+    W = torch.randn(30, 200) * 1e4
+    Q = W + 1e-3 * torch.randn(30, 200).round(decimals=2)
+    D = W.double() - Q.double()
+    expected = float(torch.trace(D @ H.double() @ D.T))
+    assert objective(W, Q, H) == pytest.approx(expected, rel=1e-10)
+    assert objective(W, W, H) == 0
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="do not fit"):
+        objective(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="do not fit"):
+        objective(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(3, 3))
+
+
+def test_empty():
+    assert objective(torch.zeros(0, 3), torch.zeros(0, 3), torch.eye(3)) == 0
+    assert objective(torch.zeros(3, 0), torch.zeros(3, 0), torch.zeros(0, 0)) == 0
