@@ -2,7 +2,8 @@
 
     python examples/train.py --out examples/abacus --work build/train
 
-An hour or so on two cores with AVX-512-BF16; a run that is stopped goes on from its newest checkpoint under ``--work``.
+Half an hour or so on two cores with AVX-512-BF16; a run that is stopped goes on from its newest checkpoint in ``--work``.
+The model card says with which settings the model that ships was made.
 The tokenizer has one token a character, so that arithmetic is done on digits. A document is one row of the batch, its
 positions start at zero, and only the model's own part of it is a target.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import random
 import time
@@ -149,7 +149,8 @@ def train(args: argparse.Namespace) -> None:
         print(f"continuing at step {start}", flush=True)
     stream = itertools.islice(batches(tokenizer, args.batch_tokens, args.seed), start, None)
     clock, losses = time.monotonic(), []
-    for step in range(start, args.steps):
+    until = args.until or args.steps
+    for step in range(start, until):
         ids, targets = next(stream)
         scale = min((step + 1) / 100, 1.0) * max(1.0 - step / args.steps, 0.02)
         loss = step_loss(ids.to(device), targets.to(device))
@@ -169,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
             losses.clear()
             if not math.isfinite(mean):
                 raise SystemExit("the loss is no longer finite")
-        if (step + 1) % 300 == 0 or step + 1 == args.steps:
+        if (step + 1) % 300 == 0 or step + 1 == until:
             state = {
                 "model": model.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers],
@@ -180,8 +181,7 @@ def train(args: argparse.Namespace) -> None:
             (args.work / "state.tmp").replace(state_file)
             export(model, tokenizer, args.work / "model")
     export(model, tokenizer, args.out)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "work")}
-    (args.out / "training.json").write_text(json.dumps(settings | {"target_tokens": seen}, indent=2) + "\n")
+    print(f"wrote {args.out} after {seen / 1e6:.1f}M target tokens")
 
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -204,7 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints of the training run")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=1900, help="length of the learning rate's linear decay")
+    parser.add_argument("--until", type=int, help="stop after this step, to go on with another decay")
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=192)
