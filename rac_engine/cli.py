@@ -56,12 +56,10 @@ def _columns() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name; by default the process's own) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    verbose = False
     try:
-        args = _parser(words).parse_args(words)
-        verbose = args.verbosity > 0
-        with _terminable():
-            return _COMMANDS[args.command].run(args)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         return _fail(2, f"error: {error}")
     except (Interrupted, KeyboardInterrupt) as error:
@@ -70,12 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has closed it; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")
-        return _bug(error, show=verbose or error.errno is None)
     except Exception as error:
-        return _bug(error, show=True)
+        return _failed(error, verbose=bool({"-v", "--verbose"} & set(words)))
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    try:
+        args = _parser(words).parse_args(words)
+    except SystemExit as done:  # --help and --version have said it all
+        return int(done.code or 0)
+    with _terminable():
+        return _COMMANDS[args.command].run(args)
 
 
 def _fail(code: int, text: str) -> int:
@@ -83,20 +86,23 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
-def _stopped(words: list[str], error: BaseException) -> int:
-    if not words or words[0] not in _RESUMABLE:
+def _stopped(words: Sequence[str], error: BaseException) -> int:
+    if next((word for word in words if word in _COMMANDS), None) not in _RESUMABLE:
         return _fail(1, "stopped")
     command = getattr(error, "command", None) or shlex.join(["rac", *(word for word in words if word != "--restart")])
     return _fail(75, f"stopped{f': {error}' if str(error) else ''}; this goes on where it was: {command}")
 
 
-def _bug(error: Exception, show: bool) -> int:
-    """An unforeseen failure shows where it happened; one that the system names says so in a line."""
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+def _failed(error: Exception, verbose: bool) -> int:
+    """What a user can understand and mend is a line; a bug shows where it is."""
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")
+    if kind in ("OutOfMemoryError", "MemoryError"):
         return _fail(1, f"out of memory: {error}; fewer --chunk-tokens or calibration tokens need less")
-    if show:
+    if verbose or (kind != "FactorError" and not (isinstance(error, OSError) and error.errno)):
         traceback.print_exception(error)
-    return _fail(1, f"failed: {type(error).__name__}: {error}" + ("" if show else " (-v shows where)"))
+    return _fail(1, f"failed: {kind}: {error}")
 
 
 @contextmanager

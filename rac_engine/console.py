@@ -38,13 +38,13 @@ class Console:
         if self.verbosity > 0:
             self.say(text)
 
-    def progress(self, text: str) -> None:
+    def progress(self, what: object) -> None:
         """Where the work is right now; the next call replaces it, and most calls do nothing."""
         now = time.monotonic()
         if self.verbosity < 0 or now - self._shown < (_EVERY if self.live else _EVERY_IN_LOG):
             return
         self._shown = now
-        line = f"  {text}"
+        line = f"  {what}"
         if self.live:
             print(f"\r{line[:110]}".ljust(self._width + 1), end="", file=self.stream, flush=True)
             self._width = min(len(line), 110)

@@ -83,19 +83,17 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
     variants = [variant.name for variant in recipe.compare] if recipe else []
     rows = []
     for name, evaluation in evaluations(out, variants).items():
-        if name == "dense":
-            label, of = "dense", None
-        elif name == "pruned":
-            label, of = (recipe.name if recipe else name), metrics
-        else:
-            label, of = name, load_metrics(out / RAC / "variants" / name)
+        label = recipe.name if name == "pruned" and recipe else name
+        of = metrics if name == "pruned" else None
+        if (out / RAC / "variants" / name).is_dir():
+            of = load_metrics(out / RAC / "variants" / name)
         try:
             figures = evaluation["summary"]
             rows.append(
                 Row(
                     name=label,
                     calibration=((of.run.get("calibration") or {}).get("description", "none") if of else ""),
-                    sparsity=of.sparsity if of else 0.0,
+                    sparsity=of.sparsity if of else 0.0 if name == "dense" else None,
                     accuracy=float(figures["accuracy"]),
                     ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),
                     mean_tokens=float(figures["mean_tokens"]),

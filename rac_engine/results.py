@@ -83,7 +83,8 @@ class Row:
 
     name: str
     calibration: str
-    sparsity: float
+    sparsity: float | None
+    """None for a model of which only answers are known."""
     accuracy: float
     ci95: tuple[float, float]
     mean_tokens: float

@@ -1,0 +1,330 @@
+"""The command line: help, exit codes, and bad input as one line with nothing left behind."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rac_engine import cli, engine
+from rac_engine.cli import main
+from rac_engine.console import Console
+from rac_engine.errors import Interrupted
+
+COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor")
+
+
+@dataclass
+class Outcome:
+    """What a command said and returned, and what it left in its working folder."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def rac(capsys, tmp_path, monkeypatch) -> Callable[..., Outcome]:
+    """Runs a command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Outcome:
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def assert_one_line(outcome: Outcome, *said: str) -> None:
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rac: error: ")
+    for text in said:
+        assert text in lines[0]
+    assert outcome.out == ""
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    file = tmp_path / "english.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog " * 50)
+    return f"text:{file}"
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    program = (
+        "import sys, time; began = time.perf_counter()\n"
+        "from rac_engine.cli import main\n"
+        "main(['--help'])\n"
+        "took = time.perf_counter() - began\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'yaml', 'numpy'} & set(sys.modules)\n"
+        "print(took, heavy, file=sys.stderr); sys.exit(bool(heavy) or took > 0.3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_every_command_is_explained(command, rac):
+    page = rac(command, "--help").out
+    assert "examples:" in page and "%(" not in page
+    parser = cli._parser([command])
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in commands.choices[command]._actions:
+        assert action.help and len(action.help) > 8, action.dest
+
+
+def test_the_version(rac):
+    outcome = rac("--version")
+    assert outcome.code == 0
+    assert re.fullmatch(r"rac \d+\.\d+\.\d+\n", outcome.out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "COMMAND"),
+        (["prnue"], "invalid choice: 'prnue'"),
+        (["prune"], "MODEL, OUT"),
+        (["prune", "m", "o", "--sparsity", "1.5"], "--sparsity: should be less than 1, got 1.5"),
+        (["prune", "m", "o", "--sparsity", "half"], "--sparsity"),
+        (["prune", "m", "o", "--sparsity", "nan"], "--sparsity"),
+        (["prune", "m", "o", "--pattern", "5:4"], "--pattern: pattern 5:4"),
+        (["prune", "m", "o", "--pattern", "2:4", "--sparsity", "0.7"], "pattern 2:4 means sparsity 0.5, not 0.7"),
+        (["prune", "m", "o", "--block-size", "0"], "--block-size: should be greater than 0"),
+        (["prune", "m", "o", "--tokens", "many"], "'many' is not a size"),
+        (["prune", "m", "o", "--method", "guess"], "invalid choice: 'guess'"),
+        (["prune", "m", "o", "--dense", "("], "not a valid regular expression"),
+        (["prune", "m", "o", "--spars", "0.5"], "--spars"),
+        (["prune", "m", "o", "--device", "tpu", "--method", "magnitude"], "--device tpu"),
+        (["prune", "m", "o"], "--calibration is missing"),
+        (["prune", "m", "o", "--recipe", "none.yaml"], "none.yaml: No such file"),
+        (["plan", "m", "--tokens", "0"], "--tokens"),
+        (["run", "none.yaml", "o"], "none.yaml: No such file"),
+        (["trace", "m", "--out", "t"], "--prompts"),
+        (["trace", "m", "--prompts", "p", "--out", "t", "--temperature", "-1"], "--temperature"),
+        (["eval", "m", "--out", "r"], "--problems"),
+        (["report", "."], "output folder of"),
+        (["verify", "."], "output folder of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_words_are_one_line(rac, tmp_path, words, said):
+    assert_one_line(rac(*words), said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "eval", "trace"])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "no such folder"),
+        ("", "config.json"),
+        ("{", "not valid JSON"),
+        ('{"model_type": "gpt9"}', "gpt9"),
+    ],
+    ids=["missing", "no config", "broken config", "unknown family"],
+)
+def test_a_model_that_cannot_be_pruned_is_one_line(rac, tmp_path, checkpoint, text, command, config, said):
+    model = tmp_path / "model"
+    if config is not None:
+        shutil.copytree(checkpoint(), model)
+        (model / "config.json").unlink() if config == "" else (model / "config.json").write_text(config)
+    (tmp_path / "p.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    words = {
+        "prune": ["prune", model, "out", "--calibration", text],
+        "plan": ["plan", model],
+        "eval": ["eval", model, "--problems", "p.jsonl", "--out", "out"],
+        "trace": ["trace", model, "--prompts", "p.jsonl", "--out", "out"],
+    }[command]
+    before = sorted(tmp_path.rglob("*"))
+    assert_one_line(rac(*words), said)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_that_exists_is_not_touched(rac, tmp_path, checkpoint):
+    (tmp_path / "out").mkdir()
+    outcome = rac("prune", checkpoint(), "out", "--method", "magnitude")
+    assert_one_line(outcome, "out: exists")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+
+def test_an_output_in_no_folder_is_refused(rac, tmp_path, checkpoint):
+    assert_one_line(rac("prune", checkpoint(), "a/b/out", "--method", "magnitude"), "no such folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_nothing(rac, tmp_path, checkpoint, monkeypatch, code):
+    def full(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    outcome = rac("-q", "prune", checkpoint(), "out", "--method", "magnitude")
+    assert_one_line(outcome, os.strerror(code), "free some space")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_system_that_refuses_the_file_is_one_line_and_leaves_nothing(rac, tmp_path, checkpoint):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        outcome = rac("-q", "prune", checkpoint(), "out", "--method", "magnitude")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_one_line(outcome, "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pruned_checkpoint_comes_with_its_report_and_verifies(rac, tmp_path, checkpoint):
+    outcome = rac("prune", checkpoint(), "out", "--method", "magnitude", "--pattern", "2:4", "--dense", "mlp.up_proj")
+    assert outcome.code == 0, outcome.err
+    assert "50% zeros in 18 matrices" in outcome.out
+    assert (tmp_path / "out" / "rac" / "report.html").is_file()
+    assert "layer 3/3" in outcome.err or outcome.err == ""
+    outcome = rac("verify", "out", "--source", checkpoint())
+    assert outcome.code == 0 and "out: whole" in outcome.out
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    outcome = rac("verify", "out")
+    assert outcome.code == 1 and "SHA-256" in outcome.out
+
+
+def test_a_recipe_is_taken_and_options_win(rac, tmp_path, checkpoint, text):
+    (tmp_path / "r.yaml").write_text(
+        f"model: elsewhere\ncalibration: {{source: '{text}', tokens: 500}}\nprune: {{method: wanda, pattern: 1:4}}\n"
+    )
+    outcome = rac("prune", checkpoint(), "out", "--recipe", "r.yaml", "--sparsity", "0.25", "--method", "magnitude")
+    assert outcome.code == 0, outcome.err
+    recipe = (tmp_path / "out" / "rac" / "recipe.yaml").read_text()
+    assert "sparsity: 0.25" in recipe and "pattern: null" in recipe and "method: magnitude" in recipe
+    assert f"model: {checkpoint()}" in recipe and "tokens: 500" in recipe
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(rac, tmp_path, checkpoint):
+    outcome = rac("prune", checkpoint(), "out", "--method", "magnitude", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "method: magnitude" in outcome.out and "21 matrices to prune" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_and_doctor_print_text_and_json(rac, checkpoint):
+    assert "Matrices of a layer that share an input" in rac("plan", checkpoint()).out
+    assert json.loads(rac("plan", checkpoint(), "--json", "--tokens", "8k").out)["tokens"] == 8000
+    assert "native extension" in rac("doctor").out
+    assert {"what", "status"} <= set(json.loads(rac("doctor", "--json").out)[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped with 2 of 3 layers done")])
+def test_a_stopped_job_exits_75_with_the_command_that_goes_on(rac, checkpoint, monkeypatch, error):
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine, "prune", stop)
+    outcome = rac("prune", checkpoint(), "my out", "--method", "magnitude", "--restart")
+    assert outcome.code == 75
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.endswith(f": rac prune {checkpoint()} 'my out' --method magnitude\n")
+
+
+def test_sigterm_stops_a_job_cleanly_and_the_same_command_ends_it(rac, tmp_path, checkpoint):
+    model = checkpoint(num_hidden_layers=60)
+    journal = tmp_path / "out.partial" / "rac" / "journal.jsonl"
+
+    def stop_after_two_layers() -> None:
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_after_two_layers, daemon=True)
+    stopper.start()
+    outcome = rac("prune", model, "out", "--method", "magnitude")
+    stopper.join()
+    assert outcome.code == 75, outcome.err
+    assert outcome.err.endswith(f"rac prune {model} out --method magnitude\n")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
+    assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+    assert rac("prune", model, "out", "--method", "magnitude").code == 0
+    assert rac("verify", "out", "--source", model).code == 0
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_bug_shows_its_traceback_and_an_error_of_the_system_does_not(rac, checkpoint, monkeypatch):
+    def fail(error: Exception) -> Outcome:
+        def prune(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(engine, "prune", prune)
+        return rac("prune", checkpoint(), "out", "--method", "magnitude")
+
+    bug = fail(KeyError("layer"))
+    assert bug.code == 1 and "Traceback" in bug.err and bug.err.endswith("rac: failed: KeyError: 'layer'\n")
+    system = fail(OSError(errno.EIO, "Input/output error", "model.safetensors"))
+    assert system.code == 1 and system.err.count("\n") == 1 and "model.safetensors" in system.err
+    memory = fail(MemoryError("no room"))
+    assert memory.code == 1 and memory.err.count("\n") == 1 and "out of memory" in memory.err
+
+
+@pytest.mark.parametrize("words", ["--help", "report --help"])
+def test_whoever_closes_our_output_hears_no_complaint(words):
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rac_engine.cli", *words.split()]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_progress_is_silent_when_asked_and_sparse_in_a_log():
+    stream = io.StringIO()
+    quiet = Console(-1, stream)
+    quiet.say("a")
+    quiet.progress("b")
+    quiet.step(1, 2, "c")
+    assert stream.getvalue() == ""
+    console = Console(0, stream)
+    console.step(1, 2, "traces")
+    for batch in range(1000):
+        console.progress(f"batch {batch}")
+    console.detail("only with -v")
+    assert (
+        stream.getvalue().splitlines() == ["[1/2] traces  (0.0 s so far)"] or len(stream.getvalue().splitlines()) == 1
+    )
+
+
+def test_progress_on_a_terminal_redraws_one_line_and_leaves_no_rest():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    console = Console(0, stream)
+    console.progress("a long line of progress")
+    console._shown = 0
+    console.progress("short")
+    console.say("done")
+    assert "\n" not in stream.getvalue().removesuffix("done\n")
+    shown = ""
+    for part in re.split("\r", stream.getvalue()):
+        shown = part + shown[len(part) :]
+    assert shown.strip() == "done"
