@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors come as raw pointers, sizes and strides (in elements), so nothing of torch is
-// needed to build; what they say has been checked by rac_kernels. Every operation runs without the GIL.
+// The only file that knows Python. Tensors come as raw pointers, sizes and strides (in elements), so nothing of torch
+// is needed to build; what they say has been checked by rac_kernels. Every operation runs without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,7 +54,7 @@ constexpr int kIsaCount = 4;
 bool usable(int isa) {
     switch (isa) {
         case 0: return true;
-        case 1: return RAC_AVX2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // F16C is older than both
+        case 1: return RAC_AVX2(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));  // F16C is older
         case 2:
             return usable(1) && RAC_AVX512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));

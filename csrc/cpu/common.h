@@ -1,8 +1,8 @@
 // Shared by the files of csrc/cpu, each of which is compiled once for every instruction set, with RAC_ISA naming it.
 //
-// These files must not use the C++ standard library: an inline function of it compiled with AVX flags would be merged by
-// the linker with the baseline's copy, and the baseline would then run AVX code on a machine without it. C headers, compiler
-// builtins and what is in anonymous namespaces or in the RAC_ISA namespace are safe.
+// These files must not use the C++ standard library: an inline function of it compiled with AVX flags would be merged
+// by the linker with the baseline's copy, and the baseline would then run AVX code on a machine without it. C
+// headers, compiler builtins and what is in anonymous namespaces or in the RAC_ISA namespace are safe.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -42,7 +42,8 @@ constexpr T min_of(T a, T b) { return a < b ? a : b; }
 template <class T>
 constexpr T max_of(T a, T b) { return a > b ? a : b; }
 
-// Scratch memory on cache lines, or on huge pages where it is large; null data after a failed allocation of more than nothing.
+// Scratch memory on cache lines, or on huge pages where it is large; null data after a failed allocation of more than
+// nothing.
 template <class T>
 struct Scratch {
     T* data;

@@ -1,15 +1,15 @@
 // The upper triangle of H += X^T diag(w) X: a packed, cache-blocked rank-k update.
 //
-// Tokens are taken in chunks. A chunk is packed into panels of kPanel columns, step after step, where a step is one token in
-// fp32 or, with AVX512-BF16, a pair of tokens side by side as VDPBF16PS wants them; either way an element is four bytes. Both
-// operands are the same panels, so one packing serves both. The triangle is cut into macro tiles of 288 x 288; one stays in
-// the second-level cache, beside the parts of panels it needs, while runs of kRun steps are summed micro tile by micro tile of
-// kRows x kPanel registers. Short runs are no loss, and a gain in accuracy: fp32 sums of squares of 8-bit mantissas meet ties
-// that all round one way, and the error grows with the length of the chain. Every element of H is summed in the same order
-// whatever the number of threads.
+// Tokens are taken in chunks. A chunk is packed into panels of kPanel columns, step after step, where a step is one
+// token in fp32 or, with AVX512-BF16, a pair of tokens side by side as VDPBF16PS wants them; either way an element is
+// four bytes. Both operands are the same panels, so one packing serves both. The triangle is cut into macro tiles of
+// 288 x 288; one stays in the second-level cache, beside the parts of panels it needs, while runs of kRun steps are
+// summed micro tile by micro tile of kRows x kPanel registers. Short runs are no loss, and a gain in accuracy: fp32
+// sums of squares of 8-bit mantissas meet ties that all round one way, and the error grows with the length of the
+// chain. Every element of H is summed in the same order whatever the number of threads.
 //
-// VDPBF16PS takes products of bf16 numbers exactly, rounds sums to nearest even and treats subnormal inputs and results as
-// zero, so activations below 1.2e-38 count as nothing there.
+// VDPBF16PS takes products of bf16 numbers exactly, rounds sums to nearest even and treats subnormal inputs and
+// results as zero, so activations below 1.2e-38 count as nothing there.
 #include "cpu/common.h"
 
 namespace {
@@ -25,7 +25,7 @@ constexpr int kLanes = 4, kRows = 4, kVectors = 2;
 #endif
 constexpr int kPanel = kLanes * kVectors;  // columns in a panel; a multiple of kRows
 constexpr int kRun = 128;                  // steps summed in registers
-constexpr int kChunk = 4 * kRun;           // steps packed at a time
+constexpr int64_t kPacked = 32 << 20;      // bytes of panels packed at a time: few chunks, so that threads seldom wait
 constexpr int kMacro = 288 / kPanel;       // panels along a macro tile's side
 
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
@@ -79,7 +79,8 @@ struct Pairs {
     }
 
     template <class Stride>
-    static void pack(float* to, const Tokens<bf16>& tokens, int64_t step, int64_t column, int64_t width, Stride stride) {
+    static void pack(float* to, const Tokens<bf16>& tokens, int64_t step, int64_t column, int64_t width,
+                     Stride stride) {
         const bf16* low = tokens.row(2 * step) + column * stride();
         const bool odd = 2 * step + 1 == tokens.count;  // the last step of an odd count: the low half times nothing
         const bf16* high = odd ? low : tokens.row(2 * step + 1) + column * stride();
@@ -108,8 +109,9 @@ void pack_panel(float* to, const Tokens<T>& tokens, int64_t first_step, int64_t 
     }
 }
 
-// Sums of kRows x (Count * kLanes) products over all steps: C += a^T b. `Whole` micro tiles are added as vectors; of the
-// others only what lies on or above the diagonal, in `rows` rows and `columns` columns; C[0, 0] is `below` under it.
+// Sums of kRows x (Count * kLanes) products over all steps: C += a^T b. `Whole` micro tiles are added as vectors; of
+// the others only what lies on or above the diagonal, in `rows` rows and `columns` columns; C[0, 0] is `below` under
+// it.
 template <class Dot, int Count>
 void micro_tile(const float* a, const float* b, int64_t steps, float* C, int64_t h_stride, bool whole, int64_t rows,
                 int64_t columns, int64_t below) {
@@ -159,20 +161,23 @@ void panel_pair(float* H, int64_t h_stride, int64_t n, const float* a, const flo
         const decltype(&micro_tile<Dot, kVectors>) run = skipped == 0   ? micro_tile<Dot, kVectors>
                          : skipped == 1 ? micro_tile<Dot, kVectors - 1>
                                         : micro_tile<Dot, max_of(kVectors - 2, 1)>;
-        run(a + r, b + skipped * kLanes, steps, H + row * h_stride + column, h_stride, whole, rows, columns, row - column);
+        run(a + r, b + skipped * kLanes, steps, H + row * h_stride + column, h_stride, whole, rows, columns,
+            row - column);
     }
 }
 
 template <class Dot, class T>
 Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens, int threads) {
-    const int64_t all_steps = ceil_div(tokens.count, Dot::kTokens), chunks = ceil_div(all_steps, kChunk);
-    const int64_t chunk = chunks ? ceil_div(all_steps, chunks) : 0, panels = ceil_div(n, kPanel);
+    if (n == 0 || tokens.count == 0) return Status::done;
+    const int64_t all_steps = ceil_div(tokens.count, Dot::kTokens), panels = ceil_div(n, kPanel);
+    const int64_t runs = ceil_div(all_steps, kRun), run_bytes = panels * kPanel * kRun * sizeof(float);
+    const int64_t chunk = min_of(all_steps, ceil_div(runs, ceil_div(runs * run_bytes, kPacked)) * kRun);
     const Scratch<float> packed(panels * chunk * kPanel);
     if (!packed.data) return Status::no_memory;
     // Macro tiles as large as the cache likes, yet enough of them that no thread waits long for the last.
+    const auto triangle = [&](int64_t side) { return ceil_div(panels, side) * (ceil_div(panels, side) + 1) / 2; };
     int64_t side = min_of<int64_t>(kMacro, panels);
-    while (side > 1 && ceil_div(panels, side) * (ceil_div(panels, side) + 1) / 2 < 4 * threads) side = ceil_div(side, 2);
-    const int64_t macros = ceil_div(panels, side);
+    while (side > 1 && triangle(side) < 4 * threads) side = ceil_div(side, 2);
 
     for (int64_t first = 0; first < all_steps; first += chunk) {
         const int64_t steps = min_of(chunk, all_steps - first);
@@ -183,14 +188,16 @@ Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens
             else
                 pack_panel<Dot>(to, tokens, first, steps, p * kPanel, n, AnyStride{tokens.column_stride});
         });
-        for_each_dynamic(macros * (macros + 1) / 2, threads, [&](int64_t tile) {
+        for_each_dynamic(triangle(side), threads, [&](int64_t tile) {
             int64_t right = 0;  // tile counts down the columns of the triangle: (0, 0), (0, 1), (1, 1), (0, 2), ...
             while (tile > right) tile -= ++right;
-            for (int64_t run = 0; run < steps; run += kRun)
+            for (int64_t run = 0; run < steps; run += kRun) {
+                const int64_t length = min_of<int64_t>(kRun, steps - run);
+                const auto panel = [&](int64_t p) { return packed.data + (p * steps + run) * kPanel; };
                 for (int64_t q = right * side; q < min_of(panels, (right + 1) * side); ++q)
                     for (int64_t p = tile * side; p < min_of(q + 1, (tile + 1) * side); ++p)
-                        panel_pair<Dot>(H, h_stride, n, packed.data + p * steps * kPanel + run * kPanel,
-                                        packed.data + q * steps * kPanel + run * kPanel, min_of<int64_t>(kRun, steps - run), p, q);
+                        panel_pair<Dot>(H, h_stride, n, panel(p), panel(q), length, p, q);
+            }
         });
     }
     return Status::done;
