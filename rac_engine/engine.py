@@ -85,7 +85,7 @@ def prune(
         calibration = calibration or _load_calibration(recipe)
         packing = Packing.of(calibration, settings.chunk_tokens)
     run = _describe(source, settings, calibration, packing, _device(device))
-    with _claimed(out) as partial:
+    with claimed(out) as partial:
         journal = _open_journal(partial, _identity(run), restart)
         try:
             with torch.inference_mode():
@@ -129,6 +129,29 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
     if unused:
         raise BadInput(f"dense: {min(unused)!r} names no matrix of this model; `rac plan` lists their names")
     return skipped
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """OUT.partial, for this process alone while it works there."""
+    partial = out.with_name(out.name + ".partial")
+    if not partial.parent.is_dir():
+        raise BadInput(f"{partial.parent}: no such folder; make it first")
+    with disk_errors(partial):
+        partial.mkdir(exist_ok=True)
+    folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(
+                f"{partial}: another process is working there; wait for it, or choose another output"
+            ) from None
+        if not partial.exists() or not os.path.samestat(os.fstat(folder), partial.stat()):
+            raise BadInput(f"{out}: another process has just finished it")
+        yield partial
+    finally:
+        os.close(folder)
 
 
 @dataclass
@@ -464,29 +487,6 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
     parts = {"versions": run["versions"], "machine": machine, "settings": run["settings"]}
     named = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     return {"model": run["model"]["sha256"], "calibration": calibration, **named}
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[Path]:
-    """OUT.partial, for this process alone while it works there."""
-    partial = out.with_name(out.name + ".partial")
-    if not partial.parent.is_dir():
-        raise BadInput(f"{partial.parent}: no such folder; make it first")
-    with disk_errors(partial):
-        partial.mkdir(exist_ok=True)
-    folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(
-                f"{partial}: another process is working there; wait for it, or choose another output"
-            ) from None
-        if not partial.exists() or not os.path.samestat(os.fstat(folder), partial.stat()):
-            raise BadInput(f"{out}: another process has just finished it")
-        yield partial
-    finally:
-        os.close(folder)
 
 
 def _open_journal(partial: Path, identity: dict[str, Any], restart: bool) -> Journal:

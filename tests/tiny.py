@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rac_engine.traces import Calibration, Sequence
+from rac_engine.traces import Calibration, Part, Sequence
 
 VOCABULARY = 64
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,11 +51,11 @@ def save(folder: Path, family: str = "qwen2", shard_size: int | str = "40KB", se
     return folder
 
 
-def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 0, part: str = "all") -> Calibration:
+def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 0, part: Part = "all") -> Calibration:
     """Sequences of random tokens, of which the second halves are the completions."""
     draw = np.random.default_rng(seed)
     sequences = []
     for length in lengths:
         weights = None if part == "all" else (np.arange(length) >= length // 2).astype(np.float32)
         sequences.append(Sequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
-    return Calibration(sequences)
+    return Calibration("random", "sequences", part, sequences)

@@ -1,0 +1,426 @@
+"""The pruning job from end to end, and what becomes of it when it is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import rac_engine
+from rac_engine import engine
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine import JOURNAL, prune
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
+from rac_engine.verify import verify
+from tests import tiny
+
+Make = Callable[..., Path]
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def settings(**changes: Any) -> PruneSettings:
+    return PruneSettings(**{"chunk_tokens": 64, "block_size": 16, **changes})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but those that hold times."""
+    timed = {"rac/metrics.jsonl", "rac/manifest.json", JOURNAL}
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in timed}
+
+
+@pytest.mark.parametrize("order", ["staged", "layer"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_prunes_half_of_every_matrix_and_nothing_else(
+    checkpoint: Make, tmp_path: Path, family: str, order: str
+) -> None:
+    source, out = checkpoint(family), tmp_path / "out"
+    report = prune(source, out, settings(order=order), tiny.calibration())
+    before, after = load(source), load(out)
+    assert before.keys() == after.keys()
+    pruned = {row["name"] for row in report.matrices}
+    assert len(pruned) == 3 * 7
+    for name, tensor in after.items():
+        assert (tensor.dtype, tensor.shape) == (before[name].dtype, before[name].shape)
+        zero = tensor == 0
+        if name in pruned:
+            assert float(zero.float().mean()) == pytest.approx(0.5, abs=0.01)
+            assert not tensor.signbit()[zero].any()
+        else:
+            assert torch.equal(tensor, before[name])
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert not out.with_name("out.partial").exists()
+    assert verify(out, source).problems == []
+
+
+def test_what_is_written_beside_the_weights(checkpoint: Make, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2"), tmp_path / "out"
+    calibration = tiny.calibration()
+    report = prune(source, out, settings(dense=["model.layers.1.mlp.down_proj"]), calibration)
+    lines = [json.loads(line) for line in (out / "rac" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [report.run, *report.matrices, report.end]
+    run, rows, end = lines[0], lines[1:-1], lines[-1]
+    assert run["model"]["sha256"] == Checkpoint.open(source).sha256()
+    assert run["model"]["parameters"] == sum(tensor.numel() for tensor in load(source).values())
+    assert run["calibration"]["tokens"] == 4 * (40 + 17 + 40 + 25 + 1 + 9)
+    assert run["calibration"]["sha256"] == calibration.sha256
+    assert run["settings"]["block_size"] == 16
+    assert [row["module"] for row in rows[:7]] == [
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ]
+    assert [row["layer"] for row in rows] == [0] * 7 + [1] * 7 + [2] * 7
+    left = rows[13]
+    assert left["skipped"] == "left dense by 'model.layers.1.mlp.down_proj'"
+    own_zeros = int((load(source)[left["name"]] == 0).sum())
+    assert (left["zeros"], left["objective"], left["tokens"]) == (own_zeros, None, None)
+    for row in (row for row in rows if row is not left):
+        assert row["tokens"] == run["calibration"]["tokens"]
+        assert 0 < row["relative_error"] < 0.5
+        assert row["damping"] == 0.01
+        assert row["notes"] == []
+    assert end["seconds"] > 0
+    assert {"embed", "read", "calibrate", "solve", "forward", "write"} <= end["phases"].keys()
+    recipe = load_recipe(out / "rac" / "recipe.yaml")
+    assert (recipe.model, recipe.prune) == (source, settings(dense=["model.layers.1.mlp.down_proj"]))
+    assert "sparse" in (out / "README.md").read_text()
+    files = json.loads((out / "rac" / "manifest.json").read_text())["files"]
+    for name, data in contents(out).items():
+        assert files[name]["sha256"] == hashlib.sha256(data).hexdigest(), name
+
+
+@torch.inference_mode()
+def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
+    """What every linear layer of a model is given, all sequences behind one another, in fp64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_pre_hook(lambda _, given: seen.setdefault(name, []).append(given[0][0].double()))
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            watch(name, module)
+    for sequence in ids:
+        model(sequence[None])
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_matrix_is_calibrated_on_what_the_pruned_model_gives_it(
+    checkpoint: Make, tmp_path: Path, family: str
+) -> None:
+    """Pruned stage by stage, the objective of each matrix is its error on the inputs that it has in the final model."""
+    source, out = checkpoint(family, dtype=torch.float32), tmp_path / "out"
+    calibration = tiny.calibration()
+    report = prune(source, out, settings(sparsity=0.6), calibration)
+    inputs = inputs_of(out, [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences])
+    before, after = load(source), load(out)
+    for row in report.matrices:
+        x = inputs[row["name"].removesuffix(".weight")]
+        W, Q = before[row["name"]].double(), after[row["name"]].double()
+        objective, whole = float((x @ (W - Q).T).square().sum()), float((x @ W.T).square().sum())
+        assert row["objective"] == pytest.approx(objective, rel=1e-3), row["name"]
+        assert row["relative_error"] == pytest.approx(objective / whole, rel=1e-3), row["name"]
+
+
+def test_layer_order_calibrates_on_the_dense_layer_behind_pruned_ones(checkpoint: Make, tmp_path: Path) -> None:
+    """As published: with only layer 1 pruned, its matrices see the inputs that they have in the dense model."""
+    source, out = checkpoint("qwen2", dtype=torch.float32), tmp_path / "out"
+    calibration = tiny.calibration()
+    report = prune(source, out, settings(order="layer", dense=[r"model\.layers\.[02]\..*"]), calibration)
+    inputs = inputs_of(source, [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences])
+    before, after = load(source), load(out)
+    pruned = [row for row in report.matrices if "skipped" not in row]
+    assert [row["layer"] for row in pruned] == [1] * 7
+    for row in pruned:
+        D = before[row["name"]].double() - after[row["name"]].double()
+        objective = float((inputs[row["name"].removesuffix(".weight")] @ D.T).square().sum())
+        assert row["objective"] == pytest.approx(objective, rel=1e-3), row["name"]
+
+
+def test_only_the_part_asked_for_counts(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("qwen2", dtype=torch.float32)
+    calibration = tiny.calibration(part="completion")
+    report = prune(source, tmp_path / "out", settings(), calibration)
+    assert {row["tokens"] for row in report.matrices} == {4 * (20 + 9 + 20 + 13 + 1 + 5)}
+    inputs = inputs_of(tmp_path / "out", [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences])
+    counts = torch.cat([torch.as_tensor(sequence.weights) for sequence in calibration.sequences]).bool()
+    row = report.matrices[10]
+    D = load(source)[row["name"]].double() - load(tmp_path / "out")[row["name"]].double()
+    objective = float((inputs[row["name"].removesuffix(".weight")][counts] @ D.T).square().sum())
+    assert row["objective"] == pytest.approx(objective, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sparsity_zero_gives_the_same_files(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    source, out = checkpoint(family), tmp_path / "out"
+    report = prune(source, out, settings(sparsity=0), tiny.calibration())
+    for file in source.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert {row["skipped"] for row in report.matrices} == {"sparsity 0"}
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude"])
+def test_patterns(checkpoint: Make, tmp_path: Path, method: str) -> None:
+    out = tmp_path / "out"
+    report = prune(checkpoint("llama"), out, settings(method=method, pattern="2:4"), tiny.calibration())
+    assert {row["sparsity"] for row in report.matrices} == {0.5}
+    for row in report.matrices:
+        kept = (load(out)[row["name"]] != 0).unflatten(1, (-1, 4)).sum(-1)
+        assert (kept == 2).all()
+        assert (row["objective"] is None) == (method != "sparsegpt")
+    assert verify(out).problems == []
+
+
+def test_magnitude_needs_no_calibration_and_reads_no_tokens(checkpoint: Make, tmp_path: Path) -> None:
+    report = prune(checkpoint("qwen2"), tmp_path / "out", settings(method="magnitude"))
+    assert report.run["calibration"] is None
+    assert "calibrate" not in report.end["phases"]
+    assert {row["tokens"] for row in report.matrices} == {None}
+    with pytest.raises(BadInput, match="calibration is missing"):
+        prune(checkpoint("qwen2"), tmp_path / "out2", settings())
+
+
+def test_activations_in_another_dtype_leave_the_checkpoint_in_its_own(checkpoint: Make, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2", dtype=torch.float32), tmp_path / "out"
+    prune(source, out, settings(dtype="bfloat16", dense=["mlp.up_proj"]), tiny.calibration())
+    before, after = load(source), load(out)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before[name], after[name])
+    corrected = after["model.layers.0.mlp.gate_proj.weight"]
+    assert not torch.equal(corrected, corrected.bfloat16().float())
+
+
+def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = engine.Model.build_layer
+    monkeypatch.setattr(
+        engine.Model, "build_layer", lambda self, layer, *rest: built.append(layer) or build(self, layer, *rest)
+    )
+    prune(checkpoint("qwen2"), tmp_path / "out", settings(dense=[r".*layers\.2\..*", "mlp.*"]), tiny.calibration())
+    assert built == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "1:3", "block_size": 126}, r"layers\.0\.mlp\.down_proj: its 80 columns are no whole groups"),
+        ({"dense": ["self_atn.*"]}, "'self_atn.*' names no matrix"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(
+    checkpoint: Make, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        prune(checkpoint("qwen2"), tmp_path / "out", settings(**changes), tiny.calibration())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_may_name_what_is_dense_anyway(checkpoint: Make, tmp_path: Path) -> None:
+    prune(checkpoint("llama"), tmp_path / "out", settings(method="magnitude", dense=["lm_head", "model.embed_tokens"]))
+
+
+def test_nothing_is_left_behind_by_a_job_that_could_not_start(checkpoint: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(BadInput, match="exists"):
+        prune(checkpoint("qwen2"), out, settings(), tiny.calibration())
+    out.rmdir()
+    with pytest.raises(BadInput, match="no such folder"):
+        prune(checkpoint("qwen2"), tmp_path / "a" / "out", settings(), tiny.calibration())
+    strange = tiny.calibration()
+    strange.sequences[0].token_ids[3] = tiny.VOCABULARY + 5
+    with pytest.raises(BadInput, match="another model"):
+        prune(checkpoint("qwen2"), out, settings(), strange)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_the_source_is_named_and_nothing_is_left(checkpoint: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("qwen2", shard_size="1GB"), tmp_path / "model"))
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(BadInput, match=r"model\.layers\.0\.mlp\.up_proj\.weight' holds NaN"):
+        prune(source, tmp_path / "out", settings(), tiny.calibration())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_recipe_file_and_lazy_names(checkpoint: Make, tmp_path: Path) -> None:
+    recipe = Recipe(model=Path("elsewhere"), prune=settings(method="magnitude", sparsity=0.25))
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    report = rac_engine.prune(checkpoint("qwen2"), tmp_path / "out", tmp_path / "recipe.yaml")
+    assert {round(row["sparsity"], 2) for row in report.matrices} == {0.25}
+    assert load_recipe(tmp_path / "out" / "rac" / "recipe.yaml").model == checkpoint("qwen2")
+
+
+# Interruption
+
+
+class Killed(Exception):
+    """Stands for whatever ends a job in the middle."""
+
+
+def stop_in(layer: int, how: BaseException) -> Callable[[str], None]:
+    def progress(line: str) -> None:
+        if line.startswith(f"layer {layer}/") and "down_proj" in line:
+            raise how
+
+    return progress
+
+
+@pytest.fixture
+def unfinished(checkpoint: Make, tmp_path: Path) -> Path:
+    """OUT of a job that was stopped in its third layer."""
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        prune(checkpoint("qwen2"), out, settings(), tiny.calibration(), progress=stop_in(3, Killed()))
+    return out
+
+
+@pytest.fixture
+def expected(checkpoint: Make, tmp_path: Path) -> dict[str, bytes]:
+    """What the job gives if nothing stops it."""
+    prune(checkpoint("qwen2"), tmp_path / "whole", settings(), tiny.calibration())
+    return contents(tmp_path / "whole")
+
+
+def test_unfinished_job_goes_on_to_the_same_bytes(
+    checkpoint: Make, unfinished: Path, expected: dict[str, bytes]
+) -> None:
+    assert not unfinished.exists()
+    report = prune(checkpoint("qwen2"), unfinished, settings(), tiny.calibration())
+    assert report.resumed == 2
+    assert contents(unfinished) == expected
+    assert len(report.matrices) == 21
+    assert verify(unfinished, checkpoint("qwen2")).problems == []
+
+
+def test_interrupt_is_said_to_be_resumable(checkpoint: Make, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    for layer in (2, 3):
+        with pytest.raises(Interrupted, match=f"{layer - 1} of 3 layers"):
+            prune(
+                checkpoint("qwen2"), out, settings(), tiny.calibration(), progress=stop_in(layer, KeyboardInterrupt())
+            )
+    prune(checkpoint("qwen2"), out, settings(), tiny.calibration())
+    assert contents(out) == expected
+
+
+def damage(file: Path, offset: int) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        byte = opened.read(1)
+        opened.seek(offset)
+        opened.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_damage_to_a_finished_layer_is_found_and_mended(
+    checkpoint: Make, unfinished: Path, expected: dict[str, bytes], layer: int
+) -> None:
+    partial = unfinished.with_name("out.partial")
+    info = Checkpoint.open(checkpoint("qwen2")).tensors[f"model.layers.{layer}.mlp.up_proj.weight"]
+    damage(partial / info.file.name, info.offset + 11)
+    report = prune(checkpoint("qwen2"), unfinished, settings(), tiny.calibration())
+    assert report.resumed == layer
+    assert contents(unfinished) == expected
+
+
+def test_damaged_journal_costs_only_what_it_no_longer_says(
+    checkpoint: Make, unfinished: Path, expected: dict[str, bytes]
+) -> None:
+    journal = unfinished.with_name("out.partial") / JOURNAL
+    damage(journal, journal.stat().st_size - 20)
+    report = prune(checkpoint("qwen2"), unfinished, settings(), tiny.calibration())
+    assert report.resumed == 1
+    assert contents(unfinished) == expected
+
+
+def test_another_job_does_not_go_on_with_it(checkpoint: Make, unfinished: Path, expected: dict[str, bytes]) -> None:
+    source = checkpoint("qwen2")
+    with pytest.raises(BadInput, match=r"another settings\.sparsity: 0\.5, now 0\.6.*--restart"):
+        prune(source, unfinished, settings(sparsity=0.6), tiny.calibration())
+    with pytest.raises(BadInput, match="another calibration"):
+        prune(source, unfinished, settings(), tiny.calibration(seed=1))
+    with pytest.raises(BadInput, match="another model"):
+        prune(checkpoint("qwen2", seed=1), unfinished, settings(), tiny.calibration())
+    assert unfinished.with_name("out.partial").exists()
+    report = prune(source, unfinished, settings(sparsity=0.6), tiny.calibration(), restart=True)
+    assert report.resumed == 0
+    assert contents(unfinished).keys() == expected.keys()
+    assert contents(unfinished) != expected
+
+
+def test_folder_that_is_no_unfinished_job_is_left_alone(checkpoint: Make, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("dear")
+    for restart in (False, True):
+        with pytest.raises(BadInput, match="no unfinished job"):
+            prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration(), restart=restart)
+    assert (partial / "thesis.txt").read_text() == "dear"
+
+
+def test_second_process_on_the_same_output_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    refused = []
+
+    def progress(line: str) -> None:
+        if not refused:
+            with pytest.raises(BadInput, match="another process is working there") as caught:
+                prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration(), restart=True)
+            refused.append(caught)
+
+    prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration(), progress=progress)
+    assert refused
+    assert verify(tmp_path / "out").problems == []
+
+
+JOB = """
+import os, signal, sys, torch
+from pathlib import Path
+from rac_engine.engine import prune
+from rac_engine.recipe import PruneSettings
+from tests import tiny
+
+def progress(line):
+    if line.startswith(f"layer {sys.argv[3]}/") and "up_proj" in line:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+prune(Path(sys.argv[1]), Path(sys.argv[2]), PruneSettings(chunk_tokens=64, block_size=16), tiny.calibration(),
+      progress=progress)
+"""
+
+
+def test_killed_process_goes_on_to_the_same_bytes(checkpoint: Make, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """SIGKILL in layer 2, then in layer 3 of the job that went on, then to the end: as if nothing had happened."""
+    source, out = checkpoint("qwen2"), tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    for layer in (2, 3):
+        command = [sys.executable, "-c", JOB, str(source), str(out), str(layer)]
+        assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+        assert not out.exists()
+    assert prune(source, out, settings(), tiny.calibration()).resumed == 2
+    assert contents(out) == expected
