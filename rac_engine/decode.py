@@ -1,0 +1,343 @@
+"""Sampling from a causal LM, many sequences at once.
+
+Every step is one forward pass over the new tokens of all sequences in flight: a token each, and whole prompts for
+those that join. A sequence that ends leaves at once and the next one in line takes its place, so one long answer does
+not hold up a batch. Nothing is padded. Keys and values lie in place in buffers of this module's own; transformers'
+modules do the rest.
+
+What is sampled is a function of the model, the requests, the seed and the batch size alone: the random number for a
+token depends only on its request and its position, and which sequences share a step follows from the requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.errors import BadInput
+from rac_engine.models import Model, packed_attention
+from rac_engine.sizes import format_count
+
+ATTENTION = "rac_decode"
+PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
+_CANDIDATES = 256  # tokens among which a nucleus is looked for first
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; temperature 0 takes the likeliest."""
+
+    max_new_tokens: int
+    temperature: float = 0.6
+    top_p: float = 0.95
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued; `key` decides the random numbers of its continuation."""
+
+    prompt: Sequence[int]
+    key: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was sampled for a request, the token that stopped it included."""
+
+    token_ids: list[int]
+    finish: FinishReason
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a decoding is: `tokens` were sampled, `rate` a second."""
+
+    finished: int
+    requests: int
+    tokens: int
+    rate: float
+
+    def __str__(self) -> str:
+        done = f"{self.finished} of {self.requests} done"
+        return f"{done} · {format_count(self.tokens)} tokens · {format_count(self.rate)}/s"
+
+
+def request_key(seed: int, name: str, sample: int) -> int:
+    """The key of a request's random numbers, 64 bits of a hash."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{sample}/{name}".encode()).digest()[:8], "little")
+
+
+def uniforms(keys: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """Random numbers [n] fp32 in [0, 1), one for each key and position: the splitmix64 generator, by counter."""
+    with np.errstate(over="ignore"):
+        x = np.asarray(keys, np.uint64) + (np.asarray(positions, np.uint64) + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Sample a token of each row of logits [n, vocabulary], with random numbers draws [n] fp32 in [0, 1).
+
+    The nucleus is the shortest row of tokens, likeliest first, whose probabilities reach `top_p`. Returns [n] int64.
+    """
+    logits = logits.float()
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise ValueError("the model's logits are not finite; its weights, or its dtype on this device, are broken")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    count = min(_CANDIDATES, logits.shape[-1])
+    chosen, held = _choose_among(*logits.topk(count), total, draws, top_p)
+    if count < logits.shape[-1] and not bool(held.all()):
+        wide = (~held).nonzero()[:, 0]
+        ordered = logits[wide].sort(dim=-1, descending=True)
+        chosen[wide] = _choose_among(*ordered, total[wide], draws[wide], top_p)[0]
+    return chosen
+
+
+def _choose_among(values: Tensor, ids: Tensor, total: Tensor, draws: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Choose among the likeliest tokens, and tell whether they hold the whole nucleus."""
+    probabilities = (values - total).exp()
+    reach = probabilities.cumsum(dim=-1)
+    size = (reach - probabilities < top_p).sum(dim=-1, keepdim=True)
+    aim = draws[:, None] * reach.gather(1, size - 1)
+    place = (reach <= aim).sum(dim=-1, keepdim=True).minimum(size - 1)
+    return ids.gather(1, place)[:, 0], reach[:, -1] >= top_p
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request in flight: the first `prompt` of its `tokens` were given, the others sampled."""
+
+    index: int
+    key: int
+    prompt: int
+    tokens: list[int]
+
+
+class _Cache:
+    """Keys and values of the sequences in flight, a row each: [rows, capacity, heads, d] in every layer."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.capacity = rows, 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens."""
+        if length > self.capacity:
+            self.capacity = max(length, self.capacity * 3 // 2)
+            for layer, tensors in self.layers.items():
+                self.layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))
+
+    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put key and value [tokens, heads, d] at their places [tokens] = row * capacity + position."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key), self._empty(value))
+        held = self.layers[layer]
+        for buffer, new in zip(held, (key, value), strict=True):
+            buffer.view(-1, *new.shape[1:]).index_copy_(0, places, new)
+        return held
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let row `target` hold what row `source` holds."""
+        for key, value in self.layers.values():
+            key[target, :length] = key[source, :length]
+            value[target, :length] = value[source, :length]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
+        return like.new_zeros(self.rows, self.capacity, *like.shape[1:])
+
+    def _grown(self, tensor: Tensor) -> Tensor:
+        grown = self._empty(tensor[0])
+        grown[:, : tensor.shape[1]] = tensor
+        return grown
+
+
+class _Step:
+    """One forward pass: rows below `old` get one token each, those behind them a whole prompt of `lengths` tokens."""
+
+    def __init__(self, cache: _Cache, sequences: list[_Sequence], old: int, device: torch.device) -> None:
+        self.cache, self.old, self.device = cache, old, device
+        self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
+        ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
+        self.span = int(ends.max(initial=0))
+        tokens = [sequence.tokens[-1] for sequence in sequences[:old]]
+        positions, rows = [ends - 1], [np.arange(old)]
+        for row, sequence in enumerate(sequences[old:], start=old):
+            tokens += sequence.tokens
+            positions.append(np.arange(len(sequence.tokens)))
+            rows.append(np.full(len(sequence.tokens), row))
+        last = np.cumsum([1] * old + self.lengths) - 1
+        self.tokens, self.positions = self._tensor(tokens), self._tensor(np.concatenate(positions))
+        self.places = self._tensor(np.concatenate(rows)) * cache.capacity + self.positions
+        self.last = self._tensor(last)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Attention of q [1, heads, tokens, d] on k and v [1, key-value heads, tokens, d] and what is in the cache."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        keys, values = self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        parts = []
+        if self.old:
+            heads, old = k.shape[1], slice(0, self.old)
+            # Query heads that share a key are the rows of one small matrix.
+            grouped = q[0, :, old].transpose(0, 1).unflatten(1, (heads, -1))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    grouped,
+                    keys[old, : self.span].transpose(1, 2),
+                    values[old, : self.span].transpose(1, 2),
+                    attn_mask=self._mask(window),
+                    scale=scaling,
+                ).flatten(1, 2)[None]
+            )
+        if self.lengths:
+            new = q[:, :, self.old :], k[:, :, self.old :], v[:, :, self.old :]
+            parts.append(
+                packed_attention(module, *new, None, scaling=scaling, lengths=self.lengths, sliding_window=window)[0]
+            )
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[old, 1, 1, span] bool: which positions of the cache each row sees."""
+        if window not in self._masks:
+            at, end = torch.arange(self.span, device=self.device), self.positions[: self.old, None]
+            seen = at <= end if window is None else (at <= end) & (at > end - window)
+            self._masks[window] = seen[:, None, None]
+        return self._masks[window]
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    step: _Step,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    return step.attend(module, query, key, value, scaling, sliding_window), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class Decoder:
+    """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
+
+    `dtype` defaults to the checkpoint's own. Raises `BadInput` for a checkpoint of no known family.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        source = Model.open(Checkpoint.open(path))
+        self.device = torch.device(device)
+        self.tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype or source.dtype,
+            attn_implementation=ATTENTION,
+        )
+        self.model = model.eval().to(device)
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        self.stops = frozenset([ends] if isinstance(ends, int) else ends or [])
+        # An embedding may be padded beyond the tokenizer's tokens: those rows are never sampled.
+        self.vocabulary = len(self.tokenizer)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        batch_size: int,
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> list[Completion]:
+        """Continue every request until it stops or has `max_new_tokens`, at most `batch_size` at a time.
+
+        Returns a completion a request, in their order.
+        """
+        began, sampled, waiting = time.monotonic(), 0, 0
+        cache = _Cache(min(batch_size, len(requests)))
+        flying: list[_Sequence] = []
+        completions: dict[int, Completion] = {}
+        while len(completions) < len(requests):
+            old, room = len(flying), PROMPT_TOKENS
+            while waiting < len(requests) and len(flying) < cache.rows:
+                request = requests[waiting]
+                if len(request.prompt) > room and len(flying) > old:
+                    break
+                room -= len(request.prompt)
+                flying.append(_Sequence(waiting, request.key, len(request.prompt), list(request.prompt)))
+                waiting += 1
+            self._extend(cache, flying, old, sampling)
+            sampled += len(flying)
+            row = 0
+            while row < len(flying):
+                sequence = flying[row]
+                said = sequence.tokens[sequence.prompt :]
+                stopped = said[-1] in self.stops
+                if not stopped and len(said) < sampling.max_new_tokens:
+                    row += 1
+                    continue
+                completions[sequence.index] = Completion(said, "stop" if stopped else "length")
+                last = flying.pop()
+                if row < len(flying):  # the last row takes the place that is free now
+                    cache.move(len(flying), row, len(last.tokens))
+                    flying[row] = last
+            progress(Progress(len(completions), len(requests), sampled, sampled / (time.monotonic() - began)))
+        return [completions[index] for index in range(len(requests))]
+
+    def _extend(self, cache: _Cache, flying: list[_Sequence], old: int, sampling: Sampling) -> None:
+        """Sample a token for every sequence; those from `old` on have not been in the cache before."""
+        cache.reserve(max(len(sequence.tokens) for sequence in flying))
+        step = _Step(cache, flying, old, self.device)
+        logits = self.model(
+            input_ids=step.tokens[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=step.last,
+            step=step,
+        ).logits[0, :, : self.vocabulary]
+        positions = [len(sequence.tokens) - sequence.prompt for sequence in flying]
+        draws = torch.from_numpy(uniforms([sequence.key for sequence in flying], positions)).to(self.device)
+        chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
+        for sequence, token in zip(flying, chosen, strict=True):
+            sequence.tokens.append(token)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers has no one exception for this
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None

@@ -1,0 +1,279 @@
+"""How good and how long a model's answers are: the same problems and the same random numbers for every model.
+
+An answer is what stands in the last `\\boxed{…}` behind the last `</think>`, or behind `####` or `answer:` where
+there is no box. It is right if it equals the expected one as text, up to space, or as a number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from rac_engine.checkpoint import Checkpoint, disk_errors, write_file
+from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.journal import Journal
+from rac_engine.prompts import Messages, messages_of, read_jsonl, render
+from rac_engine.recipe import EvalSettings
+
+_GROUP = 512  # answers between two entries of the journal, at least
+
+_MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?\s*:)\s*(.+)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem and its right answer. `id` decides the random numbers of the answers to it."""
+
+    id: str
+    messages: Messages
+    answer: str
+    kind: str | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `evaluate` found. `summary` and `rows` are as in the file of results at `path`."""
+
+    path: Path
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]]
+    comparison: dict[str, Any] | None
+
+
+def load_problems(path: Path) -> list[Problem]:
+    """Problems of a JSONL file: `problem` (or `prompt`, `messages`) and `answer`, with `kind` and `id` if they like.
+
+    Raises `BadInput` that names the line for one that is broken or lacks something, and for ids that repeat.
+    """
+    problems, ids = list[Problem](), set[str]()
+    for where, record in read_jsonl(path):
+        answer = record.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise BadInput(f"{where}: needs `answer`, as text or a number")
+        name = str(record.get("id", len(problems)))
+        if name in ids:
+            raise BadInput(f"{where}: id {name!r} is there twice")
+        ids.add(name)
+        kind = record.get("kind")
+        problems.append(
+            Problem(name, messages_of(record, where), str(answer).strip(), None if kind is None else str(kind))
+        )
+    if not problems:
+        raise BadInput(f"{path}: holds no problem")
+    return problems
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer that a completion gives, or None."""
+    said = text.rpartition("</think>")[2]
+    boxed = _last_boxed(said)
+    if boxed is not None:
+        return boxed
+    marked = _MARKED.findall(said)
+    return marked[-1].strip().rstrip(".") if marked else None
+
+
+def same_answer(expected: str, given: str | None) -> bool:
+    """Whether two answers are one: the same text up to space, or the same number."""
+    if given is None:
+        return False
+    if "".join(expected.split()) == "".join(given.split()):
+        return True
+    numbers = _number(expected), _number(given)
+    return numbers[0] is not None and numbers[0] == numbers[1]
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share (at 95% by default): E. B. Wilson, J. Am. Stat. Assoc. 22 (1927)."""
+    if not trials:
+        return 0.0, 1.0
+    share, square = successes / trials, z * z
+    middle = share + square / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    scale = 1 + square / trials
+    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that two models are equally good, from the problems that just one of them solved."""
+    trials = only_first + only_second
+    tail = sum(math.comb(trials, k) for k in range(min(only_first, only_second) + 1))
+    return min(2 * tail / 2**trials, 1.0)
+
+
+def evaluate(
+    model: str | Path,
+    settings: EvalSettings,
+    out: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+    progress: Callable[[Any], None] = lambda _: None,
+) -> EvalResult:
+    """Let the model in the folder `model` answer the problems, and write the results to the JSON file `out`.
+
+    An evaluation found unfinished in OUT.partial goes on, unless `restart`. `baseline` names the results of another
+    model on the same problems, to be compared with problem by problem.
+
+    Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
+    """
+    out = Path(out)
+    if out.exists():
+        raise BadInput(f"{out}: exists; choose another file, or remove it")
+    problems = load_problems(settings.problems)[: settings.limit]
+    earlier = None if baseline is None else _load_results(Path(baseline))
+    decoder = Decoder(model, device)
+    asked = [(problem, sample) for problem in problems for sample in range(settings.samples)]
+    requests = [
+        Request(
+            render(decoder.tokenizer, problem.messages, f"{settings.problems}: problem {problem.id}"),
+            request_key(settings.seed, problem.id, sample),
+        )
+        for problem, sample in asked
+    ]
+    partial = out.with_name(out.name + ".partial")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if restart:
+            partial.unlink(missing_ok=True)
+    journal = Journal(partial)
+    _identify(journal, Checkpoint.open(model).sha256(), problems, settings, device)
+    rows: list[dict[str, Any]] = [row for record in journal.records[1:] for row in record["rows"]]
+    seconds = sum(record["seconds"] for record in journal.records[1:])
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    group = max(_GROUP, 2 * settings.batch_size)
+    try:
+        while len(rows) < len(requests):
+            began, first = time.monotonic(), len(rows)
+            part = requests[first : first + group]
+            done = list(decoder.decode(part, sampling, settings.batch_size, progress))
+            for (problem, _), completion in zip(asked[first : first + group], done, strict=True):
+                text = decoder.tokenizer.decode(completion.token_ids, skip_special_tokens=False)
+                rows.append(_row(problem, text, len(completion.token_ids), completion.finish))
+            spent = time.monotonic() - began
+            seconds += spent
+            journal.append({"rows": rows[first:], "seconds": spent})
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped with {len(rows)} of {len(requests)} answers") from None
+    summary = summarize(rows) | {"seconds": seconds}
+    comparison = None if earlier is None else compare(rows, earlier, str(baseline))
+    result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
+    with disk_errors(out):
+        staged = out.with_name(out.name + ".tmp")
+        write_file(staged, (json.dumps({**result, "model": str(model), "rows": rows}, indent=1) + "\n").encode())
+        staged.replace(out)
+        partial.unlink()
+    return EvalResult(out, summary, rows, comparison)
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy with its 95% interval, decode lengths in tokens, and the share that the length limit cut off."""
+    lengths, correct = sorted(row["tokens"] for row in rows), sum(row["correct"] for row in rows)
+    return {
+        "problems": len(rows),
+        "correct": correct,
+        "accuracy": correct / len(rows),
+        "ci95": list(wilson(correct, len(rows))),
+        "mean_tokens": statistics.fmean(lengths),
+        "median_tokens": statistics.median(lengths),
+        "p95_tokens": lengths[math.ceil(0.95 * len(lengths)) - 1],
+        "cut_off_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "kinds": {
+            kind: {"problems": len(here), "accuracy": sum(row["correct"] for row in here) / len(here)}
+            for kind in sorted({row["kind"] for row in rows if row["kind"] is not None})
+            if (here := [row for row in rows if row["kind"] == kind])
+        },
+    }
+
+
+def compare(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """These answers against `earlier` ones to the same problems: who solved what the other did not, and lengths."""
+    if [(row["id"], row["answer"]) for row in rows] != [(row.get("id"), row.get("answer")) for row in earlier]:
+        raise BadInput(f"{name}: answers other problems than these; evaluate both models on the same file and settings")
+    lost = sum(old["correct"] and not new["correct"] for new, old in zip(rows, earlier, strict=True))
+    gained = sum(new["correct"] and not old["correct"] for new, old in zip(rows, earlier, strict=True))
+    return {
+        "baseline": name,
+        "lost": lost,
+        "gained": gained,
+        "mcnemar_p": mcnemar(lost, gained),
+        "length_ratio": sum(row["tokens"] for row in rows) / max(sum(row["tokens"] for row in earlier), 1),
+    }
+
+
+def _row(problem: Problem, text: str, tokens: int, finish: str | None) -> dict[str, Any]:
+    predicted = extract_answer(text)
+    return {
+        "id": problem.id,
+        "kind": problem.kind,
+        "answer": problem.answer,
+        "predicted": predicted,
+        # An answer that was cut off has not been given, whatever stands in a box on the way.
+        "correct": finish == "stop" and same_answer(problem.answer, predicted),
+        "tokens": tokens,
+        "finish_reason": finish,
+    }
+
+
+def _identify(journal: Journal, model: str, problems: Iterable[Problem], settings: EvalSettings, device: str) -> None:
+    """Enter in the journal what is evaluated, or refuse to go on with something else."""
+    identity = {
+        "model": model,
+        "problems": [[problem.id, problem.messages, problem.answer] for problem in problems],
+        "device": device,
+        **settings.model_dump(mode="json", exclude={"problems"}),
+    }
+    if not journal.records:
+        journal.append(identity)
+        return
+    for key, value in identity.items():
+        if journal.records[0].get(key) != value:
+            raise BadInput(f"{journal.path}: an unfinished evaluation with another {key}; --restart starts afresh")
+
+
+def _load_results(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())["rows"]
+        if all(isinstance(row["tokens"], int) and isinstance(row["correct"], bool) for row in rows):
+            return list(rows)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give the file that `rac eval --out` wrote") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise BadInput(f"{path}: no results of `rac eval`")
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last complete `\\boxed{…}` holds, braces within it balanced."""
+    found, at = None, 0
+    while (at := text.find("\\boxed{", at)) >= 0:
+        at += len("\\boxed{")
+        depth = 1
+        for end in range(at, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                found = text[at:end].strip()
+                break
+    return found
+
+
+def _number(text: str) -> Fraction | None:
+    """An integer, decimal or fraction, thousands set apart by commas or not."""
+    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.strip().strip("$").strip())
+    if not _NUMBER.fullmatch(plain) or len(plain) > 1000:
+        return None
+    try:
+        return Fraction(plain)
+    except ZeroDivisionError:
+        return None

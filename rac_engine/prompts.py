@@ -1,0 +1,75 @@
+"""Prompts and problems from JSONL files, and the one place where a chat template is applied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rac_engine.errors import BadInput
+
+Messages = list[dict[str, str]]
+
+_MAX_LINE = 16 << 20
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE:LINE", object) of every line that is not empty. Raises `BadInput` that names the first broken line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), b""), 1):
+                where = f"{path}:{number}"
+                if len(line) > _MAX_LINE:
+                    raise BadInput(f"{where}: the line is longer than 16 MiB; is this a JSONL file?")
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = " ".join(str(error).split())
+                    raise BadInput(f"{where}: not valid JSON ({reason}); mend or remove the line") from None
+                if not isinstance(value, dict):
+                    raise BadInput(f'{where}: should be a JSON object such as {{"problem": …}}')
+                yield where, value
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; give a JSONL file") from None
+
+
+def messages_of(record: dict[str, Any], where: str) -> Messages:
+    """The conversation that a record asks to continue: its `messages`, else its `problem` or `prompt` as the user's."""
+    messages = record.get("messages")
+    if messages is None:
+        text = record.get("problem", record.get("prompt"))
+        if isinstance(text, list):
+            messages = text
+        elif isinstance(text, str) and text.strip():
+            return [{"role": "user", "content": text}]
+        else:
+            raise BadInput(f"{where}: needs `problem`, `prompt` or `messages`, with text in it")
+    if not isinstance(messages, list) or not messages:
+        raise BadInput(f"{where}: `messages` should be a list of {{role, content}}")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise BadInput(f"{where}: a message should be an object with `role` and `content` as text")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def render(tokenizer: Any, messages: Messages, where: str) -> list[int]:
+    """Token ids of the conversation by the model's chat template, ready for its answer."""
+    if not tokenizer.chat_template:
+        raise BadInput(f"{where}: the model's tokenizer has no chat template, so a prompt cannot be rendered")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except Exception as error:  # a template may refuse a conversation with any exception of its own
+        raise BadInput(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:300]}") from None
+    ids = [int(token) for token in rendered["input_ids"]]
+    if not ids:
+        raise BadInput(f"{where}: renders to no token at all")
+    return ids
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """SHA-256 of the chat template's text."""
+    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()

@@ -1,0 +1,434 @@
+"""Traces: what the model writes on its own prompts, sampled, stored, and read back as calibration tokens.
+
+A trace is a prompt and the completion that the model sampled for it, as token ids: those are the truth. Text is kept
+for people, and is never tokenized again (templates drop earlier reasoning, and text that is tokenized again drifts).
+
+The token budget is met exactly, by this rule: samples are taken prompt by prompt in the file's order, first sample 0
+of every prompt, then sample 1 and so on; prompt and completion tokens count, and the trace that passes the budget is
+cut at its end, which its finish_reason "budget" says. If the prompts run out first there are fewer tokens, and the
+summary says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rac_engine.checkpoint import Checkpoint, disk_errors, write_file
+from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.journal import Journal
+from rac_engine.prompts import Messages, messages_of, read_jsonl, render, template_sha256
+from rac_engine.recipe import TEXT_PREFIX, TraceSettings
+from rac_engine.sizes import format_count
+
+Part = Literal["all", "prompt", "completion"]
+
+SUMMARY = "traces.json"
+_JOURNAL = "unfinished.jsonl"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("completion_token_ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("seed", pa.int64()),
+        ("sampling", pa.string()),
+        ("model", pa.string()),
+        ("model_sha256", pa.string()),
+        ("template_sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a JSONL file. `id` decides the random numbers of its samples."""
+
+    id: str
+    messages: Messages
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """What `generate` made: traces and tokens, of which `prompt_tokens` were given and the others sampled."""
+
+    out: Path
+    traces: int
+    tokens: int
+    prompt_tokens: int
+    finish_reasons: dict[str, int]
+    budget: int
+
+    def describe(self) -> str:
+        ends = ", ".join(f"{count} by {reason}" for reason, count in sorted(self.finish_reasons.items()))
+        short = "" if self.tokens == self.budget else f"; the prompts gave fewer than the {self.budget:,} asked for"
+        return (
+            f"{self.traces:,} traces, {self.tokens:,} tokens ({self.prompt_tokens:,} of prompts), ended {ends}{short}"
+        )
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens that the model sees in one go; `weights` [tokens] fp32 say how much each counts in H (None: 1 each)."""
+
+    token_ids: np.ndarray
+    prompt_length: int
+    weights: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sequences that calibrate a job. `tokens` is how many count, `sha256` that of ids and weights."""
+
+    source: str
+    kind: str
+    part: Part
+    sequences: list[Sequence]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.token_ids) if s.weights is None else int((s.weights > 0).sum()) for s in self.sequences)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(np.asarray([len(sequence.token_ids), sequence.weights is not None], "<i8").tobytes())
+            digest.update(sequence.token_ids.astype("<i8").tobytes())
+            if sequence.weights is not None:
+                digest.update(sequence.weights.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
+        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}"
+
+
+def load_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a JSONL file with `problem`, `prompt` or `messages`, and an `id` if they like.
+
+    Raises `BadInput` that names the first broken line, and for ids that repeat.
+    """
+    prompts, ids = list[Prompt](), set[str]()
+    for where, record in read_jsonl(path):
+        name = str(record.get("id", len(prompts)))
+        if name in ids:
+            raise BadInput(f"{where}: id {name!r} is there twice")
+        ids.add(name)
+        prompts.append(Prompt(name, messages_of(record, where)))
+    if not prompts:
+        raise BadInput(f"{path}: holds no prompt")
+    return prompts
+
+
+def generate(
+    model: str | Path,
+    settings: TraceSettings,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
+    progress: Callable[[Any], None] = lambda _: None,
+) -> TraceReport:
+    """Sample traces of the model in the folder `model` into the folder `out`, as Parquet files and a summary.
+
+    A sampling found unfinished in `out` goes on behind its last whole batch, to the same traces, unless `restart`.
+
+    Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
+    """
+    out = Path(out)
+    if (out / SUMMARY).exists():
+        raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
+    if out.exists() and any(out.iterdir()) and not (out / _JOURNAL).exists():
+        raise BadInput(f"{out}: exists and holds something else; choose another folder")
+    prompts = load_prompts(settings.prompts)
+    decoder = Decoder(model, device)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if restart:
+            (out / _JOURNAL).unlink(missing_ok=True)
+    journal = Journal(out / _JOURNAL)
+    identity = {
+        "model_sha256": Checkpoint.open(model).sha256(),
+        "template_sha256": template_sha256(decoder.tokenizer),
+        "prompts": [[prompt.id, prompt.messages] for prompt in prompts],
+        "device": device,
+        "settings": settings.model_dump(mode="json", exclude={"prompts"}),
+    }
+    if not journal.records:
+        journal.append(identity)
+    for key, value in identity.items():
+        if journal.records[0].get(key) != value:
+            raise BadInput(f"{out}: holds unfinished traces with another {key}; --restart starts afresh")
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    common = {
+        "seed": settings.seed,
+        "sampling": json.dumps(settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})),
+        "model": str(model),
+        "model_sha256": identity["model_sha256"],
+        "template_sha256": identity["template_sha256"],
+    }
+    counts = _Counts(settings.tokens)
+    for record in journal.records[1:]:
+        counts.add(record["counts"])
+    asked = [(prompt, sample) for sample in range(settings.samples) for prompt in prompts]
+    group = 2 * settings.batch_size
+    try:
+        for number, first in enumerate(range(0, len(asked), group)):
+            if number < len(journal.records) - 1:
+                continue
+            if counts.tokens >= settings.tokens:
+                break
+            part = asked[first : first + group]
+            rows = _sample(decoder, part, settings, sampling, counts, progress)
+            file = f"part-{number:05d}.parquet"
+            with disk_errors(out):
+                table = pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA)
+                staged = out / f".{file}.tmp"
+                pq.write_table(table, staged, compression="zstd")
+                write_file(staged, staged.read_bytes())
+                staged.replace(out / file)
+            journal.append({"file": file, "counts": counts.last})
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens"
+        ) from None
+    report = TraceReport(out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget)
+    with disk_errors(out):
+        for stray in out.glob("part-*.parquet"):
+            if stray.name not in {record["file"] for record in journal.records[1:]}:
+                stray.unlink()
+        summary = {
+            "traces": report.traces,
+            "tokens": report.tokens,
+            "prompt_tokens": report.prompt_tokens,
+            "budget": report.budget,
+            "finish_reasons": report.finish_reasons,
+            "prompts_file": str(settings.prompts),
+            **{key: identity[key] for key in ("model_sha256", "template_sha256", "settings")},
+        }
+        write_file(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+        journal.path.unlink()
+    return report
+
+
+class _Counts:
+    """What was sampled so far, towards the budget."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.traces = self.tokens = self.prompt_tokens = 0
+        self.reasons: dict[str, int] = {}
+        self.last: dict[str, Any] = {}
+
+    def add(self, counts: dict[str, Any]) -> None:
+        self.traces += counts["traces"]
+        self.tokens += counts["tokens"]
+        self.prompt_tokens += counts["prompt_tokens"]
+        for reason, count in counts["reasons"].items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + count
+        self.last = counts
+
+
+def _sample(
+    decoder: Decoder,
+    part: list[tuple[Prompt, int]],
+    settings: TraceSettings,
+    sampling: Sampling,
+    counts: _Counts,
+    progress: Callable[[Any], None],
+) -> list[dict[str, Any]]:
+    """Rows of the traces of `part`, as many as the budget takes."""
+    requests = [
+        Request(
+            render(decoder.tokenizer, prompt.messages, f"{settings.prompts}: prompt {prompt.id}"),
+            request_key(settings.seed, prompt.id, sample),
+        )
+        for prompt, sample in part
+    ]
+    before = f"{format_count(counts.tokens)} of {format_count(counts.budget)} tokens kept"
+    completions = decoder.decode(requests, sampling, settings.batch_size, lambda at: progress(f"{before} · {at}"))
+    rows: list[dict[str, Any]] = []
+    left, reasons, given = counts.budget - counts.tokens, dict[str, int](), 0
+    spent = 0
+    for (prompt, sample), request, completion in zip(part, requests, completions, strict=True):
+        if not left:
+            break
+        ids = list(request.prompt)[:left]
+        said = completion.token_ids[: left - len(ids)]
+        whole = len(ids) + len(said) == len(request.prompt) + len(completion.token_ids)
+        reason = completion.finish if whole else "budget"
+        rows.append(
+            {
+                "id": f"{prompt.id}-{sample}",
+                "prompt_token_ids": ids,
+                "completion_token_ids": said,
+                "text": decoder.tokenizer.decode(ids + said, skip_special_tokens=False),
+                "finish_reason": reason,
+            }
+        )
+        reasons[reason] = reasons.get(reason, 0) + 1
+        left -= len(ids) + len(said)
+        spent += len(ids) + len(said)
+        given += len(ids)
+    counts.add({"traces": len(rows), "tokens": spent, "prompt_tokens": given, "reasons": reasons})
+    return rows
+
+
+def load_calibration(
+    source: str,
+    *,
+    part: Part = "all",
+    tokens: int | None = None,
+    tokenizer: Any,
+    sequence_length: int = 2048,
+) -> Calibration:
+    """Calibration sequences from traces, JSONL or text.
+
+    `source` is a folder of `rac trace` or one of its Parquet files, a JSONL file (see `_from_record` for the layouts
+    known; records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut
+    into sequences of `sequence_length`. Of part "prompt" the completion is left away; of "completion" the whole
+    sequence is run, but only the completion's tokens count. Sequences are taken in order until `tokens` count, the last
+    one cut so that just as many do.
+
+    Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
+    """
+    if source.startswith(TEXT_PREFIX):
+        pairs, kind = _from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length), "pieces of text"
+        if part != "all":
+            raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
+        if path.is_dir() or path.suffix == ".parquet":
+            pairs, kind = _from_parquet(path), "traces"
+        else:
+            pairs, kind = _from_jsonl(path, tokenizer), "sequences"
+    size = len(tokenizer)
+    sequences: list[Sequence] = []
+    left, completions = tokens, 0
+    for prompt, completion in pairs:
+        if left == 0:
+            break
+        sequence = _sequence(prompt, completion, part, left)
+        if sequence is None:
+            continue
+        ids = sequence.token_ids
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise BadInput(
+                f"calibration {source}: token ids from {ids.min()} to {ids.max()}, but the model has {size}; "
+                "was it made by another model?"
+            )
+        sequences.append(sequence)
+        completions += len(ids) > sequence.prompt_length
+        if left is not None:
+            left -= len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
+    if not sequences:
+        missing = "completions" if part == "completion" else "tokens"
+        raise BadInput(f"calibration {source}: holds no {missing}")
+    if kind == "sequences" and not completions:
+        kind = "prompts"
+    return Calibration(source, kind, part, sequences)
+
+
+def _sequence(prompt: ListLike[int], completion: ListLike[int], part: Part, left: int | None) -> Sequence | None:
+    """A sequence of which at most `left` tokens count; None if none would."""
+    if part == "completion":
+        said = np.asarray(completion[:left], np.int64)
+        weights = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(said), np.float32)])
+        ids = np.concatenate([np.asarray(prompt, np.int64), said])
+        return Sequence(ids, len(prompt), weights) if len(said) else None
+    ids = np.asarray([*prompt, *(completion if part == "all" else ())][:left], np.int64)
+    return Sequence(ids, min(len(prompt), len(ids))) if len(ids) else None
+
+
+_Pairs = Iterable[tuple[ListLike[int], ListLike[int]]]
+
+
+def _from_text(path: Path, tokenizer: Any, length: int) -> _Pairs:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"calibration {TEXT_PREFIX}{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"calibration {TEXT_PREFIX}{path}: not UTF-8 text (byte {error.start})") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [((), ids[at : at + length]) for at in range(0, len(ids), length)]
+
+
+def _from_parquet(path: Path) -> Iterator[tuple[list[int], list[int]]]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise BadInput(f"calibration {path}: holds no .parquet file; is this a folder of `rac trace`?")
+    if path.is_dir() and (path / _JOURNAL).exists():
+        raise BadInput(f"calibration {path}: `rac trace` has not finished here; run it again to go on")
+    columns = ["prompt_token_ids", "completion_token_ids"]
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as reader:
+                for batch in reader.iter_batches(256, columns=columns):
+                    for prompt, completion in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                        yield _ids(prompt, str(file)), _ids(completion, str(file))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"calibration {file}: not a file of traces ({reason})") from None
+
+
+def _from_jsonl(path: Path, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    for where, record in read_jsonl(path):
+        yield _from_record(record, tokenizer, where)
+
+
+def _from_record(record: dict[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
+    """Prompt and completion token ids of a record in any of the layouts known.
+
+    Token ids are taken as they are: `prompt_token_ids` and `completion_token_ids`, or SGLang's `input_ids` with
+    `num_prompt_tokens`. Text is tokenized as it stands where it was rendered before (DeepSpeed's `prompt` and
+    `completion`, `text`), and by the chat template where it is a conversation (`messages`, `problem`, or `prompt`
+    alone).
+    """
+
+    def encode(text: Any, name: str) -> list[int]:
+        if not isinstance(text, str):
+            raise BadInput(f"{where}: `{name}` should be text")
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    if "prompt_token_ids" in record or "completion_token_ids" in record:
+        return _ids(record.get("prompt_token_ids") or [], where), _ids(record.get("completion_token_ids") or [], where)
+    if "input_ids" in record:
+        ids, count = _ids(record["input_ids"], where), record.get("num_prompt_tokens", 0)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= len(ids):
+            raise BadInput(
+                f"{where}: `num_prompt_tokens` should lie between 0 and the {len(ids)} tokens of `input_ids`"
+            )
+        return ids[:count], ids[count:]
+    if isinstance(record.get("prompt"), str) and "completion" in record:
+        return encode(record["prompt"], "prompt"), encode(record["completion"], "completion")
+    if "text" in record:
+        return [], encode(record["text"], "text")
+    messages = messages_of(record, where)
+    if isinstance(record.get("completion"), list):
+        messages = messages + messages_of({"messages": record["completion"]}, where)
+    if messages[-1]["role"] != "assistant":
+        return render(tokenizer, messages, where), []
+    prompt = render(tokenizer, messages[:-1], where)
+    return prompt, encode(messages[-1]["content"], "content")
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise BadInput(f"{where}: token ids should be a list of integers")
+    return value
