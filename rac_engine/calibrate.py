@@ -18,7 +18,7 @@ from rac_engine.models import Block, Chunk, Model
 from rac_engine.traces import Calibration
 from rac_kernels import column_norm_accumulate_, hessian_accumulate_
 
-_KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
+KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
 
 class Statistic:
@@ -103,7 +103,7 @@ class Stream:
         Returns that input for `advance`, unless it is too large to be kept.
         """
         tokens = len(self.hidden)
-        fits = tokens * block.width * self.hidden.dtype.itemsize <= _KEEP_BYTES
+        fits = tokens * block.width * self.hidden.dtype.itemsize <= KEEP_BYTES
         kept = self.hidden.new_empty(tokens, block.width) if fits or block.plan.attention else None
         for chunk in self.packing.chunks:
             hidden = self._load(chunk)

@@ -82,7 +82,7 @@ def prune(
     if find_method(settings.method).needs == "nothing":
         calibration = None
     else:
-        calibration = calibration or _load_calibration(recipe)
+        calibration = calibration or calibration_of(recipe)
         packing = Packing.of(calibration, settings.chunk_tokens)
     run = _describe(source, settings, calibration, packing, _device(device))
     with claimed(out) as partial:
@@ -421,7 +421,8 @@ def _recipe(model: Path, recipe: Recipe | PruneSettings | str | Path | None) -> 
     return recipe.model_copy(update={"model": model})
 
 
-def _load_calibration(recipe: Recipe) -> Calibration:
+def calibration_of(recipe: Recipe) -> Calibration:
+    """What a recipe's `calibration` section names, with its model's tokenizer; `BadInput` where it names nothing."""
     wanted = recipe.calibration
     if wanted.source is None:
         raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")

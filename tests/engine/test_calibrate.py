@@ -111,7 +111,7 @@ def test_kept_activations_change_no_bit(checkpoint: Make, monkeypatch: pytest.Mo
     model, layers = opened(checkpoint("qwen2"))
     hidden = []
     for keep_bytes, kept_expected in ((1 << 30, True), (0, False)):
-        monkeypatch.setattr(calibrate, "_KEEP_BYTES", keep_bytes)
+        monkeypatch.setattr(calibrate, "KEEP_BYTES", keep_bytes)
         stream = Stream(model, Packing.of(tiny.calibration(), 50), model.dtype, "cpu")
         for block in layers[0]:
             kept = stream.observe_inner(block, Statistic(block.width, full=False, device="cpu"))
