@@ -247,7 +247,18 @@ def _trace(args: argparse.Namespace) -> int:
     from rac_engine.recipe import TraceSettings
 
     settings = _settings(args, TraceSettings)
-    raise NotImplementedError(settings)
+    from rac_engine.traces import generate
+
+    report = generate(
+        args.model,
+        settings,
+        args.out,
+        device=_resolved_device(args.device),
+        restart=args.restart,
+        progress=_console(args).progress,
+    )
+    print(f"{report.out}: {report.describe()}")
+    return 0
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
@@ -353,7 +364,33 @@ def _eval(args: argparse.Namespace) -> int:
     from rac_engine.recipe import EvalSettings
 
     settings = _settings(args, EvalSettings)
-    raise NotImplementedError(settings)
+    from rac_engine.evaluate import evaluate
+    from rac_engine.results import percent
+
+    result = evaluate(
+        args.model,
+        settings,
+        args.out,
+        baseline=args.baseline,
+        device=_resolved_device(args.device),
+        restart=args.restart,
+        progress=_console(args).progress,
+    )
+    figures = result.summary
+    low, high = figures["ci95"]
+    print(
+        f"{args.model}: {percent(figures['accuracy'])} of {figures['problems']} right "
+        f"[{percent(low)}, {percent(high)}], decode length mean {figures['mean_tokens']:.0f}, "
+        f"p95 {figures['p95_tokens']}, {percent(figures['cut_off_share'])} cut off"
+    )
+    if result.comparison:
+        against = result.comparison
+        print(
+            f"against {against['baseline']}: {against['lost']} lost, {against['gained']} gained "
+            f"(McNemar p = {against['mcnemar_p']:.2g}), {against['length_ratio']:.2f} × as long"
+        )
+    print(f"results  {result.path}")
+    return 0
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,8 @@ class Console:
     def step(self, number: int, count: int, name: str) -> None:
         """The heading of a step."""
         self._shown = time.monotonic()
-        self.say(f"[{number}/{count}] {name}  ({format_seconds(time.monotonic() - self.began)} so far)")
+        so_far = f"  ({format_seconds(time.monotonic() - self.began)} so far)" if number > 1 else ""
+        self.say(f"[{number}/{count}] {name}{so_far}")
 
     def _clear(self) -> None:
         if self._width:

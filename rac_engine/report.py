@@ -16,10 +16,9 @@ from typing import Any
 from rac_engine.card import environment
 from rac_engine.errors import BadInput
 from rac_engine.recipe import Recipe, load_recipe
-from rac_engine.results import RAC, Metrics, Row, evaluations, figure, load_metrics, percent, read_json
+from rac_engine.results import RAC, Metrics, Row, evaluations, figure, load_metrics, percent, step_times
 
 REPORT = "report.html"
-STEPS = "steps.json"
 
 _BLUES = ("#eef4fa", "#cfe2f1", "#9cc5e2", "#5fa1cd", "#2d7bb2", "#12578b", "#08365c")
 _AMBERS = ("#fdf5e8", "#fae0b8", "#f4c279", "#e59a3f", "#c66d1c", "#954611", "#5e2708")
@@ -129,7 +128,6 @@ def render(out: Path) -> str:
     results = evaluations(out, [variant.name for variant in recipe.compare] if recipe else [])
     rows = comparison(out, metrics)
     labels = dict(zip(results, rows, strict=True))
-    steps_file = out / RAC / STEPS
     recipe_file = out / RAC / "recipe.yaml"
     return (
         environment(autoescape=True)
@@ -147,7 +145,7 @@ def render(out: Path) -> str:
             kinds=_kinds(results, {name: row.name for name, row in labels.items()}),
             changes=_changes(results),
             traces=_traces(out),
-            times=_times(read_json(steps_file) if steps_file.is_file() else [], metrics),
+            times=_times(step_times(out), metrics),
             notes=_notes(metrics),
             recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
         )
@@ -327,20 +325,13 @@ def _traces(out: Path) -> list[dict[str, str]]:
     ]
 
 
-def _times(steps: list[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:
     """Groups of (name, seconds, share of the longest in its group): the job's steps, the pruning's phases."""
-    phases = [{"name": name, "seconds": seconds} for name, seconds in (metrics.end.get("phases") or {}).items()]
-    groups = [("The whole job", steps), ("Pruning, by phase", phases)]
+    groups = {"The whole job": steps, "Pruning, by phase": metrics.end.get("phases") or {}}
     return [
-        {
-            "title": title,
-            "rows": [
-                (entry["name"], entry["seconds"], entry["seconds"] / max(max(e["seconds"] for e in entries), 1e-9))
-                for entry in entries
-            ],
-        }
-        for title, entries in groups
-        if entries
+        {"title": title, "rows": [(name, s, s / max(*seconds.values(), 1e-9)) for name, s in seconds.items()]}
+        for title, seconds in groups.items()
+        if seconds
     ]
 
 

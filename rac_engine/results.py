@@ -12,6 +12,7 @@ from rac_engine.errors import BadInput
 
 RAC = "rac"
 METRICS = "metrics.jsonl"
+STEPS = "steps.jsonl"
 MANIFEST = "manifest.json"
 
 
@@ -126,6 +127,17 @@ def load_metrics(folder: Path) -> Metrics:
             else:
                 matrices.append(entry)
     return Metrics(run, matrices, end)
+
+
+def step_times(out: Path) -> dict[str, float]:
+    """Seconds of the finished steps of a `rac run`, from its journal; nothing for a folder that `rac prune` made."""
+    path = out / RAC / STEPS
+    lines = path.read_bytes().splitlines()[1:] if path.is_file() else []
+    try:
+        records = [json.loads(line.partition(b" ")[2]) for line in lines]
+        return {str(record["step"]): float(record["seconds"]) for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not the journal of a run ({error!r})") from None
 
 
 def evaluations(out: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from rac_engine.journal import Journal
 from rac_engine.recipe import Recipe, dump
 
 MODULES = {
@@ -132,5 +133,8 @@ def write_run(out: Path, recipe: Recipe, layers: int = 6) -> Path:
         lines = metrics_lines(variant.settings(recipe.prune).sparsity, description=f"as {variant.name}", seed=seed)
         write_lines(rac / "variants" / variant.name / "metrics.jsonl", lines)
     steps = [("traces", 41.0), ("dense answers", 22.0), ("prune", 18.2), ("pruned answers", 23.0), ("variants", 96.0)]
-    (rac / "steps.json").write_text(json.dumps([{"name": name, "seconds": seconds} for name, seconds in steps]))
+    journal = Journal(rac / "steps.jsonl")
+    journal.append({"recipe": dump(recipe)})
+    for name, seconds in steps:
+        journal.append({"step": name, "seconds": seconds})
     return out

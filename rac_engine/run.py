@@ -1,0 +1,245 @@
+"""`rac run`: traces → dense answers → prune → its answers → variants → report, in one folder that appears at the end.
+
+Everything happens in OUT.partial. A journal there says which steps are finished; a job started again skips those, and
+the step at hand goes on where it stopped as far as it can (see traces, engine and evaluate).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rac_engine.card import model_card
+from rac_engine.checkpoint import Checkpoint, disk_errors, publish, write_file, write_manifest
+from rac_engine.console import Console
+from rac_engine.engine import calibration_of, claimed, prune, skipped_matrices
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.evaluate import evaluate, load_problems
+from rac_engine.journal import Journal
+from rac_engine.models import Model
+from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, dump
+from rac_engine.report import REPORT, comparison, write_report
+from rac_engine.results import METRICS, RAC, STEPS, Row, load_metrics, percent, read_json, step_times
+from rac_engine.solve import METHODS
+from rac_engine.traces import SUMMARY, Calibration, generate, load_prompts
+
+_WORK = "work"
+_MAIN = "pruned"
+_TRACES = "traces"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `rac run` made: the folder, its comparison table, and its report."""
+
+    out: Path
+    rows: list[Row]
+    report: Path
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, device: str = "cpu", restart: bool = False, console: Console | None = None
+) -> RunResult:
+    """Do the whole job of `recipe` into the new folder `out`.
+
+    Goes on with a job found unfinished in OUT.partial, unless `restart`. Raises `BadInput` for what cannot work, before
+    anything is sampled where it can be known, and `Interrupted` on SIGINT, after which the same call goes on.
+    """
+    out, console = Path(out), console or Console(-1)
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists; choose another output folder, or remove it")
+    _check(recipe)
+    with claimed(out) as folder:
+        if restart:
+            _empty(folder)
+        fresh = not any(folder.iterdir())
+        if not fresh and not (folder / RAC / STEPS).exists():
+            raise BadInput(f"{folder}: not empty, and no unfinished run; remove it or choose another output folder")
+        try:
+            job = _Job(recipe, folder, device, console)
+            job.do()
+            rows = job.finish()
+            publish(folder, out)
+        except KeyboardInterrupt:
+            raise Interrupted("between two steps") from None
+        except BadInput:
+            if fresh and not _worth_keeping(folder):
+                shutil.rmtree(folder)
+            raise
+    return RunResult(out, rows, out / RAC / REPORT)
+
+
+def _worth_keeping(folder: Path) -> bool:
+    """Whether a run that cannot go on has something that took time: traces, or a finished step."""
+    return any((folder / RAC / _TRACES).glob("*.parquet")) or bool(step_times(folder))
+
+
+def _check(recipe: Recipe) -> None:
+    """What can be known to fail before hours of sampling."""
+    model = Model.open(Checkpoint.open(recipe.model))
+    for name, calibration, settings in _models(recipe):
+        try:
+            skipped_matrices(model, settings)
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from None
+        if METHODS[settings.method].needs == "nothing":
+            continue
+        if calibration.source is None and recipe.trace is None:
+            raise BadInput(f"{name}: give the recipe a `trace` section, or `calibration` a source")
+        if calibration.source is not None:
+            calibration_of(recipe.model_copy(update={"calibration": calibration}))
+    if recipe.trace:
+        load_prompts(recipe.trace.prompts)
+    if recipe.evaluate:
+        load_problems(recipe.evaluate.problems)
+
+
+def _models(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSettings]]:
+    """Name, calibration and settings of the main model and the variants."""
+    variants = [(v.name, v.calibration or recipe.calibration, v.settings(recipe.prune)) for v in recipe.compare]
+    return [(_MAIN, recipe.calibration, recipe.prune), *variants]
+
+
+class _Job:
+    """A run whose folder is claimed. `steps` are (name, what does it), `done` the seconds of the finished ones."""
+
+    def __init__(self, recipe: Recipe, folder: Path, device: str, console: Console) -> None:
+        self.recipe, self.folder, self.device, self.console = recipe, folder, device, console
+        self.rac = folder / RAC
+        self.work = self.rac / _WORK
+        with disk_errors(folder):
+            self.work.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.rac / STEPS)
+        if not self.journal.records:
+            self.journal.append({"recipe": dump(recipe)})
+        _refuse_other_recipe(folder, self.journal.records[0]["recipe"], recipe)
+        self.done: dict[str, float] = {record["step"]: record["seconds"] for record in self.journal.records[1:]}
+        self.steps = self._steps()
+
+    def do(self) -> None:
+        """All steps that are not finished yet."""
+        for number, (name, act) in enumerate(self.steps, 1):
+            self.console.step(number, len(self.steps), name + ("" if name not in self.done else ": was done"))
+            if name in self.done:
+                continue
+            began = time.monotonic()
+            act()
+            self.done[name] = time.monotonic() - began
+            self.journal.append({"step": name, "seconds": self.done[name]})
+
+    def finish(self) -> list[Row]:
+        """Write what says how it went, remove what was only for the work, and return the comparison."""
+        shutil.rmtree(self.work)
+        with disk_errors(self.folder):
+            write_file(self.rac / "recipe.yaml", dump(self.recipe).encode())
+            rows = comparison(self.folder)
+            metrics = load_metrics(self.rac)
+            card = {**metrics.run, "matrices": metrics.matrices, "evaluation": [asdict(row) for row in rows]}
+            write_file(self.folder / "README.md", model_card(card).encode())
+            write_report(self.folder)
+        write_manifest(self.folder)
+        return rows
+
+    def _steps(self) -> list[tuple[str, Callable[[], None]]]:
+        recipe = self.recipe
+        steps: list[tuple[str, Callable[[], None]]] = []
+        models = _models(recipe)
+        if recipe.trace:
+            steps.append(("traces", self._trace))
+        if recipe.evaluate:
+            steps.append(("answers of the dense model", partial(self._evaluate, recipe.model, "dense")))
+        for name, calibration, settings in models:
+            label = recipe.name if name == _MAIN else name
+            steps.append((f"prune {label}", partial(self._prune, name, calibration, settings)))
+            if recipe.evaluate:
+                at = self.folder if name == _MAIN else self.work / name
+                steps.append((f"answers of {label}", partial(self._evaluate, at, name)))
+        return steps
+
+    def _trace(self) -> None:
+        assert self.recipe.trace
+        out = self.rac / _TRACES
+        if not (out / SUMMARY).exists():
+            model, trace = self.recipe.model, self.recipe.trace
+            report = generate(model, trace, out, device=self.device, progress=self.console.progress)
+            self.console.say(f"  {report.describe()}")
+
+    def _evaluate(self, model: Path, name: str) -> None:
+        assert self.recipe.evaluate
+        file = self.rac / "eval" / f"{name}.json"
+        if not file.exists():
+            evaluate(model, self.recipe.evaluate, file, device=self.device, progress=self.console.progress)
+        figures = read_json(file)["summary"]
+        self.console.say(
+            f"  {percent(figures['accuracy'])} of {figures['problems']} right, "
+            f"{figures['mean_tokens']:.0f} tokens each, {percent(figures['cut_off_share'])} cut off"
+        )
+
+    def _prune(self, name: str, calibration: CalibrationSettings, settings: PruneSettings) -> None:
+        made = self.work / name
+        for earlier in self.work.iterdir():
+            if earlier.name not in (name, f"{name}.partial"):
+                shutil.rmtree(earlier)  # a variant's weights, which have answered
+        if not made.exists() and not (self._home(name) / METRICS).exists():
+            recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
+            tokens = None if METHODS[settings.method].needs == "nothing" else self._tokens(recipe)
+            prune(recipe.model, made, recipe, tokens, device=self.device, progress=self.console.progress)
+        if name == _MAIN:
+            _move_up(made, self.folder)
+        else:
+            self._home(name).mkdir(parents=True, exist_ok=True)
+            for file in ("recipe.yaml", METRICS):
+                shutil.copyfile(made / RAC / file, self._home(name) / file)
+
+    def _tokens(self, recipe: Recipe) -> Calibration:
+        """The calibration of a recipe, in which no source means this job's traces."""
+        if recipe.calibration.source is not None:
+            return calibration_of(recipe)
+        here = recipe.calibration.model_copy(update={"source": str(self.rac / _TRACES)})
+        return replace(calibration_of(recipe.model_copy(update={"calibration": here})), source=f"{RAC}/{_TRACES}")
+
+    def _home(self, name: str) -> Path:
+        """Where the metrics of a model are kept."""
+        return self.rac if name == _MAIN else self.rac / "variants" / name
+
+
+def _move_up(made: Path, folder: Path) -> None:
+    """Move a finished checkpoint from a folder within `folder` up into it; can be done again after a crash."""
+    for source in filter(Path.exists, (made / RAC, made)):
+        for entry in source.iterdir():
+            os.replace(entry, folder / entry.relative_to(made))
+        source.rmdir()
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _refuse_other_recipe(folder: Path, known: str, recipe: Recipe) -> None:
+    before, now = _flat(yaml.safe_load(known)), _flat(yaml.safe_load(dump(recipe)))
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise BadInput(
+                f"{folder}: holds an unfinished job with another {name}: {before.get(name)}, now {now.get(name)}; "
+                "go on with the same recipe, or start afresh with --restart"
+            )
+
+
+def _flat(value: Any, at: str = "recipe") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names."""
+    if isinstance(value, dict):
+        children: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        return {at: value}
+    return {name: leaf for key, child in children for name, leaf in _flat(child, f"{at}.{key}").items()}
