@@ -104,6 +104,9 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> T
         return logits.argmax(dim=-1)
     logits = logits / temperature
     total = logits.logsumexp(dim=-1, keepdim=True)
+    if top_p >= 1:  # no need to sort
+        everything = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+        return _choose_among(logits, everything, total, draws, top_p)[0]
     count = min(_CANDIDATES, logits.shape[-1])
     chosen, held = _choose_among(*logits.topk(count), total, draws, top_p)
     if count < logits.shape[-1] and not bool(held.all()):
@@ -337,7 +340,11 @@ class Decoder:
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers has no one exception for this
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None
+    # Where its files are missing, transformers makes up a tokenizer that knows special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise BadInput(f"{path}: no tokenizer; copy the model's tokenizer files into the folder")
+    return tokenizer

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, saved by transformers itself, and calibration sequences for them."""
+"""Tiny random checkpoints of every family, saved by transformers itself, with tokenizer and calibration sequences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.traces import Calibration, Part, Sequence
@@ -59,3 +62,17 @@ def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 
         weights = None if part == "all" else (np.arange(length) >= length // 2).astype(np.float32)
         sequences.append(Sequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
     return Calibration("random", "sequences", part, sequences)
+
+
+def save_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:
+    """Save a tokenizer of `words` words (`<end>`, `<think>`, `</think>`, `w3` …) and a chat template beside a model."""
+    names = ["<end>", "<user>", "<think>", "</think>", *(f"w{number}" for number in range(4, words))]
+    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="w4"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    made.chat_template = (
+        "{% for message in messages %}<user> {{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    made.save_pretrained(folder)
+    return folder
