@@ -1,7 +1,7 @@
 """What every benchmark shares: interleaved timing, the machine's description, a table, a JSON record.
 
-Times of one process on a shared machine drift, so competitors run in turn (A B C, A B C, …) and are compared by the median
-of their per-round ratios. A record names machine, versions, shapes and what was compared; nothing is judged here.
+Times of one process on a shared machine drift, so competitors run in turn (A B C, A B C, …) and are compared by the
+median of their per-round ratios. A record names machine, versions, shapes and what was compared; nothing is judged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((ln.split(":", 1)[1].strip() for ln in info.read_text().splitlines() if ln.startswith("model name")), cpu)
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
     versions = {"python": platform.python_version()}
     for package in ("torch", "triton", "transformers", "llmcompressor", "numpy", "rac-engine"):
         try:
@@ -116,7 +117,8 @@ def table(measurements: list[Measurement]) -> str:
         share = f"{m.share_of_limit:.0%}" if m.share_of_limit is not None else ""
         ratio = f"{m.ratio:.2f}x" if m.ratio is not None else ""
         notes = "  ".join(f"{key} {value}" for key, value in m.extra.items())
-        lines.append(f"{m.op:<10} {m.shape:<26} {m.name:<34} {m.median:>8.3f} s {ratio:>12} {share:>9}  {notes}".rstrip())
+        line = f"{m.op:<10} {m.shape:<26} {m.name:<34} {m.median:>8.3f} s {ratio:>12} {share:>9}  {notes}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 

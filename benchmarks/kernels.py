@@ -20,6 +20,8 @@ from torch import Tensor
 
 from rac_kernels import factor_, hessian_accumulate_, objective, roofline, sweep
 
+Peer = published.LLMCompressor | None
+
 TOKENS = 8192
 TARGETS = (("50%", 0.5, None), ("2:4", 0.5, (2, 4)))
 
@@ -33,7 +35,7 @@ def activations(tokens: int, columns: int, device: str) -> Tensor:
     return (x * torch.rand(columns, generator=generator).add(0.1)).to(device, torch.bfloat16)
 
 
-def hessian(columns: int, args: argparse.Namespace, peer: published.LLMCompressor | None) -> list[Measurement]:
+def hessian(columns: int, args: argparse.Namespace, peer: Peer) -> list[Measurement]:
     X = activations(TOKENS, columns, args.device)
     H = torch.zeros(columns, columns, device=args.device)
     exact = (X.double().T @ X.double()).triu()
@@ -64,8 +66,10 @@ def hessian(columns: int, args: argparse.Namespace, peer: published.LLMCompresso
     )
 
 
-def factor(columns: int, args: argparse.Namespace, peer: published.LLMCompressor | None) -> list[Measurement]:
-    H = hessian_accumulate_(torch.zeros(columns, columns, device=args.device), activations(TOKENS, columns, args.device))
+def factor(columns: int, args: argparse.Namespace, peer: Peer) -> list[Measurement]:
+    H = hessian_accumulate_(
+        torch.zeros(columns, columns, device=args.device), activations(TOKENS, columns, args.device)
+    )
     full = H.triu() + H.triu(1).T
     work = torch.empty_like(H)
     cases: dict[str, common.Case] = {
@@ -86,7 +90,9 @@ def factor(columns: int, args: argparse.Namespace, peer: published.LLMCompressor
     )
 
 
-def sweeps(rows: int, columns: int, args: argparse.Namespace, peer: published.LLMCompressor | None) -> list[Measurement]:
+def sweeps(
+    rows: int, columns: int, args: argparse.Namespace, peer: published.LLMCompressor | None
+) -> list[Measurement]:
     X = activations(max(TOKENS, columns), columns, args.device)
     H = hessian_accumulate_(torch.zeros(columns, columns, device=args.device), X)
     generator = torch.Generator().manual_seed(rows)

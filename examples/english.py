@@ -1,6 +1,6 @@
-"""English for the Abacus model: Python's own documentation topics (``pydoc_data``), in a split that keeps training apart.
+"""English for the Abacus model: Python's own documentation topics (``pydoc_data``), in splits that share none.
 
-    python examples/english.py --split calibration --out english.txt
+python examples/english.py --split calibration --out english.txt
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SPLITS = ("train", "calibration", "evaluation")
 
 
 def english(split: str) -> str:
-    """The topics of one split (80% train, 10% calibration, 10% evaluation by a hash of the topic's name), ASCII only."""
+    """The topics of one split, ASCII only: 80% train, 10% calibration, 10% evaluation by a hash of the topic's name."""
     texts = []
     for name, text in sorted(pydoc_data.topics.topics.items()):
         bucket = hashlib.sha256(name.encode()).digest()[0]

@@ -1,8 +1,8 @@
 """The four kinds of problem that the Abacus model reasons about, and the split that keeps them apart.
 
-Every kind gives a prompt of at most 37 characters, a worked solution that uses only small steps (so that a model of a few million
-parameters can follow it), and an answer that a program can check. A problem belongs to exactly one split, decided
-by a hash of its prompt alone, so problems for training, calibration and evaluation cannot overlap.
+Every kind gives a prompt of at most 37 characters, a worked solution that uses only small steps (so that a model of a
+few million parameters can follow it), and an answer that a program can check. A problem belongs to exactly one split,
+decided by a hash of its prompt alone, so problems for training, calibration and evaluation cannot overlap.
 
     python examples/problems.py --split calibration --count 400 --seed 1 --out prompts.jsonl
 """

@@ -2,7 +2,7 @@
 
     python examples/train.py --out examples/abacus --work build/train
 
-Half an hour or so on two cores with AVX-512-BF16; a run that is stopped goes on from its newest checkpoint in ``--work``.
+About an hour on two cores with AVX-512-BF16; a run that is stopped goes on from its newest checkpoint in ``--work``.
 The model card says with which settings the model that ships was made.
 The tokenizer has one token a character, so that arithmetic is done on digits. A document is one row of the batch, its
 positions start at zero, and only the model's own part of it is a target.
@@ -34,7 +34,6 @@ CHAT_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|><think>{{ '\\n' }}{%- endif -%}"
 )
-WEIGHTS = {"multiply": 7, "iterate": 5, "binary": 4, "sort": 4}
 ENGLISH_SHARE, ENGLISH_TOKENS = 0.15, 255
 
 
@@ -55,6 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
         eos_token="<|end|>",
+        unk_token="<|pad|>",  # or a Qwen2 tokenizer would add one that the embedding has no row for
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
@@ -70,22 +70,23 @@ def render(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> tuple[list[i
     return encode(prompt).ids, encode(completion).ids
 
 
-def documents(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int]]]:
+def documents(tokenizer: PreTrainedTokenizerFast, mix: list[int], seed: int) -> Iterator[tuple[list[int], list[int]]]:
     rng = random.Random(seed)
     streams = {kind: problems("train", seed, (kind,)) for kind in KINDS}
     text = tokenizer.backend_tokenizer.encode(english("train")).ids
-    kinds, weights = tuple(WEIGHTS), tuple(WEIGHTS.values())
     while True:
         if rng.random() < ENGLISH_SHARE:
             start = rng.randrange(len(text) - ENGLISH_TOKENS)
             yield [], text[start : start + ENGLISH_TOKENS]
         else:
-            yield render(tokenizer, next(streams[rng.choices(kinds, weights)[0]]))
+            yield render(tokenizer, next(streams[rng.choices(tuple(KINDS), mix)[0]]))
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, tokens: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(input ids, targets) of about ``tokens`` tokens; documents of like length share a batch, -100 where there is no target."""
-    rng, source = random.Random(seed + 1), documents(tokenizer, seed)
+def batches(
+    tokenizer: PreTrainedTokenizerFast, tokens: int, mix: list[int], seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(input ids, targets) of about ``tokens`` tokens; documents of like length share a batch; no target is -100."""
+    rng, source = random.Random(seed + 1), documents(tokenizer, mix, seed)
     while True:
         pool = sorted(itertools.islice(source, 16 * tokens // 200), key=lambda d: len(d[0]) + len(d[1]))
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
@@ -147,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(saved)
         start, seen = state["step"], state["tokens"]
         print(f"continuing at step {start}", flush=True)
-    stream = itertools.islice(batches(tokenizer, args.batch_tokens, args.seed), start, None)
+    stream = itertools.islice(batches(tokenizer, args.batch_tokens, args.mix, args.seed), start, None)
     clock, losses = time.monotonic(), []
     until = args.until or args.steps
     for step in range(start, until):
@@ -166,7 +167,8 @@ def train(args: argparse.Namespace) -> None:
         if (step + 1) % 50 == 0:
             mean = torch.stack(losses).mean().item()
             elapsed = time.monotonic() - clock
-            print(f"step {step + 1}/{args.steps}  loss {mean:.4f}  {seen / 1e6:.1f}M target tokens  {elapsed:.0f} s", flush=True)
+            reached = f"step {step + 1}/{args.steps}  loss {mean:.4f}  {seen / 1e6:.1f}M target tokens"
+            print(f"{reached}  {elapsed:.0f} s", flush=True)
             losses.clear()
             if not math.isfinite(mean):
                 raise SystemExit("the loss is no longer finite")
@@ -204,8 +206,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints of the training run")
-    parser.add_argument("--steps", type=int, default=1900, help="length of the learning rate's linear decay")
+    parser.add_argument("--steps", type=int, default=2600, help="length of the learning rate's linear decay")
     parser.add_argument("--until", type=int, help="stop after this step, to go on with another decay")
+    parser.add_argument(
+        "--mix", type=int, nargs=len(KINDS), default=[6, 5, 3, 6], help=f"proportion of {', '.join(KINDS)}"
+    )
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--hidden", type=int, default=192)

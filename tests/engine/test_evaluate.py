@@ -1,0 +1,139 @@
+"""Answers found in text, right and wrong ones told apart, intervals, and an evaluation that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.evaluate import evaluate, extract_answer, load_problems, mcnemar, same_answer, summarize, wilson
+from rac_engine.recipe import EvalSettings
+
+ABACUS = Path(__file__).parents[2] / "examples/abacus"
+PROBLEMS = ABACUS.parent / "problems/evaluation.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{7} and \boxed{unfinished", "7"),
+        ("so\n#### 42\n", "42"),
+        ("The answer is: 12.", "12"),
+        ("Answer: x\nanswer: y", "y"),
+        (r"<think>\boxed{1}</think>no idea", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "same"),
+    [
+        ("12", "12", True),
+        ("12", "012", True),
+        ("1200", "1,200", True),
+        ("1200", "1,20,0", False),
+        ("0.5", "1/2", True),
+        ("0.5", ".50", False),
+        ("x + 1", "x+1", True),
+        ("abc", "abd", False),
+        ("3", "1/0", False),
+        ("3", None, False),
+        ("1011", "1011.0", True),
+    ],
+)
+def test_same_answer(expected: str, given: str | None, same: bool) -> None:
+    assert same_answer(expected, given) is same
+
+
+def test_intervals_and_paired_test() -> None:
+    assert wilson(9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert wilson(0, 20)[0] == 0 and wilson(20, 20)[1] == 1 and wilson(0, 0) == (0, 1)
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+
+
+def test_summary_counts_what_was_cut_off() -> None:
+    rows = [{"tokens": n, "correct": n < 19, "finish_reason": "stop" if n < 20 else "length", "kind": None}
+            for n in range(1, 21)]  # fmt: skip
+    found = summarize(rows)
+    assert (found["accuracy"], found["cut_off_share"], found["p95_tokens"]) == (0.9, 0.05, 19)
+    assert found["mean_tokens"] == 10.5 and found["kinds"] == {}
+
+
+def settings(tmp_path: Path, **changes: Any) -> EvalSettings:
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(PROBLEMS.read_text().splitlines(keepends=True)[:8]))
+    return EvalSettings(**{"problems": file, "max_new_tokens": 260, "batch_size": 8, **changes})
+
+
+def test_the_example_model_solves_its_problems(tmp_path: Path) -> None:
+    result = evaluate(ABACUS, settings(tmp_path), tmp_path / "r.json")
+    assert result.summary["correct"] >= 7
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == result.rows
+    again = evaluate(ABACUS, settings(tmp_path), tmp_path / "again.json", baseline=tmp_path / "r.json")
+    assert again.rows == result.rows
+    assert again.comparison is not None and (again.comparison["lost"], again.comparison["length_ratio"]) == (0, 1)
+    short = evaluate(ABACUS, settings(tmp_path, max_new_tokens=20), tmp_path / "short.json")
+    assert short.summary["cut_off_share"] == 1 and short.summary["accuracy"] == 0
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rac_engine.evaluate._GROUP", 2)
+    wanted = settings(tmp_path, max_new_tokens=8, batch_size=1)
+    whole = evaluate(ABACUS, wanted, tmp_path / "whole.json")
+    steps = 0
+
+    def interrupt(_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="4 of 8"):
+        evaluate(ABACUS, wanted, tmp_path / "r.json", progress=interrupt)
+    assert not (tmp_path / "r.json").exists()
+    with pytest.raises(BadInput, match="another seed"):
+        evaluate(ABACUS, settings(tmp_path, max_new_tokens=8, batch_size=1, seed=5), tmp_path / "r.json")
+    counted = 0
+
+    def count(_: Any) -> None:
+        nonlocal counted
+        counted += 1
+
+    assert evaluate(ABACUS, wanted, tmp_path / "r.json", progress=count).rows == whole.rows
+    assert counted == 32  # only the four answers that were missing
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"problem": "a"}', r":1: needs `answer`"),
+        ('{"answer": "a"}', r":1: needs `problem`"),
+        ('{"problem": "a", "answer": true}', r":1: needs `answer`"),
+        ("", "holds no problem"),
+    ],
+)
+def test_broken_problems(line: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(BadInput, match=message):
+        load_problems(tmp_path / "p.jsonl")
+
+
+def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None:
+    other = {"rows": [{"id": "x", "answer": "1", "tokens": 1, "correct": True}]}
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(BadInput, match="other problems"):
+        evaluate(ABACUS, settings(tmp_path, max_new_tokens=2), tmp_path / "r.json", baseline=tmp_path / "b.json")
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(BadInput, match="no results"):
+        evaluate(ABACUS, settings(tmp_path), tmp_path / "r2.json", baseline=tmp_path / "b.json")

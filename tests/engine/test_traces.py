@@ -1,0 +1,181 @@
+"""Traces of the example model: the budget, resuming to the same traces, and every layout that is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rac_engine.decode import load_tokenizer
+from rac_engine.errors import BadInput, Interrupted
+from rac_engine.recipe import TraceSettings
+from rac_engine.traces import SUMMARY, generate, load_calibration, load_prompts
+
+ABACUS = Path(__file__).parents[2] / "examples/abacus"
+PROMPTS = ABACUS.parent / "problems/calibration.jsonl"
+
+
+def settings(prompts: Path, **changes: Any) -> TraceSettings:
+    return TraceSettings(
+        **{"prompts": prompts, "tokens": 600, "samples": 2, "max_new_tokens": 12, "batch_size": 4, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    file.write_text("".join(PROMPTS.read_text().splitlines(keepends=True)[:12]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(ABACUS)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_the_budget_is_met_exactly_and_ids_are_the_models_own(prompts: Path, tmp_path: Path, tokenizer: Any) -> None:
+    report = generate(ABACUS, settings(prompts), tmp_path / "t")
+    found = rows(tmp_path / "t")
+    assert report.tokens == 600 == sum(len(r["prompt_token_ids"]) + len(r["completion_token_ids"]) for r in found)
+    assert [r["finish_reason"] for r in found].count("budget") == 1 and found[-1]["finish_reason"] == "budget"
+    assert json.loads((tmp_path / "t" / SUMMARY).read_text())["tokens"] == 600
+    first = found[0]
+    rendered = tokenizer.apply_chat_template(load_prompts(prompts)[0].messages, add_generation_prompt=True)["input_ids"]
+    assert first["prompt_token_ids"] == rendered
+    assert tokenizer.decode(first["prompt_token_ids"] + first["completion_token_ids"]) == first["text"]
+    assert load_calibration(str(tmp_path / "t"), tokenizer=tokenizer).tokens == 600
+
+
+def test_prompts_that_run_out_are_said(prompts: Path, tmp_path: Path) -> None:
+    report = generate(ABACUS, settings(prompts, tokens=10_000, max_new_tokens=3), tmp_path / "t")
+    assert report.traces == 24 and report.tokens < 10_000
+    assert "fewer than the 10,000" in report.describe()
+
+
+def test_a_seed_gives_the_same_traces_and_an_interruption_changes_nothing(prompts: Path, tmp_path: Path) -> None:
+    generate(ABACUS, settings(prompts), tmp_path / "whole")
+    calls = 0
+
+    def interrupt(_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        generate(ABACUS, settings(prompts), tmp_path / "stopped", progress=interrupt)
+    assert rows(tmp_path / "stopped") and not (tmp_path / "stopped" / SUMMARY).exists()
+    with pytest.raises(BadInput, match="another settings"):
+        generate(ABACUS, settings(prompts, seed=1), tmp_path / "stopped")
+    generate(ABACUS, settings(prompts), tmp_path / "stopped")
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    generate(ABACUS, settings(prompts, seed=1), tmp_path / "other")
+    assert rows(tmp_path / "other") != rows(tmp_path / "whole")
+    with pytest.raises(BadInput, match="finished traces"):
+        generate(ABACUS, settings(prompts), tmp_path / "whole")
+
+
+def test_parts_and_budgets_of_a_calibration(tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "c.jsonl"
+    lines = [{"prompt_token_ids": [2, 9, 3], "completion_token_ids": [4, 10, 11, 1]}] * 3
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def load(**wanted: Any) -> Any:
+        return load_calibration(str(file), tokenizer=tokenizer, **wanted)
+
+    assert load().tokens == 21 and load(tokens=10).tokens == 10
+    assert [list(s.token_ids) for s in load(part="prompt").sequences] == [[2, 9, 3]] * 3
+    completion = load(part="completion", tokens=6)
+    assert completion.tokens == 6
+    assert list(completion.sequences[0].token_ids) == [2, 9, 3, 4, 10, 11, 1]  # run whole, counted in part
+    assert list(completion.sequences[0].weights) == [0, 0, 0, 1, 1, 1, 1]
+    assert list(completion.sequences[1].weights) == [0, 0, 0, 1, 1]
+    assert len({load(part=part).sha256 for part in ("all", "prompt", "completion")}) == 3
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "completion"),
+    [
+        pytest.param({"prompt": "ab", "completion": "c"}, "ab", "c", id="deepspeed"),
+        pytest.param({"input_ids": [2, 8, 9], "num_prompt_tokens": 1}, [2], [8, 9], id="sglang"),
+        pytest.param({"text": "abc"}, "", "abc", id="text"),
+        pytest.param({"problem": "ab"}, "<|user|>ab<|assistant|><think>\n", "", id="problem"),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]},
+            "<|user|>ab<|assistant|><think>\n",
+            "c",
+            id="messages",
+        ),
+        pytest.param(
+            {"prompt": [{"role": "user", "content": "ab"}], "completion": [{"role": "assistant", "content": "c"}]},
+            "<|user|>ab<|assistant|><think>\n",
+            "c",
+            id="trl",
+        ),
+    ],
+)
+def test_layouts(record: dict[str, Any], prompt: Any, completion: Any, tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    (sequence,) = load_calibration(str(file), tokenizer=tokenizer).sequences
+    prompt, completion = (tokenizer(x)["input_ids"] if isinstance(x, str) else x for x in (prompt, completion))
+    assert list(sequence.token_ids) == [*prompt, *completion]
+    assert sequence.prompt_length == len(prompt)
+
+
+def test_text_is_cut_into_sequences(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "t.txt").write_text("abcdefg" * 3)
+    found = load_calibration(f"text:{tmp_path / 't.txt'}", tokenizer=tokenizer, sequence_length=8, tokens=18)
+    assert [len(sequence.token_ids) for sequence in found.sequences] == [8, 8, 2]
+    assert tokenizer.decode(np.concatenate([s.token_ids for s in found.sequences])) == ("abcdefg" * 3)[:18]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"problem": "a"}\n{"problem": \n', r"p\.jsonl:2: not valid JSON"),
+        ('{"problem": "a"}\n[1]\n', r"p\.jsonl:2: should be a JSON object"),
+        ('{"question": "a"}\n', r"p\.jsonl:1: needs `problem`"),
+        ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: a message"),
+        ('{"problem": "a", "id": 1}\n{"problem": "b", "id": 1}\n', r"p\.jsonl:2: id '1' is there twice"),
+        ("\n", "holds no prompt"),
+    ],
+)
+def test_broken_prompts_are_named_by_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(BadInput, match=message):
+        load_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"input_ids": [2, 103]}, "the model has 103"),
+        ({"input_ids": [2, -1]}, "from -1"),
+        ({"input_ids": [2, 3.5]}, "list of integers"),
+        ({"input_ids": [2, 3], "num_prompt_tokens": 3}, "num_prompt_tokens"),
+        ({"text": 5}, "should be text"),
+        ({"text": ""}, "holds no tokens"),
+    ],
+)
+def test_bad_calibration_is_refused(record: dict[str, Any], message: str, tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(BadInput, match=message):
+        load_calibration(str(tmp_path / "c.jsonl"), tokenizer=tokenizer)
+
+
+def test_sources_that_are_no_traces(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
+    for source in (str(tmp_path / "none"), str(tmp_path), f"text:{tmp_path / 'none'}"):
+        with pytest.raises(BadInput):
+            load_calibration(source, tokenizer=tokenizer)
+    with pytest.raises(BadInput, match="no completion"):
+        load_calibration(f"text:{PROMPTS}", tokenizer=tokenizer, part="completion")
