@@ -59,8 +59,8 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
     XᵀX has), or is not positive definite within the limit; ValueError for arguments that cannot be meant. After an
     error H's contents are lost.
     """
-    if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or H.stride(-1) != 1:
-        raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {tuple(H.shape)}")
+    if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
+        raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
     if not 0 <= damping <= max_damping:
         raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
     diagonal, dead, used = _factor_op(H, damping, max_damping, choose(backend, H.device))

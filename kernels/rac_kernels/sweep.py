@@ -60,8 +60,10 @@ def sweep(
     groups = [rows] if row_groups is None else list(row_groups)
     if sum(groups) != rows or any(count < 0 for count in groups):
         raise ValueError(f"row_groups {groups} must be counts that add up to {rows} rows")
-    if U.shape != (n, n) or not W.is_floating_point() or (dead is not None and dead.shape != (n,)):
-        raise ValueError(f"W [rows, n], U [n, n] and dead [n] do not fit: {W.dtype} {tuple(W.shape)}, {tuple(U.shape)}")
+    if not W.is_floating_point() or U.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"W must be floating point and U fp32, not {W.dtype} and {U.dtype}")
+    if U.shape != (n, n) or U.device != W.device or (dead is not None and dead.shape != (n,)):
+        raise ValueError(f"U must be [{n}, {n}] on {W.device} to fit W, dead [{n}], not {list(U.shape)} on {U.device}")
     return _sweep_op(W, U, dead, sparsity, keep, group, block_size, groups, choose(backend, W.device))
 
 

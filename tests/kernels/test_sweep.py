@@ -189,13 +189,15 @@ def test_weights_that_are_not_finite_are_refused(backend, bad, at):
         ({"block_size": 0}, "block_size"),
         ({"row_groups": [3, 4]}, "add up to 8"),
         ({"row_groups": [9, -1]}, "add up to 8"),
-        ({"dead": torch.zeros(9, dtype=torch.bool)}, "do not fit"),
+        ({"dead": torch.zeros(9, dtype=torch.bool)}, "must be"),
+        ({"U": torch.eye(15)}, "must be"),
+        ({"U": torch.eye(16).bfloat16()}, "must be"),
         ({"backend": "fortran"}, "fortran"),
     ],
 )
 def test_arguments_that_cannot_be_meant(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sweep(weights(8, 16), torch.eye(16), **arguments)
+        sweep(weights(8, 16), **{"U": torch.eye(16), **arguments})
 
 
 @settings(max_examples=50, deadline=None)
