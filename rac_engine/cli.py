@@ -77,6 +77,9 @@ def _dispatch(words: Sequence[str]) -> int:
         args = _parser(words).parse_args(words)
     except SystemExit as done:  # --help and --version have said it all
         return int(done.code or 0)
+    if args.verbosity <= 0:  # transformers' own bars and advice would stand between our lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with _terminable():
         return _COMMANDS[args.command].run(args)
 

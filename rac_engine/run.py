@@ -86,14 +86,15 @@ def _check(recipe: Recipe) -> None:
     """What can be known to fail before hours of sampling."""
     model = Model.open(Checkpoint.open(recipe.model))
     for name, calibration, settings in _models(recipe):
+        label = recipe.name if name == _MAIN else name
         try:
             skipped_matrices(model, settings)
         except BadInput as error:
-            raise BadInput(f"{name}: {error}") from None
+            raise BadInput(f"{label}: {error}") from None
         if METHODS[settings.method].needs == "nothing":
             continue
         if calibration.source is None and recipe.trace is None:
-            raise BadInput(f"{name}: give the recipe a `trace` section, or `calibration` a source")
+            raise BadInput(f"{label}: give the recipe a `trace` section, or `calibration` a source")
         if calibration.source is not None:
             calibration_of(recipe.model_copy(update={"calibration": calibration}))
     if recipe.trace:
