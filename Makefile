@@ -6,11 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: help demo test lint clean
+PEERS := .venv-peers
+# On a machine with a GPU: the Python that has its PyTorch and Triton.
+GPU_PYTHON ?= python3
+
+.PHONY: help demo test lint bench gpu clean
 help:
 	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
 	@echo "make test    lint, types and the test suite"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
+	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
 	@echo "make clean   remove .venv and everything built"
 
 $(VENV)/.torch:
@@ -42,6 +48,22 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest -q
 
+# llm-compressor pins other versions of what the engine uses: it gets a folder of its own.
+$(PEERS)/.ready: $(VENV)/.runtime
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	@touch $@
+
+bench: $(PEERS)/.ready
+	PYTHONPATH=kernels $(PEERS)/bin/python benchmarks/kernels.py --out benchmarks/results/kernels-cpu.json
+
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
+	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu
+	$(GPU_PYTHON) benchmarks/kernels.py --device cuda --columns 3584 8192 18944 --shapes 3584x18944 18944x3584 \
+		--out benchmarks/results/kernels-gpu.json
+
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info
+	rm -rf $(VENV) $(PEERS) build demo-out *.egg-info
 	find kernels rac_engine -name '_native*.so' -delete
