@@ -166,7 +166,8 @@ def _fields(parser: argparse.ArgumentParser, title: str, model: type[BaseModel],
         if field.is_required():
             options["required"] = True
         elif field.default not in (None, []):
-            shown += f" (default: {field.default})"
+            default = f"{field.default:,}" if isinstance(field.default, int) else field.default
+            shown += f" (default: {default})"
         group.add_argument(_flag(name), dest=name, help=shown.replace("%", "%%"), **options)
 
 

@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 import rac_engine
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.card import model_card
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, disk_errors, publish, write_file, write_manifest
+from rac_engine.decode import load_tokenizer
 from rac_engine.doctor import cpu_name, versions
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal
@@ -426,12 +426,11 @@ def calibration_of(recipe: Recipe) -> Calibration:
     wanted = recipe.calibration
     if wanted.source is None:
         raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model, trust_remote_code=False)
     return load_calibration(
         wanted.source,
         part=wanted.part,
         tokens=wanted.tokens,
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(recipe.model),
         sequence_length=wanted.sequence_length,
     )
 

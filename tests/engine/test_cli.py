@@ -26,6 +26,7 @@ from rac_engine.cli import main
 from rac_engine.console import Console
 from rac_engine.errors import Interrupted
 
+ABACUS = Path(__file__).parents[2] / "examples" / "abacus"
 COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor")
 
 
@@ -69,10 +70,11 @@ def text(tmp_path) -> str:
 
 def test_help_is_instant_and_imports_nothing_heavy():
     program = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys, time\n"
+        "began = time.process_time()\n"
         "from rac_engine.cli import main\n"
         "main(['--help'])\n"
-        "took = time.perf_counter() - began\n"
+        "took = time.process_time() - began\n"
         "heavy = {'torch', 'transformers', 'pydantic', 'yaml', 'numpy'} & set(sys.modules)\n"
         "print(took, heavy, file=sys.stderr); sys.exit(bool(heavy) or took > 0.3)"
     )
@@ -157,6 +159,58 @@ def test_a_model_that_cannot_be_pruned_is_one_line(rac, tmp_path, checkpoint, te
     before = sorted(tmp_path.rglob("*"))
     assert_one_line(rac(*words), said)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", ABACUS, "out", "--calibration", "p.jsonl"],
+        ["prune", ABACUS, "out", "--calibration", "p.jsonl", "--dry-run"],
+        ["trace", ABACUS, "--out", "out", "--prompts", "p.jsonl"],
+        ["eval", ABACUS, "--out", "out", "--problems", "p.jsonl"],
+    ],
+    ids=lambda words: f"{words[0]}{' --dry-run' if '--dry-run' in words else ''}",
+)
+@pytest.mark.parametrize("line", ['{"problem": ', "[1]", "{}", '{"problem": 3, "answer": "2"}'])
+def test_a_broken_line_is_named_by_its_number(rac, tmp_path, words, line):
+    (tmp_path / "p.jsonl").write_text(f'{{"problem": "1+1", "answer": "2"}}\n\n{line}\n')
+    assert_one_line(rac(*words), "p.jsonl:3: ")
+    assert list(tmp_path.iterdir()) == [tmp_path / "p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("none", "none: not found"),
+        ("text:none", "text:"),
+        ("empty.jsonl", "holds no tokens"),
+        (".", "no .parquet file"),
+    ],
+)
+def test_a_calibration_that_is_missing_or_empty_is_named(rac, tmp_path, source, said):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert_one_line(rac("prune", ABACUS, "out", "--calibration", source), said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "empty.jsonl"]
+
+
+def test_a_model_without_a_tokenizer_is_one_line(rac, tmp_path, checkpoint, text):
+    assert_one_line(rac("prune", checkpoint(), "out", "--calibration", text), "tokenizer")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_traces_and_answers_from_the_command_line(rac, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "Add 2 and 2.", "answer": "4"}\n' * 2)
+    outcome = rac("trace", ABACUS, "--prompts", "p.jsonl", "--tokens", "60", "--max-new-tokens", "8", "--out", "traces")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("traces: 3 traces, 60 tokens (")
+    asked = ["eval", ABACUS, "--problems", "p.jsonl", "--max-new-tokens", "6"]
+    assert rac(*asked, "--out", "a.json").code == 0
+    outcome = rac(*asked, "--out", "b.json", "--baseline", "a.json", "--temperature", "0")
+    assert outcome.code == 0, outcome.err
+    first, against, results = outcome.out.splitlines()
+    assert "0% of 2 right [0%, 65.8%]" in first and "100% cut off" in first
+    assert against.startswith("against a.json: 0 lost, 0 gained (McNemar p = 1), 1.00 × as long")
+    assert results == "results  b.json" and (tmp_path / "b.json").is_file()
 
 
 def test_an_output_that_exists_is_not_touched(rac, tmp_path, checkpoint):
@@ -247,7 +301,7 @@ def test_a_stopped_job_exits_75_with_the_command_that_goes_on(rac, checkpoint, m
 
 
 def test_sigterm_stops_a_job_cleanly_and_the_same_command_ends_it(rac, tmp_path, checkpoint):
-    model = checkpoint(num_hidden_layers=60)
+    model = checkpoint(num_hidden_layers=24)
     journal = tmp_path / "out.partial" / "rac" / "journal.jsonl"
 
     def stop_after_two_layers() -> None:
