@@ -5,8 +5,9 @@ those that join. A sequence that ends leaves at once and the next one in line ta
 not hold up a batch. Nothing is padded. Keys and values lie in place in buffers of this module's own; transformers'
 modules do the rest.
 
-What is sampled is a function of the model, the requests, the seed and the batch size alone: the random number for a
-token depends only on its request and its position, and which sequences share a step follows from the requests.
+On one machine, with one number of threads, what is sampled is a function of the model, the requests, the seed and the
+batch size alone: the random number for a token depends only on its request and its position, and which sequences share
+a step follows from the requests.
 """
 
 from __future__ import annotations
@@ -306,11 +307,11 @@ class Decoder:
             row = 0
             while row < len(flying):
                 sequence = flying[row]
-                said = sequence.tokens[sequence.prompt :]
-                stopped = said[-1] in self.stops
-                if not stopped and len(said) < sampling.max_new_tokens:
+                stopped = sequence.tokens[-1] in self.stops
+                if not stopped and len(sequence.tokens) < sequence.prompt + sampling.max_new_tokens:
                     row += 1
                     continue
+                said = sequence.tokens[sequence.prompt :]
                 completions[sequence.index] = Completion(said, "stop" if stopped else "length")
                 last = flying.pop()
                 if row < len(flying):  # the last row takes the place that is free now
