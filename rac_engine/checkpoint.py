@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import stat
@@ -177,12 +178,12 @@ class CheckpointWriter:
     def copy(self, name: str) -> str:
         """Put the source's bytes of a tensor in their place and return their SHA-256."""
         there, place = self.source.tensors[name], self._places[name]
-        digest = hashlib.sha256()
-        with disk_errors(place.file), _opened(there.file) as source, _opened(place.file, os.O_WRONLY) as target:
-            for at in range(0, there.nbytes, _PIECE):
-                piece = _read_at(source, there.file, there.offset + at, min(_PIECE, there.nbytes - at))
-                _write_at(target, piece, place.offset + at)
+        digest, at = hashlib.sha256(), place.offset
+        with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as target:
+            for piece in _pieces(there.file, there.offset, there.nbytes):
+                _write_at(target, piece, at)
                 digest.update(piece)
+                at += len(piece)
         self._done(place)
         return digest.hexdigest()
 
@@ -266,11 +267,14 @@ def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.
     first, shape = 0, info.shape
     if rows is not None:
         first, shape = rows[0], (rows[1] - rows[0], *info.shape[1:])
-    tensor = torch.empty(shape, dtype=info.dtype)
+    nbytes = math.prod(shape) * info.dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=info.dtype)
+    memory = _pages(nbytes)
     offset = info.offset + first * math.prod(shape[1:]) * info.dtype.itemsize
     with _opened(info.file) as fd:
-        _read_into(fd, info.file, offset, _bytes_of(tensor))
-    return tensor
+        _read_into(fd, info.file, offset, memoryview(memory))
+    return torch.frombuffer(memory, dtype=info.dtype).view(shape)
 
 
 def other_files(folder: Path) -> list[str]:
@@ -473,6 +477,21 @@ def _read_at(fd: int, file: Path, offset: int, count: int) -> bytearray:
     return data
 
 
+def _pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
+    """Runs of a file's bytes, one after the other in the same memory."""
+    memory = memoryview(_pages(min(_PIECE, count) or 1))
+    with _opened(file) as fd:
+        for at in range(0, count, _PIECE):
+            piece = memory[: min(_PIECE, count - at)]
+            _read_into(fd, file, offset + at, piece)
+            yield piece
+
+
+def _pages(count: int) -> mmap.mmap:
+    """Memory outside of the heap: it goes back to the system when it is let go, in whatever thread that is."""
+    return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
@@ -481,7 +500,6 @@ def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 
 def _sha256_range(file: Path, offset: int, count: int) -> str:
     digest = hashlib.sha256()
-    with _opened(file) as fd:
-        for at in range(0, count, _PIECE):
-            digest.update(_read_at(fd, file, offset + at, min(_PIECE, count - at)))
+    for piece in _pieces(file, offset, count):
+        digest.update(piece)
     return digest.hexdigest()

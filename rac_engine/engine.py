@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def prune(
         calibration = calibration or calibration_of(recipe)
         packing = Packing.of(calibration, settings.chunk_tokens)
     run = _describe(source, settings, calibration, packing, _device(device))
+    peak_memory(reset=True)
     with claimed(out) as partial:
         journal = _open_journal(partial, _identity(run), restart)
         try:
@@ -129,6 +130,20 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
     if unused:
         raise BadInput(f"dense: {min(unused)!r} names no matrix of this model; `rac plan` lists their names")
     return skipped
+
+
+def calibration_of(recipe: Recipe) -> Calibration:
+    """What a recipe's `calibration` section names, with its model's tokenizer; `BadInput` where it names nothing."""
+    wanted = recipe.calibration
+    if wanted.source is None:
+        raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
+    return load_calibration(
+        wanted.source,
+        part=wanted.part,
+        tokens=wanted.tokens,
+        tokenizer=load_tokenizer(recipe.model),
+        sequence_length=wanted.sequence_length,
+    )
 
 
 @contextmanager
@@ -404,8 +419,11 @@ class _Layer:
         self.rows.append(row if result.skipped is None else {**row, "skipped": result.skipped})
 
 
-def peak_memory() -> int:
-    """Bytes of memory that this process had resident at most."""
+def peak_memory(reset: bool = False) -> int:
+    """Bytes of memory that this process had resident at most, since the last `reset` if there was one."""
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
@@ -419,20 +437,6 @@ def _recipe(model: Path, recipe: Recipe | PruneSettings | str | Path | None) -> 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     return recipe.model_copy(update={"model": model})
-
-
-def calibration_of(recipe: Recipe) -> Calibration:
-    """What a recipe's `calibration` section names, with its model's tokenizer; `BadInput` where it names nothing."""
-    wanted = recipe.calibration
-    if wanted.source is None:
-        raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
-    return load_calibration(
-        wanted.source,
-        part=wanted.part,
-        tokens=wanted.tokens,
-        tokenizer=load_tokenizer(recipe.model),
-        sequence_length=wanted.sequence_length,
-    )
 
 
 def _device(name: str) -> str:
