@@ -24,7 +24,7 @@ class Console:
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.began = time.monotonic()
-        self._shown = 0.0
+        self._shown = self.began
         self._width = 0
 
     def say(self, text: str) -> None:

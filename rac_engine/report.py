@@ -194,7 +194,7 @@ def _grid(
         return Cell(show(value), f"{place}: {title.lower()} {value:.6g}", *_colour(scale, value / top if top else 0))
 
     rows = [(layer, [cell(layer, module) for module in modules]) for layer in layers]
-    return Heatmap(title, caption, [_short(module) for module in modules], rows, scale, show(0), show(top))
+    return Heatmap(title, caption, [_short(module) for module in modules], rows, scale, "0", show(top))
 
 
 def _sparsity_map(metrics: Metrics) -> Heatmap:

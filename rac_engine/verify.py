@@ -19,6 +19,7 @@ from rac_engine.results import MANIFEST, RAC, Metrics, load_metrics, percent, re
 # What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
 _PIECE_BYTES = 64 << 20
+_SHOWN_PROBLEMS = 12
 
 
 @dataclass
@@ -51,10 +52,12 @@ class Verification:
         ]
         if self.untouched is not None:
             lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
-        verdict = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}" if self.problems else "whole"
-        return "\n".join(
-            [f"{self.out}: {verdict}", *(f"  {line}" for line in lines), *(f"  ✗ {p}" for p in self.problems)]
-        )
+        count = len(self.problems)
+        verdict = f"{count} problem{'s' * (count > 1)}" if count else "whole"
+        lines += [f"✗ {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if count > _SHOWN_PROBLEMS:
+            lines.append(f"✗ and {count - _SHOWN_PROBLEMS} more; --json has them all")
+        return "\n  ".join([f"{self.out}: {verdict}", *lines])
 
 
 def verify(
