@@ -93,7 +93,7 @@ def _stopped(words: Sequence[str], error: BaseException) -> int:
     if next((word for word in words if word in _COMMANDS), None) not in _RESUMABLE:
         return _fail(1, "stopped")
     command = getattr(error, "command", None) or shlex.join(["rac", *(word for word in words if word != "--restart")])
-    return _fail(75, f"stopped{f': {error}' if str(error) else ''}; this goes on where it was: {command}")
+    return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")
 
 
 def _failed(error: Exception, verbose: bool) -> int:

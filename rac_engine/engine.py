@@ -96,7 +96,7 @@ def prune(
             publish(partial, out)
         except KeyboardInterrupt:
             done = len(journal.records) - 1
-            raise Interrupted(f"stopped with {done} of {source.layers} layers done; the same command goes on") from None
+            raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
         finally:
             if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
                 shutil.rmtree(partial)

@@ -69,7 +69,7 @@ def run(
             rows = job.finish()
             publish(folder, out)
         except KeyboardInterrupt:
-            raise Interrupted("between two steps") from None
+            raise Interrupted("stopped between two steps") from None
         except BadInput:
             if fresh and not _worth_keeping(folder):
                 shutil.rmtree(folder)
