@@ -1,6 +1,6 @@
-// The native operations. No include guard on purpose: common.h and bindings.cpp include this inside the namespace of each
-// instruction set, so that every one of them has the same entry points. Row-major; strides in elements; 64-bit everywhere.
-// What returns bool is false when there is no memory for its scratch.
+// The native operations. No include guard on purpose: common.h and bindings.cpp include this inside the namespace of
+// each instruction set, so that every one of them has the same entry points. Row-major; strides in elements; 64-bit
+// everywhere. What returns bool is false when there is no memory for its scratch.
 
 // H[i, j] += sum over t of w[t] X[t, i] X[t, j] for i <= j; w is null or at least 0; tokens of weight 0 are not read.
 Status hessian(float* H, int64_t h_stride, const void* X, DType dtype, int64_t tokens, int64_t n, int64_t row_stride,
@@ -13,9 +13,9 @@ void column_norm(float* s, const void* X, DType dtype, int64_t tokens, int64_t n
 // *result = the k-th smallest of scores[0] .. scores[count - 1], 1 <= k <= count; NaN counts as largest.
 bool kth_smallest(const float* scores, int64_t count, int64_t k, float* result, int threads);
 
-// Q [rows, n] (row stride n) = W pruned and corrected under U, of which the upper triangle is read. `dead` [n] is null or
-// marks columns that become zero. group = 0: of each block and each row group floor(sparsity * weights) go; else `keep` of
-// each `group` columns stay, n and block_size being multiples of it. row_groups add up to the rows.
+// Q [rows, n] (row stride n) = W pruned and corrected under U, of which the upper triangle is read. `dead` [n] is
+// null or marks columns that become zero. group = 0: of each block and each row group floor(sparsity * weights) go;
+// else `keep` of each `group` columns stay, n and block_size being multiples of it. row_groups add up to the rows.
 Status sweep(float* Q, const void* W, DType dtype, int64_t n, int64_t w_stride, const float* U, int64_t u_stride,
              const uint8_t* dead, double sparsity, int64_t keep, int64_t group, int64_t block_size,
              const int64_t* row_groups, int64_t row_group_count, int threads);

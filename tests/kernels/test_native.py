@@ -106,7 +106,13 @@ def test_instruction_sets_share_no_code() -> None:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What setup.py needs, elsewhere."""
-    for file in ("setup.py", "pyproject.toml", "rac_engine/__init__.py", "kernels/rac_kernels/__init__.py"):
+    for file in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "rac_engine/__init__.py",
+        "kernels/rac_kernels/__init__.py",
+    ):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, tmp_path / file)
     return tmp_path
