@@ -440,11 +440,12 @@ def _recipe(model: Path, recipe: Recipe | PruneSettings | str | Path | None) -> 
 
 
 def _device(name: str) -> str:
-    """The device's name as it is reported, for one that is there."""
-    device = torch.device(name)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return name
+    """What is reported for a device; `BadInput` if it is not there."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r}: {str(error).splitlines()[0]}; `rac doctor` shows what there is") from None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else name
 
 
 def _describe(

@@ -121,7 +121,7 @@ class Block:
         }
         """The block's matrices by their names within the layer."""
         self._output = self._module.get_submodule(plan.output)
-        self.width: int = self._output.weight.shape[1]
+        self.width = self._output.get_parameter("weight").shape[1]
         """Columns of the block's last matrix."""
         # The module's own forward then ends with what goes into its last matrix.
         setattr(self._module, plan.output, nn.Identity())

@@ -14,7 +14,7 @@ from rac_engine import calibrate
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.models import Block, Model
-from rac_engine.traces import Calibration
+from rac_engine.traces import Calibration, Part
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -90,7 +90,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.mark.parametrize("part", ["all", "completion"])
 @pytest.mark.parametrize("way", ["staged", "layer"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_hessians_are_those_of_transformers(checkpoint: Make, family: str, way: str, part: str) -> None:
+def test_hessians_are_those_of_transformers(checkpoint: Make, family: str, way: str, part: Part) -> None:
     folder, calibration = checkpoint(family, dtype=torch.float32), tiny.calibration(part=part)
     expected = hooked_hessians(folder, calibration, layer=1)
     assert_same(packed_hessians(folder, calibration, 1, 64, way), expected)

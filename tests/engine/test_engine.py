@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rac_engine
-from rac_engine import engine
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Interrupted
+from rac_engine.models import Block, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
 from rac_engine.verify import verify
 from tests import tiny
@@ -65,7 +66,7 @@ def test_prunes_half_of_every_matrix_and_nothing_else(
             assert not tensor.signbit()[zero].any()
         else:
             assert torch.equal(tensor, before[name])
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
     assert not out.with_name("out.partial").exists()
     assert verify(out, source).problems == []
@@ -214,11 +215,14 @@ def test_activations_in_another_dtype_leave_the_checkpoint_in_its_own(checkpoint
 def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = []
-    build = engine.Model.build_layer
-    monkeypatch.setattr(
-        engine.Model, "build_layer", lambda self, layer, *rest: built.append(layer) or build(self, layer, *rest)
-    )
+    built: list[int] = []
+    build = Model.build_layer
+
+    def noted(self: Model, layer: int, *rest: Any) -> list[Block]:
+        built.append(layer)
+        return build(self, layer, *rest)
+
+    monkeypatch.setattr(Model, "build_layer", noted)
     prune(checkpoint("qwen2"), tmp_path / "out", settings(dense=[r".*layers\.2\..*", "mlp.*"]), tiny.calibration())
     assert built == [0, 1]
 
@@ -255,6 +259,24 @@ def test_nothing_is_left_behind_by_a_job_that_could_not_start(checkpoint: Make, 
     with pytest.raises(BadInput, match="another model"):
         prune(checkpoint("qwen2"), out, settings(), strange)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_leaves_nothing(checkpoint: Make, tmp_path: Path) -> None:
+    """No file may grow beyond 10 kB, which fails as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(BadInput, match="free some space"):
+            prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_that_is_not_there(checkpoint: Make, tmp_path: Path) -> None:
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(BadInput, match=f"device '{name}'"):
+            prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration(), device=name)
 
 
 def test_nan_in_the_source_is_named_and_nothing_is_left(checkpoint: Make, tmp_path: Path) -> None:
@@ -384,7 +406,7 @@ def test_folder_that_is_no_unfinished_job_is_left_alone(checkpoint: Make, tmp_pa
 
 
 def test_second_process_on_the_same_output_is_refused(checkpoint: Make, tmp_path: Path) -> None:
-    refused = []
+    refused: list[object] = []
 
     def progress(line: str) -> None:
         if not refused:
