@@ -3,10 +3,9 @@
 A trace is a prompt and the completion that the model sampled for it, as token ids: those are the truth. Text is kept
 for people, and is never tokenized again (templates drop earlier reasoning, and text that is tokenized again drifts).
 
-The token budget is met exactly, by this rule: samples are taken prompt by prompt in the file's order, first sample 0
-of every prompt, then sample 1 and so on; prompt and completion tokens count, and the trace that passes the budget is
-cut at its end, which its finish_reason "budget" says. If the prompts run out first there are fewer tokens, and the
-summary says so.
+The token budget is met exactly, by this rule: traces are taken in the order of the file, all samples of a prompt
+before the next prompt; prompt and completion tokens count, and the trace that passes the budget is cut at its end,
+which its finish_reason "budget" says. If the prompts run out first there are fewer tokens, and the summary says so.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rac_engine.checkpoint import Checkpoint, disk_errors, write_file
+from rac_engine.checkpoint import Checkpoint, disk_errors, sync, write_file
 from rac_engine.decode import Decoder, Request, Sampling, request_key
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal
@@ -181,9 +180,12 @@ def generate(
         "template_sha256": identity["template_sha256"],
     }
     counts = _Counts(settings.tokens)
-    for record in journal.records[1:]:
+    for number, record in enumerate(journal.records[1:], 1):
+        if not (out / record["file"]).exists():
+            journal.cut(number)
+            break
         counts.add(record["counts"])
-    asked = [(prompt, sample) for sample in range(settings.samples) for prompt in prompts]
+    asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     group = 2 * settings.batch_size
     try:
         for number, first in enumerate(range(0, len(asked), group)):
@@ -200,6 +202,7 @@ def generate(
                 pq.write_table(table, staged, compression="zstd")
                 write_file(staged, staged.read_bytes())
                 staged.replace(out / file)
+                sync(out)
             journal.append({"file": file, "counts": counts.last})
     except KeyboardInterrupt:
         raise Interrupted(
@@ -424,8 +427,10 @@ def _from_record(record: dict[str, Any], tokenizer: Any, where: str) -> tuple[li
         messages = messages + messages_of({"messages": record["completion"]}, where)
     if messages[-1]["role"] != "assistant":
         return render(tokenizer, messages, where), []
-    prompt = render(tokenizer, messages[:-1], where)
-    return prompt, encode(messages[-1]["content"], "content")
+    prompt, said = render(tokenizer, messages[:-1], where), messages[-1]["content"]
+    if tokenizer.decode(prompt).rstrip().endswith("<think>"):  # opened by the template: not twice
+        said = said.removeprefix("<think>").removeprefix("\n")
+    return prompt, encode(said, "content")
 
 
 def _ids(value: Any, where: str) -> list[int]:
