@@ -11,7 +11,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +66,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def rounds(cases: dict[str, Case], repeats: int, setup: Callable[[], object] | None = None) -> dict[str, list[float]]:
+def rounds(
+    cases: Mapping[str, Case], repeats: int, setup: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Seconds of every case in every round, the cases taken in turn after one round that is not counted.
 
     ``setup`` runs before each case, outside the clock (to restore what a case destroys).
@@ -91,7 +93,7 @@ def rounds(cases: dict[str, Case], repeats: int, setup: Callable[[], object] | N
 def measure(
     op: str,
     shape: str,
-    cases: dict[str, Case],
+    cases: Mapping[str, Case],
     *,
     ours: str,
     flops: float,

@@ -10,7 +10,9 @@ limit" the arithmetic that the mathematics needs (`rac_kernels.roofline`) by the
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import common
 import published
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from rac_kernels import factor_, hessian_accumulate_, objective, roofline, sweep
 
-Peer = published.LLMCompressor | None
+Peer: TypeAlias = published.LLMCompressor | None
 
 TOKENS = 8192
 TARGETS = (("50%", 0.5, None), ("2:4", 0.5, (2, 4)))
@@ -104,7 +106,7 @@ def sweeps(
     for label, sparsity, pattern in TARGETS:
         ours = (lambda s, p: lambda: sweep(W, factor.U, s, p))(sparsity, pattern)
         plain = (lambda s, p: lambda: published.sweep(W, R, s, p))(sparsity, pattern)
-        cases: dict[str, common.Case] = {"rac_kernels": ours, "published loop": plain}
+        cases: dict[str, Callable[[], Tensor]] = {"rac_kernels": ours, "published loop": plain}
         if peer:
             cases[peer.name] = (lambda s, p: lambda: peer.sweep(W, R, s, p))(sparsity, pattern)
         results = {name: objective(W, case(), full) for name, case in cases.items()}

@@ -119,13 +119,14 @@ def train(args: argparse.Namespace) -> None:
         num_attention_heads=args.hidden // 48,
         num_key_value_heads=args.hidden // 96,
         max_position_embeddings=1024,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).to(device)
+    model = Qwen2ForCausalLM(config)
+    model.to(torch.device(device))  # type: ignore[arg-type]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = (
@@ -188,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
 
 def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write the model as bf16 shards of at most 2 MB with tokenizer, chat template and generation config."""
-    copy = Qwen2ForCausalLM(model.config).to(torch.bfloat16)
+    copy = Qwen2ForCausalLM(model.config).bfloat16()
     copy.load_state_dict(model.state_dict())
     copy.generation_config = GenerationConfig(
         do_sample=True,
