@@ -336,6 +336,13 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_disk_space_is_taken_before_anything_is_written(checkpoint: Make, tmp_path: Path) -> None:
+    CheckpointWriter(Checkpoint.open(checkpoint("qwen2")), tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        assert file.stat().st_size == (checkpoint("qwen2") / file.name).stat().st_size
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+
+
 def test_full_disk_shows_before_anything_is_written(folder: Path, tmp_path: Path, full_disk: None) -> None:
     out = tmp_path / "out"
     out.mkdir()
