@@ -3,12 +3,16 @@
 Every file of csrc/cpu is compiled once for each instruction set below, in a namespace of that name, and the extension
 chooses at run time. The extension is optional: without a compiler the install succeeds and the torch references do the
 work. ``RAC_REQUIRE_NATIVE=1`` makes a failed build an error; ``CXX`` names the compiler.
+
+The files of csrc/cuda go in where an nvcc is found that can compile them. They bring CUDA's runtime along, so the
+extension loads without a driver and beside any torch. ``RAC_CUDA=0`` leaves them out.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import ninja
 import pybind11
@@ -27,6 +32,9 @@ BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-er
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
 ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+# Not for speed alone: without -ftz the hardware's reciprocal roots are wrapped in code for denormal numbers.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+CAPABILITIES = (80, 90, 100)  # with code of their own; later devices compile the PTX of the last
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -62,7 +70,45 @@ def openmp_flags(compiler: list[str]) -> list[str]:
     return ["-fopenmp"] if gcc and sys.platform == "linux" and compiles(compiler, ["-fopenmp"]) else []
 
 
-def write_ninja(folder: Path, target: Path) -> None:
+class Cuda(NamedTuple):
+    """How to compile csrc/cuda."""
+
+    command: list[str]
+    libraries: list[str]  # what to link
+    described: str
+
+
+def find_cuda(compiler: list[str]) -> Cuda | str:
+    """The nvcc of $CUDA_HOME, $PATH or /usr/local (the newest), or why there is none to use."""
+    if os.environ.get("RAC_CUDA") == "0":
+        return "turned off by RAC_CUDA=0"
+    installed = sorted(map(str, Path("/usr/local").glob("cuda*/bin")), reverse=True)
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", ""), *installed]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+    if not nvcc or sys.platform != "linux":
+        return "no nvcc in $CUDA_HOME/bin, $PATH or /usr/local/cuda*/bin"
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run([nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+    known = ask("--list-gpu-arch").split()
+    capabilities = [number for number in CAPABILITIES if f"compute_{number}" in known]
+    version = re.search(r"release.*", ask("--version"))
+    paths = re.search(r"LIBRARIES=(.*)", ask("--dryrun", "-E", "-x", "cu", os.devnull))
+    if not (capabilities and version and paths):
+        return f"{nvcc} does not work, or serves none of the compute capabilities {CAPABILITIES}"
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in capabilities]
+    codes.append(f"-gencode=arch=compute_{capabilities[-1]},code=compute_{capabilities[-1]}")
+    return Cuda(
+        [nvcc, "-ccbin", compiler[-1], f"--threads={len(codes)}", *NVCC_FLAGS, *codes],
+        # Its symbols hidden: torch brings a CUDA runtime as well, and neither may run the other's functions.
+        [*shlex.split(paths[1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"],
+        f"nvcc {version[0]}: {' '.join([*NVCC_FLAGS, *codes])}",
+    )
+
+
+def write_ninja(folder: Path, target: Path, cuda: Cuda | str) -> None:
     """Write folder/build.ninja, which makes `target` from csrc."""
     compiler = find_compiler()
     common = [*BASE_FLAGS, *openmp_flags(compiler)]
@@ -75,6 +121,8 @@ def write_ninja(folder: Path, target: Path) -> None:
     built = [f"-DRAC_HAVE_{name.upper()}" for name in isas]
     openmp = ["-DRAC_OPENMP"] if "-fopenmp" in common else []
     described = f"{' '.join(compiler)} {' '.join(common)}"
+    libraries = cuda.libraries if isinstance(cuda, Cuda) else []
+    about_cuda = [f'-DRAC_CUDA="{cuda.described}"'] if isinstance(cuda, Cuda) else [f'-DRAC_CUDA_MISSING="{cuda}"']
     link = ["-shared", "-Wl,--gc-sections"] if sys.platform == "linux" else ["-bundle", "-undefined", "dynamic_lookup"]
 
     def path(file: Path) -> str:
@@ -87,21 +135,30 @@ def write_ninja(folder: Path, target: Path) -> None:
         "ninja_required_version = 1.5",
         f"rule compile\n  command = {words([*compiler, *common])} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $name",
-        f"rule link\n  command = {words([*compiler, *link])} $in -o $out\n  description = link",
+        f"rule link\n  command = {words([*compiler, *link])} $in {words(libraries)} -o $out\n  description = link",
     ]
     objects = []
 
-    def compile_(source: Path, name: str, flags: list[str]) -> None:
+    def compile_(source: Path, name: str, flags: list[str], rule: str = "compile") -> None:
         out = folder / f"{name}.o"
         objects.append(path(out))
-        lines.append(f"build {objects[-1]}: compile {path(source)}\n  flags = {words(flags)}\n  name = {name}")
+        lines.append(f"build {objects[-1]}: {rule} {path(source)}\n  flags = {words(flags)}\n  name = {name}")
 
-    compile_(ROOT / "csrc/bindings.cpp", "bindings", [*includes, *built, *openmp, f'-DRAC_BUILD="{described}"'])
+    compile_(
+        ROOT / "csrc/bindings.cpp", "bindings", [*includes, *built, *openmp, *about_cuda, f'-DRAC_BUILD="{described}"']
+    )
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for isa, flags in isas.items():
             compile_(
                 source, f"{source.stem}.{isa}", ["-fno-exceptions", *flags, f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"]
             )
+    if isinstance(cuda, Cuda):
+        lines.append(
+            f"rule cuda\n  command = {words(cuda.command)} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = $name"
+        )
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            compile_(source, f"cuda_{source.stem}", [f"-I{ROOT / 'csrc'}"], "cuda")
     lines += [f"build {path(target)}: link {' '.join(objects)}", f"default {path(target)}", ""]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(lines))
@@ -110,18 +167,28 @@ def write_ninja(folder: Path, target: Path) -> None:
 class NinjaBuild(build_ext):
     """setuptools' build_ext with the compiling handed to ninja."""
 
+    def run_ninja(self, folder: Path, built: Path, cuda: Cuda | str) -> None:
+        write_ninja(folder, built, cuda)
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise BuildFailed(f"compiling failed:\n{done.stdout}")
+        print(done.stdout)
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / "native" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         built = folder / target.name
         try:
-            write_ninja(folder, built)
-            command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), *(["-v"] if self.verbose > 1 else [])]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode:
-                raise BuildFailed(f"compiling failed:\n{done.stdout}")
-            print(done.stdout)
+            cuda = find_cuda(find_compiler())
+            try:
+                self.run_ninja(folder, built, cuda)
+            except BuildFailed as why:
+                if isinstance(cuda, str):
+                    raise
+                self.warn(f"csrc/cuda is left out: {why}")
+                self.run_ninja(folder, built, "nvcc failed to compile csrc/cuda; reinstall to see why")
             shutil.copy2(built, target)
         except BuildFailed as why:
             if os.environ.get("RAC_REQUIRE_NATIVE"):

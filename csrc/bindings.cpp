@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu/types.h"
+#if defined(RAC_CUDA)
+#include "cuda/ops.h"
+#endif
 
 namespace py = pybind11;
 
@@ -105,6 +108,12 @@ int status(rac::Status ended) {
     return static_cast<int>(ended);
 }
 
+#if defined(RAC_CUDA)
+void check_cuda(int error) {
+    if (error) throw std::runtime_error(std::string("CUDA: ") + rac_cuda_error(error));
+}
+#endif
+
 using Address = std::uintptr_t;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -169,4 +178,32 @@ PYBIND11_MODULE(_native, m) {
             return status(RAC_OP(mirror)(pointer<float>(H), n, h_stride, down, threads));
         },
         NoGil());
+
+#if defined(RAC_CUDA)
+    m.attr("cuda") = RAC_CUDA;
+    m.attr("cuda_missing") = "";
+    m.attr("cuda_select_groups") = rac_cuda_select_groups();
+    m.attr("cuda_select_state") = rac_cuda_select_state();
+    m.def(
+        "cuda_factor_corner",
+        [](Address H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, Address inverse,
+           int64_t inverse_stride, int64_t inverse_matrix_stride, Address status, int64_t batch, Address stream) {
+            check_cuda(rac_cuda_factor_corner(pointer<float>(H), h_stride, matrix_stride, first, size,
+                                              pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
+                                              pointer<int32_t>(status), batch, pointer<void>(stream)));
+        },
+        NoGil());
+    m.def(
+        "cuda_select",
+        [](Address scores, const std::vector<int64_t>& counts, const std::vector<int64_t>& k, Address state,
+           Address thresholds, Address last, Address stream) {
+            check_cuda(rac_cuda_select(pointer<const float>(scores), static_cast<int64_t>(counts.size()), counts.data(),
+                                       k.data(), pointer<void>(state), pointer<float>(thresholds),
+                                       pointer<int64_t>(last), pointer<void>(stream)));
+        },
+        NoGil());
+#else
+    m.attr("cuda") = "";
+    m.attr("cuda_missing") = RAC_CUDA_MISSING;
+#endif
 }

@@ -107,7 +107,8 @@ def info() -> dict[str, Any]:
     """What `rac doctor` and benchmark records say about the extension.
 
     Keys: available, why_missing, isa (in use), isas (usable here), build (compiler and flags), openmp (whether built
-    with it), openmp_runtime (paths mapped into this process: one, or two pools compete), threads.
+    with it), openmp_runtime (paths mapped into this process: one, or two pools compete), threads, cuda (compiler and
+    flags of the CUDA sources) or, where these were left out, cuda_missing (why).
     """
     found: dict[str, Any] = {
         "available": available(),
@@ -116,6 +117,6 @@ def info() -> dict[str, Any]:
         "threads": threads(),
     }
     if _module is not None:
-        found |= {name: getattr(_module, name) for name in ("build", "openmp")}
+        found |= {name: getattr(_module, name) for name in ("build", "openmp", "cuda", "cuda_missing")}
         found |= {"isa": _module.isa(), "isas": _module.isas()}
     return found

@@ -1,0 +1,136 @@
+"""The CUDA kernels of csrc/cuda: what Triton expresses badly, launched on the current stream with raw pointers.
+
+They are part of the native extension where it was built with nvcc. Nothing here waits for the device, so calls can be
+captured in a CUDA graph, once each has run before: the first one loads the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rac_kernels import native
+
+CORNER = 128  # the largest corner that `factor_corner_` takes
+
+
+def why_missing() -> str:
+    """Why the extension has no CUDA kernels, or "" if it has them (which needs no GPU)."""
+    if native.available():
+        return native.library().cuda_missing
+    return f"the native extension is missing: {native.info()['why_missing']}"
+
+
+def available() -> bool:
+    """Whether the CUDA kernels were built."""
+    return not why_missing()
+
+
+def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor) -> None:
+    """H[..., lo:hi, lo:hi] = U Uᵀ with U upper triangular, in place in that corner's upper triangle alone.
+
+    H: [n, n] or [matrices, n, n] fp32 with contiguous rows; what lies below the diagonal is neither read nor written.
+    0 <= lo <= hi <= n, at most 128 apart. inverse: [hi - lo, hi - lo] fp32 for each matrix, contiguous rows; becomes
+    inv(U), with zeros below the diagonal. status: int32, contiguous, one element for each matrix; where it is not 0,
+    the matrix is left as it is, and a pivot that is not positive and finite makes it 1 + the number of its column and
+    leaves the corner as it was. So a whole factorization can be queued with one status, to be looked at once.
+
+    The matrices are factored at the same time, a thread block each. Raises ValueError for arguments that do not fit,
+    NativeMissing without the kernels, RuntimeError if CUDA refuses the launch.
+    """
+    matrices, size = H.shape[:-2], hi - lo
+    if H.ndim not in (2, 3) or H.shape[-1] != H.shape[-2] or H.dtype != torch.float32 or H.stride(-1) != 1:
+        raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
+    if not 0 <= lo <= hi <= H.shape[-1] or size > CORNER:
+        raise ValueError(f"the corner {lo}:{hi} must lie in H {list(H.shape)} and be at most {CORNER} wide")
+    if inverse.shape != (*matrices, size, size) or inverse.dtype != torch.float32 or (size and inverse.stride(-1) != 1):
+        raise ValueError(
+            f"inverse must be fp32 {[*matrices, size, size]} with contiguous rows, "
+            f"not {inverse.dtype} {list(inverse.shape)}"
+        )
+    if status.numel() != matrices.numel() or status.dtype != torch.int32 or not status.is_contiguous():
+        raise ValueError(
+            f"status must be int32 with an element for each matrix, not {status.dtype} {list(status.shape)}"
+        )
+    library = _library(H, inverse, status)
+    with torch.cuda.device(H.device):
+        library.cuda_factor_corner(
+            H.data_ptr(),
+            H.stride(-2),
+            H.stride(0) if matrices else 0,
+            lo,
+            size,
+            inverse.data_ptr(),
+            inverse.stride(-2),
+            inverse.stride(0) if matrices else 0,
+            status.data_ptr(),
+            matrices.numel(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def selection_state(groups: int, device: torch.device) -> Tensor:
+    """What `select_thresholds` works in: zeros, and zeros again after each call. For one stream at a time."""
+    return torch.zeros(_state_bytes(groups), dtype=torch.uint8, device=device)
+
+
+def _state_bytes(groups: int) -> int:
+    library = _library()
+    return min(groups, library.cuda_select_groups) * library.cuda_select_state
+
+
+def select_thresholds(
+    scores: Tensor,
+    groups: Sequence[int],
+    k: Sequence[int],
+    state: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which k[g] scores of each group g are the smallest, exactly, the earliest among equals: (thresholds, last).
+
+    scores: contiguous fp32, >= 0 (NaN counts as largest), the groups' one after the other: ``groups[g]`` elements each,
+    fewer than 2³² of them. thresholds: [groups] fp32; last: [groups] int64. Those are to go that are < thresholds[g],
+    and those == thresholds[g] at a position within the group <= last[g]; with k[g] = 0 both are -1.
+
+    state: from `selection_state`, for at least as many groups; made here if None. out: where the results go. Raises
+    ValueError for arguments that do not fit, NativeMissing without the kernels, RuntimeError if CUDA refuses the
+    launch.
+    """
+    if scores.dtype != torch.float32 or not scores.is_contiguous() or scores.numel() < sum(groups):
+        raise ValueError(f"scores must be {sum(groups)} contiguous fp32, not {scores.dtype} {list(scores.shape)}")
+    if len(groups) != len(k) or not all(0 <= some <= count < 2**32 for some, count in zip(k, groups, strict=False)):
+        raise ValueError(f"k {list(k)} must lie between 0 and the groups' sizes {list(groups)}, these below 2^32")
+    if state is None:
+        state = selection_state(len(groups), scores.device)
+    thresholds, last = out or (scores.new_empty(len(groups)), scores.new_empty(len(groups), dtype=torch.int64))
+    library = _library(scores, state, thresholds, last)
+    if (thresholds.dtype, last.dtype) != (torch.float32, torch.int64) or not (
+        thresholds.numel() == last.numel() == len(groups) and thresholds.is_contiguous() and last.is_contiguous()
+    ):
+        raise ValueError(f"out must be fp32 and int64 of {len(groups)} contiguous elements")
+    if state.nbytes < _state_bytes(len(groups)) or not state.is_contiguous():
+        raise ValueError(f"the state is not one for {len(groups)} groups: {state.nbytes} bytes")
+    with torch.cuda.device(scores.device):
+        library.cuda_select(
+            scores.data_ptr(),
+            list(groups),
+            list(k),
+            state.data_ptr(),
+            thresholds.data_ptr(),
+            last.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return thresholds, last
+
+
+def _library(*tensors: Tensor) -> ModuleType:
+    """The extension, once it is known to have the kernels and the tensors to be on one GPU."""
+    if why_missing():
+        raise native.NativeMissing(f"no CUDA kernels: {why_missing()}")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or any(device.type != "cuda" for device in devices):
+        raise ValueError(f"the tensors must be on one GPU, not on {', '.join(sorted(map(str, devices)))}")
+    return native.library()
