@@ -38,6 +38,7 @@ from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe, parse_pa
 from rac_engine.sizes import format_seconds
 from rac_engine.solve import MatrixResult, Target, find_method, left_dense, prune_matrices
 from rac_engine.traces import Calibration, load_calibration
+from rac_engine.verify import verify
 from rac_kernels import FactorError, native
 
 JOURNAL = "rac/journal.jsonl"
@@ -93,6 +94,7 @@ def prune(
                 job = _Job(source, settings, skipped, packing, device, partial, journal, progress)
                 job.run()
                 report = job.report(out, run, dump(recipe))
+                _read_back(partial, source, progress)
             publish(partial, out)
         except KeyboardInterrupt:
             done = len(journal.records) - 1
@@ -101,6 +103,13 @@ def prune(
             if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
                 shutil.rmtree(partial)
     return report
+
+
+def _read_back(partial: Path, source: Model, progress: Callable[[str], None]) -> None:
+    """Refuse to publish what does not read back as it should: a disk that lies is found out here, not by a user."""
+    if problems := verify(partial, source.checkpoint.path, progress).problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RuntimeError(f"{partial}: the finished output is damaged: {problems[0]}{more}")
 
 
 def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:

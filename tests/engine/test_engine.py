@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rac_engine
-from rac_engine.checkpoint import Checkpoint
+from rac_engine.checkpoint import Checkpoint, write_manifest
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.models import Block, Model
@@ -446,3 +446,19 @@ def test_killed_process_goes_on_to_the_same_bytes(checkpoint: Make, tmp_path: Pa
         assert not out.exists()
     assert prune(source, out, settings(), tiny.calibration()).resumed == 2
     assert contents(out) == expected
+
+
+def test_output_that_does_not_read_back_is_not_published(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flip(folder: Path) -> None:
+        write_manifest(folder)
+        shard = max(folder.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+
+    monkeypatch.setattr("rac_engine.engine.write_manifest", flip)
+    with pytest.raises(RuntimeError, match="damaged: .*safetensors"):
+        prune(checkpoint("qwen2"), tmp_path / "out", PruneSettings(method="magnitude"))
+    assert not (tmp_path / "out").exists()
