@@ -459,6 +459,6 @@ def test_output_that_does_not_read_back_is_not_published(
         shard.write_bytes(data)
 
     monkeypatch.setattr("rac_engine.engine.write_manifest", flip)
-    with pytest.raises(RuntimeError, match="damaged: .*safetensors"):
+    with pytest.raises(RuntimeError, match=r"damaged: .*safetensors"):
         prune(checkpoint("qwen2"), tmp_path / "out", PruneSettings(method="magnitude"))
     assert not (tmp_path / "out").exists()
