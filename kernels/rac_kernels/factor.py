@@ -14,10 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_kernels import native
+from rac_kernels import gpu, native
 from rac_kernels.backend import choose
+from rac_kernels.gpu import tl
+from rac_kernels.product import COLUMNS, invert, product
 
 BLOCK = 128  # columns the reference factors at a time; the rest of the work is one product a block
+# Up to this n the CPU factors in fp64: it costs little there, and rounding in an fp32 factor tips near-ties between
+# scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
+EXACT = 4096
 MIRROR = 1024  # side of the squares it copies from one triangle to the other
 FIRST_STEP = 1e-6  # where escalation goes from no damping at all
 
@@ -63,7 +68,7 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
     if not 0 <= damping <= max_damping:
         raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
-    diagonal, dead, used = _factor_op(H, damping, max_damping, choose(backend, H.device))
+    diagonal, dead, used = _factor_op(H, damping, max_damping, choose(backend, H.device, triton=True))
     final, ridge = used.tolist()
     attempts = [damping]
     while attempts[-1] != final:
@@ -79,7 +84,10 @@ def _raised(damping: float) -> float:
 def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns H's diagonal [n], the dead columns [n] and (damping, λ) that did it [2] fp64."""
     n = H.shape[0]
-    mirror_, cholesky_ = (_mirror_native_, _cholesky_native_) if backend == "native" else (_mirror_, _cholesky_)
+    mirror_ = _mirror_native_ if backend == "native" else _mirror_
+    cholesky_ = {"native": _cholesky_native_, "triton": _cholesky_triton_}.get(backend, _cholesky_)
+    if H.device.type == "cpu" and backend != "triton" and n <= EXACT:
+        cholesky_ = _cholesky_exact_
     if not mirror_(H, True):
         raise FactorError(f"H [{n}, {n}] holds infinities or NaN")
     diagonal = H.diagonal().clone()
@@ -143,6 +151,15 @@ def _mirror_(H: Tensor, down: bool) -> bool:
     return finite
 
 
+def _cholesky_exact_(H: Tensor) -> bool:
+    """As `_cholesky_`, in fp64 and rounded to H's dtype at the end, at the price of a second H of twice the size."""
+    L, info = torch.linalg.cholesky_ex(H.double().flip(0, 1))
+    if info:
+        return False
+    H.copy_(L.flip(0, 1).to(H.dtype) + H.tril(-1))
+    return True
+
+
 def _cholesky_(H: Tensor) -> bool:
     """Upper triangle of H → U with H = U Uᵀ; the rest stays. False: not positive definite, and H is half done.
 
@@ -162,4 +179,77 @@ def _cholesky_(H: Tensor) -> bool:
         corner.copy_(U + below)
         H[:lo, lo:hi] = torch.linalg.solve_triangular(U.T, H[:lo, lo:hi], upper=False, left=False)
         hi = lo
+    return True
+
+
+@gpu.jit()
+def left_over(  # type: ignore[no-untyped-def]
+    H, h_row, pulls, count, pull_rows, row, i, j, inside, COLUMNS: tl.constexpr
+):
+    """H[row + i, j] less the sum of pulls[:, row + i, j]."""
+    row = tl.cast(row, tl.int64)
+    left = tl.load(H + row * h_row + (i * h_row + j), mask=inside, other=0.0)
+    for part in range(count):
+        own = pulls + (part * tl.cast(pull_rows, tl.int64) + row) * COLUMNS
+        left -= tl.load(own + (i * COLUMNS + j), mask=inside, other=0.0)
+    return left
+
+
+@gpu.jit("count", "pull_rows", "lo", "width")
+def corner_kernel(H, h_row, pulls, count, pull_rows, lo, width, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block's corner of H, less what the columns to its right make, -> U. Not positive definite: NaN."""
+    H += lo
+    i = tl.arange(0, COLUMNS)
+    inside = (i[:, None] <= i[None, :]) & (i < width)[None, :]
+    C = left_over(H, h_row, pulls, count, pull_rows, lo, i[:, None], i[None, :], inside, COLUMNS)
+    H += tl.cast(lo, tl.int64) * h_row
+    for step in range(width):
+        k = width - 1 - step
+        u = tl.sum(tl.where((i == k)[None, :], C, 0.0), 1)
+        pivot = tl.sum(tl.where(i == k, u, 0.0), 0)
+        u /= tl.where(pivot > 0, tl.sqrt_rn(pivot), float("nan"))
+        tl.store(H + i * h_row + k, u, mask=i <= k)
+        C -= u[:, None] * u[None, :]
+
+
+@gpu.jit("count", "pull_rows", "lo", "width")
+def panel_kernel(  # type: ignore[no-untyped-def]
+    H, h_row, pulls, count, pull_rows, inverse, lo, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
+):
+    """Rows 0 .. lo of the block: less what the columns to its right make, times inv(U_bb)ᵀ."""
+    H += lo
+    first = tl.program_id(0) * ROWS
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    live = (first + i < lo)[:, None]
+    X = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for begin in range(0, COLUMNS, STEP):
+        k = begin + tl.arange(0, STEP)
+        inside = live & (k < width)[None, :]
+        left = left_over(H, h_row, pulls, count, pull_rows, first, i[:, None], k[None, :], inside, COLUMNS)
+        X = tl.dot(left, tl.load(inverse + j[None, :] * COLUMNS + k[:, None]), X, input_precision="tf32x3")
+    own = H + tl.cast(first, tl.int64) * h_row
+    tl.store(own + (i[:, None] * h_row + j[None, :]), X, mask=live & (j < width)[None, :])
+
+
+CORNER_WARPS = 8
+PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
+
+
+def _cholesky_triton_(H: Tensor) -> bool:
+    """As `_cholesky_`, without waiting for the device: what is not positive definite ends in NaN."""
+    hi = H.shape[0]
+    inverse = torch.empty(1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
+    fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
+    with torch.cuda.device_of(H):
+        while hi:
+            lo = (hi - 1) // COLUMNS * COLUMNS
+            width = hi - lo
+            pulls = product(H[:hi, hi:], H[lo:hi, hi:].T)
+            taken = (H, H.stride(0), pulls, len(pulls), hi)
+            corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
+            invert(H[lo:hi, lo:hi], inverse, width)
+            if lo:
+                panel_kernel[(-(-lo // PANEL["ROWS"]),)](*taken, inverse, lo, width, **PANEL, **fixed)
+            hi = lo
     return True

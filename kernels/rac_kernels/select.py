@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from rac_kernels import native
+from rac_kernels import gpu, native
 from rac_kernels.backend import choose
+from rac_kernels.gpu import tl
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern
 
 
@@ -93,3 +97,114 @@ def mask_by_score(
     if per == "row":
         return smallest_per_row(scores, int(sparsity * n))
     return smallest(scores, int(sparsity * scores.numel()))
+
+
+# Selection on a GPU, for the sweep: radix on the bit patterns, which for non-negative floats are in the floats' order.
+# Three counts of 11, 11 and 9 bits, then the ties; nothing waits for the host, and sums of integers come out the same
+# in any order.
+BINS = 2048
+LEVELS = 3
+COUNTED = 2048  # scores a program counts at a time
+PROGRAM_SCORES = 16 * COUNTED
+
+
+@gpu.jit()
+def find_digit(counts, k, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The bin that the k-th smallest falls into, what k is among the bin's own, and how many these are."""
+    bins = tl.arange(0, BINS)
+    count = tl.load(counts + bins)
+    digit = tl.sum((tl.cumsum(count, 0) < k).to(tl.int32), 0)
+    below = tl.sum(tl.where(bins < digit, count, 0), 0)
+    return digit, k - below, tl.sum(tl.where(bins == digit, count, 0), 0)
+
+
+@gpu.jit()
+def count_kernel(  # type: ignore[no-untyped-def]
+    scores, groups, state, LEVEL: tl.constexpr, BINS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr
+):
+    """Adds the digits of level LEVEL to the group's counts, of those scores that share the k-th's digits before."""
+    group = tl.program_id(1)
+    first = tl.load(groups + 3 * group)
+    count = tl.load(groups + 3 * group + 1)
+    k = tl.load(groups + 3 * group + 2).to(tl.int32)
+    own = state + group * 3 * BINS
+    prefix = 0
+    if LEVEL > 0:
+        digit, k, _equal = find_digit(own, k, BINS)
+        prefix = digit
+    if LEVEL > 1:
+        digit, k, _equal = find_digit(own + BINS, k, BINS)
+        prefix = prefix * 2048 + digit
+    total = tl.zeros((BINS,), tl.int32)
+    begin = tl.program_id(0).to(tl.int64) * (STEP * STEPS)
+    for step in range(STEPS):
+        i = begin + step * STEP + tl.arange(0, STEP)
+        key = tl.load(scores + first + i, mask=i < count, other=0.0).to(tl.int32, bitcast=True)
+        if LEVEL == 0:
+            total += tl.histogram(key >> 20, BINS, mask=i < count)
+        elif LEVEL == 1:
+            total += tl.histogram((key >> 9) & 2047, BINS, mask=(i < count) & (key >> 20 == prefix))
+        else:
+            total += tl.histogram(key & 511, BINS, mask=(i < count) & (key >> 9 == prefix))
+    tl.atomic_add(own + LEVEL * BINS + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
+
+
+@gpu.jit()
+def resolve_kernel(scores, groups, state, thresholds, last, BINS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The group's threshold and the position of the last score equal to it that goes; the counts become zero again."""
+    group = tl.program_id(0)
+    first = tl.load(groups + 3 * group)
+    count = tl.load(groups + 3 * group + 1)
+    wanted = tl.load(groups + 3 * group + 2).to(tl.int32)
+    own = state + group * 3 * BINS
+    high, k, _equal = find_digit(own, wanted, BINS)
+    middle, k, _equal = find_digit(own + BINS, k, BINS)
+    low, k, equal = find_digit(own + 2 * BINS, k, BINS)
+    key = (high << 20) | (middle << 9) | low
+    at = count - 1
+    if k < equal:
+        # More scores than may go equal the threshold: look for the k-th of them.
+        found = 0
+        begin = tl.zeros((), tl.int64)
+        while found < k:
+            i = begin + tl.arange(0, STEP)
+            same = tl.load(scores + first + i, mask=i < count, other=-1.0).to(tl.int32, bitcast=True) == key
+            rank = found + tl.cumsum(same.to(tl.int32), 0)
+            at = begin + tl.sum(tl.where(same & (rank == k), tl.arange(0, STEP), 0), 0)
+            found += tl.sum(same.to(tl.int32), 0)
+            begin += STEP
+    tl.store(thresholds + group, tl.where(wanted > 0, key.to(tl.float32, bitcast=True), -1.0))
+    tl.store(last + group, tl.where(wanted > 0, at, -1))
+    tl.debug_barrier()
+    for level in range(3):
+        tl.store(own + level * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+
+
+@lru_cache(maxsize=64)
+def _group_table(counts: tuple[int, ...], ks: tuple[int, ...], device: torch.device) -> Tensor:
+    """[groups, 3] int64: where each group's scores begin, how many they are, how many go."""
+    starts = [sum(counts[:g]) for g in range(len(counts))]
+    return torch.tensor(list(zip(starts, counts, ks, strict=True)), dtype=torch.int64, device=device).view(-1, 3)
+
+
+class Selection:
+    """The k smallest scores of several groups at once, on a GPU, without waiting for it."""
+
+    def __init__(self, groups: int, device: torch.device) -> None:
+        self.thresholds = torch.empty(groups, dtype=torch.float32, device=device)
+        self.last = torch.empty(groups, dtype=torch.int64, device=device)
+        self._state = torch.zeros(groups, LEVELS, BINS, dtype=torch.int32, device=device)
+
+    def run(self, scores: Tensor, counts: Sequence[int], ks: Sequence[int]) -> None:
+        """scores: fp32, >= 0 and not NaN, the groups' one after the other, `counts` elements each. What goes of group
+        g, the first ks[g] in the order of score and position, is < thresholds[g], or == it at a position within the
+        group <= last[g]."""
+        table = _group_table(tuple(counts), tuple(ks), scores.device)
+        grid = (max(-(-max(counts) // PROGRAM_SCORES), 1), len(counts))
+        for level in range(LEVELS):
+            count_kernel[grid](
+                scores, table, self._state, LEVEL=level, BINS=BINS, STEP=COUNTED, STEPS=PROGRAM_SCORES // COUNTED
+            )
+        resolve_kernel[(len(counts),)](
+            scores, table, self._state, self.thresholds, self.last, BINS=BINS, STEP=COUNTED, num_warps=8
+        )

@@ -14,14 +14,17 @@ Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774). Masks and weights 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rac_kernels import native
+from rac_kernels import gpu, native
 from rac_kernels.backend import choose
+from rac_kernels.gpu import tl
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern
-from rac_kernels.select import smallest, smallest_per_group
+from rac_kernels.product import COLUMNS, invert, product
+from rac_kernels.select import Selection, smallest, smallest_per_group
 
 
 def sweep(
@@ -47,6 +50,8 @@ def sweep(
     the group, among equal scores the rightmost; sparsity and row_groups have no part in it. Blocks are cut to whole
     groups.
 
+    The Triton kernels take blocks of at most 128 columns; "auto" leaves larger ones on a GPU to the reference.
+
     Raises ValueError if n is not a multiple of M, if W holds NaN or infinities, or if shapes or numbers do not fit.
     """
     rows, n = W.shape
@@ -64,7 +69,8 @@ def sweep(
         raise ValueError(f"W must be floating point and U fp32, not {W.dtype} and {U.dtype}")
     if U.shape != (n, n) or U.device != W.device or (dead is not None and dead.shape != (n,)):
         raise ValueError(f"U must be [{n}, {n}] on {W.device} to fit W, dead [{n}], not {list(U.shape)} on {U.device}")
-    return _sweep_op(W, U, dead, sparsity, keep, group, block_size, groups, choose(backend, W.device))
+    chosen = choose(backend, W.device, triton=block_size <= COLUMNS and U.dtype == torch.float32)
+    return _sweep_op(W, U, dead, sparsity, keep, group, block_size, groups, chosen)
 
 
 @torch.library.custom_op("rac::sweep", mutates_args=())
@@ -80,7 +86,9 @@ def _sweep_op(
     backend: str,
 ) -> Tensor:
     """keep = group = 0 is unstructured."""
-    run = _native if backend == "native" and U.dtype == torch.float32 else _reference
+    run = {"native": _native, "triton": _triton}.get(backend, _reference)
+    if U.dtype != torch.float32:
+        run = _reference
     return run(W, U, dead, sparsity, keep, group, block_size, row_groups)
 
 
@@ -184,3 +192,226 @@ def _scores(W: Tensor, pull: Tensor, U: Tensor) -> Tensor:
     """|w| U_jj of the weights as they are if none of these columns' goes."""
     w = W + torch.linalg.solve_triangular(U, pull, upper=True, left=False)
     return w.abs() * U.diagonal()
+
+
+@gpu.jit()
+def current_weights(  # type: ignore[no-untyped-def]
+    W,
+    scale,
+    pulls,
+    count,
+    rows,
+    inverse,
+    first_row,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """W + (sum of pulls) Λ⁻¹ inverse: the block's weights as they are when the sweep comes to it."""
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    live = (first_row + i < rows)[:, None]
+    pulls += first_row * COLUMNS
+    moved = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, COLUMNS, STEP):
+        k = first + tl.arange(0, STEP)
+        pull = tl.zeros((ROWS, STEP), tl.float32)
+        for part in range(count):
+            own = pulls + tl.cast(part, tl.int64) * rows * COLUMNS
+            pull += tl.load(own + i[:, None] * COLUMNS + k[None, :], mask=live, other=0.0)
+        pull /= tl.load(scale + k, mask=k < width, other=1.0)[None, :]
+        r = tl.load(inverse + k[:, None] * COLUMNS + j[None, :])
+        moved = tl.dot(pull, r, moved, input_precision="tf32x3")
+    return W + moved
+
+
+@gpu.jit()
+def walk_column(X, goes, inverse, column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Takes this column's weights that go to exactly zero, and spreads the error over the columns to the right."""
+    j = tl.arange(0, COLUMNS)
+    w = tl.sum(tl.where(goes & (j == column)[None, :], X, 0.0), 1)
+    return X - w[:, None] * tl.load(inverse + column * COLUMNS + j)[None, :]
+
+
+@gpu.jit("rows", "width", "count")
+def score_kernel(  # type: ignore[no-untyped-def]
+    D,
+    Q,
+    scales,
+    pulls,
+    inverse,
+    scores,
+    rows,
+    n,
+    lo,
+    width,
+    count,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Q[:, block] = the weights as they are now, scores [rows, width] = theirs. D[:, block] holds W."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    inside = (first_row + i < rows)[:, None] & (j < width)[None, :]
+    D += first_row * n + lo
+    Q += first_row * n + lo
+    at = i[:, None] * n + j[None, :]
+    W = tl.load(D + at, mask=inside, other=0.0)
+    X = current_weights(W, scales + lo, pulls, count, rows, inverse, first_row, width, ROWS, COLUMNS, STEP)
+    scale = tl.load(scales + lo + j, mask=j < width, other=0.0)
+    tl.store(Q + at, X, mask=inside)
+    scores += first_row * width
+    tl.store(scores + i[:, None] * width + j[None, :], tl.abs(X) * scale[None, :], mask=inside)
+
+
+@gpu.jit("rows", "width")
+def threshold_kernel(  # type: ignore[no-untyped-def]
+    D,
+    Q,
+    inverse,
+    scores,
+    thresholds,
+    last,
+    group_of_row,
+    first_rows,
+    rows,
+    n,
+    lo,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Walks the block; what scores less than its row group's threshold goes, or as much and comes no later than `last`.
+
+    Q[:, block]: from the weights as they are to the pruned ones. D[:, block]: from W to W − Q.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    inside = (first_row + i < rows)[:, None] & (j < width)[None, :]
+    D += first_row * n + lo
+    Q += first_row * n + lo
+    at = i[:, None] * n + j[None, :]
+    scores += first_row * width
+    score = tl.load(scores + i[:, None] * width + j[None, :], mask=inside, other=0.0)
+    group = tl.load(group_of_row + first_row + i, mask=first_row + i < rows, other=0)
+    threshold = tl.load(thresholds + group)[:, None]
+    # The last position that goes, counted from the beginning of the row.
+    still = tl.load(last + group) - (first_row + i - tl.load(first_rows + group)) * width
+    still = tl.minimum(tl.maximum(still, -1), COLUMNS).to(tl.int32)
+    goes = inside & ((score < threshold) | ((score == threshold) & (j[None, :] <= still[:, None])))
+    X = tl.load(Q + at, mask=inside, other=0.0)
+    for column in range(width):
+        X = walk_column(X, goes, inverse, column, COLUMNS)
+    tl.store(Q + at, X, mask=inside)
+    tl.store(D + at, tl.load(D + at, mask=inside, other=0.0) - X, mask=inside)
+
+
+@gpu.jit("rows", "width", "count")
+def pattern_kernel(  # type: ignore[no-untyped-def]
+    D,
+    Q,
+    scales,
+    pulls,
+    inverse,
+    rows,
+    n,
+    lo,
+    width,
+    count,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Walks the block, choosing in each GROUP of columns as it comes. Q[:, block] is written, D[:, block] W → W − Q."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    inside = (first_row + i < rows)[:, None] & (j < width)[None, :]
+    D += first_row * n + lo
+    Q += first_row * n + lo
+    at = i[:, None] * n + j[None, :]
+    W = tl.load(D + at, mask=inside, other=0.0)
+    X = current_weights(W, scales + lo, pulls, count, rows, inverse, first_row, width, ROWS, COLUMNS, STEP)
+    scale = tl.load(scales + lo + j, mask=j < width, other=0.0)
+    for first in range(0, width, GROUP):
+        score = tl.abs(X) * scale[None, :]
+        before = tl.zeros((ROWS, COLUMNS), tl.int32)  # how many of the group go before this one
+        for column in range(first, first + GROUP):
+            other = tl.sum(tl.where((j == column)[None, :], score, 0.0), 1)[:, None]
+            before += ((other < score) | ((other == score) & (j > column)[None, :])).to(tl.int32)
+        goes = (before < GROUP - KEEP) & ((j >= first) & (j < first + GROUP))[None, :]
+        for column in range(first, first + GROUP):
+            X = walk_column(X, goes, inverse, column, COLUMNS)
+    tl.store(Q + at, X, mask=inside)
+    tl.store(D + at, W - X, mask=inside)
+
+
+STEP = 32
+#: Rows that a program holds in registers, and its warps: where the block is multiplied, and where it is only walked.
+TILE = {"ROWS": 32, "num_warps": 8}
+WALK = {"ROWS": 16, "num_warps": 4}
+
+
+@lru_cache(maxsize=64)
+def _row_table(row_groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each row's group [rows] int32, each group's first row [groups] int64."""
+    counts = torch.tensor(row_groups)
+    groups = torch.arange(len(row_groups), dtype=torch.int32).repeat_interleave(counts)
+    return groups.to(device), (counts.cumsum(0) - counts).to(device)
+
+
+def _triton(
+    W: Tensor,
+    U: Tensor,
+    dead: Tensor | None,
+    sparsity: float,
+    keep: int,
+    group: int,
+    block_size: int,
+    row_groups: Sequence[int],
+) -> Tensor:
+    """Nothing waits for the device but the check of W, which is left out while a CUDA graph is captured."""
+    capturing = W.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and not W.isfinite().all():
+        raise _not_finite(W)
+    rows, n = W.shape
+    D = torch.empty(rows, n, dtype=torch.float32, device=W.device).copy_(W)  # becomes W − Q, block by block
+    Q = torch.empty_like(D)
+    if not D.numel():
+        return Q
+    if dead is not None:
+        D.masked_fill_(dead, 0)
+    U = U if U.stride(1) == 1 else U.contiguous()
+    scales = U.diagonal().contiguous()
+    blocks = -(-n // block_size)
+    inverses = torch.empty(blocks, COLUMNS, COLUMNS, dtype=torch.float32, device=W.device)
+    tiles, walks = -(-rows // TILE["ROWS"]), -(-rows // WALK["ROWS"])
+    fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
+    with torch.cuda.device_of(W):
+        invert(U, inverses, block_size, unit=True)
+        if not group:
+            selection = Selection(len(row_groups), W.device)
+            tables = _row_table(tuple(row_groups), W.device)
+            scores = torch.empty(rows * block_size, dtype=torch.float32, device=W.device)
+        for inverse, lo in zip(inverses, range(0, n, block_size), strict=True):
+            width = min(block_size, n - lo)
+            block = (rows, n, lo, width)
+            pulls = product(D[:, :lo], U[:lo, lo : lo + width])
+            moved = (scales, pulls, inverse)
+            if group:
+                pattern_kernel[(tiles,)](
+                    D, Q, *moved, *block, len(pulls), KEEP=keep, GROUP=group, STEP=STEP, **TILE, **fixed
+                )
+                continue
+            score_kernel[(tiles,)](D, Q, *moved, scores, *block, len(pulls), STEP=STEP, **TILE, **fixed)
+            counts = [count * width for count in row_groups]
+            selection.run(scores, counts, [int(sparsity * count) for count in counts])
+            found = (selection.thresholds, selection.last)
+            threshold_kernel[(walks,)](D, Q, inverse, scores, *found, *tables, *block, **WALK, **fixed)
+    return Q

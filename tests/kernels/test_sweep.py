@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,9 +32,21 @@ def in_group(Q: Tensor, group: int) -> Tensor:
     return (Q != 0).unflatten(1, (-1, group)).sum(2)
 
 
-def rounding(Q: Tensor, H: Tensor) -> float:
-    """What an fp32 ulp in every weight costs: less is not to be had where H spans more than fp32 does."""
-    return float(((Q.double() * 2**-23).square() @ H.double().diagonal()).sum())
+def as_good(Q: Tensor, W: Tensor, H: Tensor, *how: Any) -> bool:
+    """Whether Q is as good as what the published loop makes of W, `how` being its arguments after H.
+
+    Two things that no fp32 result can be blamed for are allowed: an ulp in every weight, which counts where H spans
+    more than fp32 does; and near ties, that is what the loop itself makes of an H that differs by half an ulp.
+    """
+    ulp = float(((Q.double() * 2**-23).square() @ H.double().diagonal()).sum())
+    found = objective(W, Q, H) - ulp
+    g = torch.Generator().manual_seed(0)
+    for nudge in [0.0] + 12 * [2**-24]:
+        noise = torch.randn(H.shape, generator=g, dtype=torch.float64).triu()
+        nudged = H.double() * (1 + nudge * (noise + noise.triu(1).T))
+        if found <= 1.001 * objective(W, sparsegpt(W, nudged, *how), H):
+            return True
+    return False
 
 
 CASES = [
@@ -210,6 +223,7 @@ def test_arguments_that_cannot_be_meant(arguments, message):
     cut=st.integers(0, 120),
     seed=st.integers(0, 99),
 )
+@example(rows=55, n=259, sparsity=0.5386534783827378, block=55, kind="low-rank plus noise", cut=0, seed=0)  # a near tie
 def test_any_unstructured_sweep(rows, n, sparsity, block, kind, cut, seed):
     H, W, cut = gram(kind, n, seed), weights(rows, n, seed), min(cut, rows)
     factor = factor_(H.clone())
@@ -219,8 +233,7 @@ def test_any_unstructured_sweep(rows, n, sparsity, block, kind, cut, seed):
             columns = slice(lo, min(lo + block, n))
             zeros, dead = int((part[:, columns] == 0).sum()), int(factor.dead[columns].sum()) * len(part)
             assert zeros == max(int(sparsity * part[:, columns].numel()), dead)
-        wanted = objective(original, sparsegpt(original, H, sparsity, None, block), H)
-        assert objective(original, part, H) <= 1.001 * wanted + rounding(part, H)
+        assert as_good(part, original, H, sparsity, None, block)
 
 
 @settings(max_examples=50, deadline=None)
@@ -239,8 +252,7 @@ def test_any_pattern(rows, groups, pattern, block, kind, seed):
     Q = sweep(W, factor.U, 0.5, pattern, block, factor.dead)
     most = torch.minimum(torch.tensor(pattern[0]), (~factor.dead).view(-1, pattern[1]).sum(1))
     assert torch.equal(in_group(Q, pattern[1]), most.expand(rows, -1))
-    wanted = objective(W, sparsegpt(W, H, 0.5, pattern, max(block // pattern[1], 1) * pattern[1]), H)
-    assert objective(W, Q, H) <= 1.001 * wanted + rounding(Q, H)
+    assert as_good(Q, W, H, 0.5, pattern, max(block // pattern[1], 1) * pattern[1])
 
 
 @pytest.mark.skipif(not native.available(), reason="needs the native extension")

@@ -1,0 +1,70 @@
+"""The factor's Triton kernels on a GPU, or in Triton's interpreter on small matrices (tests/triton runs that)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from rac_kernels import Factor, FactorError, factor_
+from tests.kernels.gram import KINDS, gram
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+)
+CASES = [(kind, 20) for kind in KINDS] + [("correlated", 130), ("dead", 1)]
+if GPU:
+    CASES += [(kind, n) for kind in KINDS for n in (130, 1024, 3000)]
+
+
+def damped(H: Tensor, factor: Factor) -> Tensor:
+    """What U Uᵀ should be, in fp64."""
+    H = H.double().clone()
+    H.diagonal().add_(factor.ridge)
+    H.diagonal()[factor.dead] = 1
+    return H
+
+
+def error(U: Tensor, H: Tensor) -> float:
+    """The largest |U Uᵀ − H| relative to √(H_ii H_jj)."""
+    scale = H.diagonal().sqrt()
+    U = U.double().triu()
+    return float(((U @ U.T - H) / scale / scale[:, None]).abs().max())
+
+
+@pytest.mark.parametrize(("kind", "n"), CASES)
+def test_accuracy_against_plain_torch(kind, n):
+    H = gram(kind, n).to(DEVICE)
+    around = torch.full((n + 3, n + 5), torch.nan, device=DEVICE)
+    view = around[1 : n + 1, 2 : n + 2]
+    view.copy_(H)
+    found = factor_(view, backend="triton")
+    expected = damped(H, found)
+    plain = torch.linalg.cholesky(expected.float().flip(0, 1)).flip(0, 1)
+    assert found.attempts == [0.01]
+    assert error(found.U, expected) <= 2 * error(plain, expected) + 1e-6
+    assert torch.equal(found.U.tril(-1), H.tril(-1))
+    view.zero_()
+    assert around.isnan().sum() == around.numel() - view.numel()
+
+
+def test_escalation_and_its_end():
+    n = 30
+    H = gram("plain", n).to(DEVICE)
+    H -= 0.5 * H.diagonal().mean() * torch.eye(n, device=DEVICE)
+    found = factor_(H.clone(), max_damping=10, backend="triton")
+    assert found.attempts == pytest.approx([0.01, 0.1, 1.0])
+    assert error(found.U, damped(H, found)) < 2e-6
+    with pytest.raises(FactorError, match=r"not positive definite with damping 0.01"):
+        factor_(H, max_damping=0.05, backend="triton")
+
+
+def test_not_finite_is_refused():
+    H = gram("plain", 140).to(DEVICE)
+    H[3, 139] = torch.inf
+    with pytest.raises(FactorError, match="infinities or NaN"):
+        factor_(H, backend="triton")
