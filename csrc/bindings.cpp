@@ -186,13 +186,11 @@ PYBIND11_MODULE(_native, m) {
     m.attr("cuda_select_state") = rac_cuda_select_state();
     m.def(
         "cuda_factor_corner",
-        [](Address H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, Address pulls, int parts,
-           int64_t part_stride, int64_t pull_stride, int64_t pull_matrix_stride, Address inverse,
+        [](Address H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, Address inverse,
            int64_t inverse_stride, int64_t inverse_matrix_stride, Address status, int64_t batch, Address stream) {
-            check_cuda(rac_cuda_factor_corner(
-                pointer<float>(H), h_stride, matrix_stride, first, size, pointer<const float>(pulls), parts, part_stride,
-                pull_stride, pull_matrix_stride, pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
-                pointer<int32_t>(status), batch, pointer<void>(stream)));
+            check_cuda(rac_cuda_factor_corner(pointer<float>(H), h_stride, matrix_stride, first, size,
+                                              pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
+                                              pointer<int32_t>(status), batch, pointer<void>(stream)));
         },
         NoGil());
     m.def(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_kernels import cuda, gpu, native
+from rac_kernels import gpu, native
 from rac_kernels.backend import choose
 from rac_kernels.gpu import tl
 from rac_kernels.product import COLUMNS, invert, product
@@ -237,11 +237,9 @@ PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
 
 
 def _cholesky_triton_(H: Tensor) -> bool:
-    """As `_cholesky_`, but the device is asked only at the end. Corners are a CUDA kernel's work where there is one."""
-    cuda_corners = H.is_cuda and cuda.available()
+    """As `_cholesky_`, without waiting for the device: what is not positive definite ends in NaN."""
     hi = H.shape[0]
-    inverse = torch.zeros(COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
-    status = torch.zeros(1, dtype=torch.int32, device=H.device)
+    inverse = torch.empty(1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
     fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
     with torch.cuda.device_of(H):
         while hi:
@@ -249,12 +247,9 @@ def _cholesky_triton_(H: Tensor) -> bool:
             width = hi - lo
             pulls = product(H[:hi, hi:], H[lo:hi, hi:].T)
             taken = (H, H.stride(0), pulls, len(pulls), hi)
-            if cuda_corners:
-                cuda.factor_corner_(H, lo, hi, inverse[:width, :width], status, pulls)
-            else:
-                corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
-                invert(H[lo:hi, lo:hi], inverse[None], width)
+            corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
+            invert(H[lo:hi, lo:hi], inverse, width)
             if lo:
                 panel_kernel[(-(-lo // PANEL["ROWS"]),)](*taken, inverse, lo, width, **PANEL, **fixed)
             hi = lo
-    return not status.item()
+    return True
