@@ -51,6 +51,31 @@ def sweep(W: Tensor, R: Tensor, sparsity: float, pattern: tuple[int, int] | None
     return W
 
 
+def column_norm_(s: Tensor, X: Tensor) -> Tensor:
+    """s [n] fp32 += the squared norms of the columns of X [tokens, n], cast to fp32, as Wanda's code takes them."""
+    return s.add_(torch.norm(X.float(), p=2, dim=0) ** 2)
+
+
+def conjugate_gradients(Q: Tensor, H: Tensor, target: Tensor, mask: Tensor, iterations: int) -> Tensor:
+    """Masked conjugate gradients as ALPS runs them (arXiv 2406.07831), an operation a line; H [n, n] full."""
+    inverse = 1 / H.diagonal()
+    Q = Q * mask
+    R = (target - Q) @ H * mask
+    Z = R * inverse
+    P = Z.clone()
+    size = (R * Z).sum(1, keepdim=True)
+    for _ in range(iterations):
+        A = P @ H
+        step = size / (P * A).sum(1, keepdim=True)
+        Q = Q + step * P
+        R = (R - step * A) * mask
+        Z = R * inverse
+        new = (R * Z).sum(1, keepdim=True)
+        P = Z + new / size * P
+        size = new
+    return Q
+
+
 class LLMCompressor:
     """llm-compressor's own functions, called as its SparseGPT modifier calls them; `load` gives None without it."""
 

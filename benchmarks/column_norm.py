@@ -1,0 +1,36 @@
+"""Squared column norms: one pass over bf16 tokens, against torch's norm of an fp32 copy."""
+
+from __future__ import annotations
+
+import common
+import published
+import torch
+from common import OURS, Bench, Measurement
+
+from rac_kernels import column_norm_accumulate_, roofline
+
+
+def one(bench: Bench, n: int) -> list[Measurement]:
+    X = bench.activations(n)
+    s = torch.zeros(n, device=bench.device)
+    cases: dict[str, common.Case] = {
+        OURS: lambda: column_norm_accumulate_(s, X),
+        "published: norm of an fp32 copy": lambda: published.column_norm_(s, X),
+        "torch: squares summed": lambda: s.add_(X.float().square().sum(0)),
+    }
+    return bench.measure(
+        "column_norm",
+        f"{bench.tokens} tokens, n={n}",
+        n,
+        cases,
+        flops=roofline.column_norm_flops(bench.tokens, n),
+        moved=roofline.column_norm_bytes(bench.tokens, n),
+    )
+
+
+def run(bench: Bench) -> list[Measurement]:
+    return [found for n in bench.columns for found in one(bench, n)]
+
+
+if __name__ == "__main__":
+    common.main(__doc__, {"column_norm": run})

@@ -1,0 +1,122 @@
+"""What `make gpu` does on a machine with a GPU: build in place, test, sanitize, measure; one JSON record of all of it.
+
+    python benchmarks/gpu.py            # results/gpu-DEVICE-DATE.json; ends non-zero if anything failed
+
+No network, nothing installed: it needs PyTorch with Triton and pytest, and for the CUDA kernels nvcc, pybind11 and
+ninja; without those the extension is left out, which the record says. Each part has a time limit, together below eight
+minutes; a part that runs out of it is recorded as such and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {"build": 100, "tests": 150, "memcheck": 30, "racecheck": 30, "initcheck": 30, "benchmarks": 130}  # seconds
+TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+def part(name: str, command: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Runs a part within its limit: how it ended, how long it took, the end of what it said."""
+    print(f"{name}: {' '.join(command)}", flush=True)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": path} | (environment or {}),
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                timeout=LIMITS[name],
+            )
+            ended = "passed" if done.returncode == 0 else f"failed with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {LIMITS[name]} s"
+        said.seek(0)
+        text = said.read()
+    seconds = round(time.perf_counter() - start, 1)
+    print(f"{text[-3000:]}\n{name}: {ended}, {seconds} s\n", flush=True)
+    return {"ended": ended, "seconds": seconds, "output": text[-4000:]}
+
+
+def build() -> dict[str, Any]:
+    """The extension in place; without what building takes, why not."""
+    missing = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"ended": f"left out: {', '.join(missing)} not installed", "seconds": 0, "output": ""}
+    return part("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+
+
+def tests() -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "tests/gpu"]
+    return part("tests", command)
+
+
+def sanitize(tool: str) -> dict[str, Any]:
+    """One of compute-sanitizer's tools over every kernel on small shapes, with the errors it counted."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if not sanitizer:
+        return {"ended": "left out: no compute-sanitizer", "seconds": 0, "output": ""}
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "tests/gpu/small.py"]
+    found = part(tool, command)
+    return found | {"errors": errors(found["output"])}
+
+
+def errors(output: str) -> int | None:
+    """How many errors (racecheck: hazards) compute-sanitizer's summary counts; None without a summary."""
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    return int(summary[-1]) if summary else None
+
+
+def benchmarks() -> dict[str, Any]:
+    """All ops on the GPU, with their peaks, errors, times and shares of the limit."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "record.json"
+        command = [sys.executable, "benchmarks/kernels.py", "--device", "cuda", "--repeats", "2", "--out", str(out)]
+        found = part("benchmarks", command)
+        return found | {"record": json.loads(out.read_text()) if out.exists() else None}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the record (benchmarks/results/gpu-DEVICE-DATE.json)")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("make gpu needs a GPU, and torch finds none", file=sys.stderr)
+        return 2
+    name = torch.cuda.get_device_name()
+    now = datetime.datetime.now(datetime.UTC)
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    out = args.out or ROOT / "benchmarks" / "results" / f"gpu-{short}-{now:%Y-%m-%d}.json"
+    record: dict[str, Any] = {"date": f"{now:%Y-%m-%d %H:%M} UTC", "device": name, "torch": torch.__version__}
+    record["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    parts: dict[str, Any] = {"build": build(), "tests": tests()}
+    parts |= {tool: sanitize(tool) for tool in TOOLS}
+    parts["benchmarks"] = benchmarks()
+    record["parts"] = parts
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"record: {out}")
+    bad = [name for name, found in parts.items() if not found["ended"].startswith(("passed", "left out"))]
+    print(f"failed: {', '.join(bad)}" if bad else "all parts passed or, where the record says so, were left out")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

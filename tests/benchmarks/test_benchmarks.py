@@ -1,0 +1,108 @@
+"""The benchmarks' command line on tiny shapes: a record and a plot of every op; what `make gpu` reads and says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+OPS = ("hessian", "column_norm", "cross", "factor", "select", "sweep", "refine")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_all_ops_in_one_record(tmp_path: Path) -> None:
+    record, plot = tmp_path / "record.json", tmp_path / "plot.png"
+    sizes = ["--columns", "40", "64", "--shapes", "24x40", "--tokens", "100", "--repeats", "2", "--device", "cpu"]
+    done = run("benchmarks/kernels.py", *sizes, "--out", str(record), "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(record.read_text())
+    assert {row["op"] for row in found["measurements"]} == set(OPS)
+    assert found["machine"]["versions"]["torch"] == torch.__version__.split("+")[0] or found["machine"]["cpu"]
+    for row in found["measurements"]:
+        assert len(row["seconds"]) == 2 and row["limit"] > 0 and row["share_of_limit"] == row["limit"] / row["median"]
+        assert row["ratio"] == pytest.approx(1) if row["name"] == "rac_kernels" else row["ratio"] > 0
+    errors = {row["name"]: float(row["extra"]["error"]) for row in found["measurements"] if row["op"] == "cross"}
+    assert errors["rac_kernels"] < 1e-5 < errors["torch, bf16, rounded each call"]
+    if "no plot" not in done.stdout:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_op_that_is_not_there() -> None:
+    done = run("benchmarks/kernels.py", "magic")
+    assert done.returncode == 2 and "magic is not one of hessian" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run it all")
+def test_make_gpu_without_a_gpu() -> None:
+    done = run("benchmarks/gpu.py")
+    assert done.returncode == 2 and "needs a GPU" in done.stderr
+
+
+@pytest.fixture
+def gpu() -> Any:
+    spec = importlib.util.spec_from_file_location("make_gpu", ROOT / "benchmarks" / "gpu.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sanitizer_summaries(gpu: Any) -> None:
+    assert gpu.errors("x") is None
+    assert gpu.errors("= ERROR SUMMARY: 0 errors") == 0
+    assert gpu.errors("= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)") == 3
+
+
+def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any) -> None:
+    assert sum(gpu.LIMITS.values()) < 480
+    gpu.LIMITS["tests"] = 1
+    found = gpu.part("tests", [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"])
+    assert found["ended"] == "stopped after 1 s" and "so far" in found["output"]
+    assert gpu.part("build", [sys.executable, "-c", "raise SystemExit(3)"])["ended"] == "failed with 3"
+
+
+REACHED = """
+import sys
+import rac_kernels.gpu
+import small
+from triton.runtime.interpreter import InterpretedFunction as Kernel
+
+def name(kernel):
+    return f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+
+modules = [module for key, module in sys.modules.items() if key.startswith("rac_kernels.")]
+kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Kernel)}
+seen, launch = set(), Kernel.__getitem__
+
+def spy(kernel, grid):
+    seen.add(name(kernel))
+    return launch(kernel, grid)
+
+Kernel.__getitem__ = spy
+rac_kernels.gpu.processors = lambda device: 132  # sums are split as on a large GPU
+small.main("cpu", "triton", 132, 1100, (small.torch.float16,))
+print(sorted({name(kernel) for kernel in kernels if kernel.fn.__name__.endswith("_kernel")} - seen))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets what a GPU would run")
+def test_the_sanitizers_cases_reach_every_kernel() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT / 'tests' / 'gpu'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", REACHED], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
