@@ -1,34 +1,40 @@
 """The way of the calibration tokens through a layer, and what is gathered from them.
 
-All tokens of all sequences lie behind one another in one tensor [tokens, hidden] in host memory; between layers nothing
-else is kept. Sequences do not see each other and there are no pads. A block is gone through chunk by chunk, always the
-same chunks, so that the same weights give the same bytes.
+All tokens of all sequences lie behind one another in one matrix [tokens, hidden] (see activations); between layers
+nothing else is kept. Sequences do not see each other and there are no pads. A block is gone through chunk by chunk,
+always the same chunks, so that the same weights give the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rac_engine.models import Block, Chunk, Model
+from rac_engine.activations import Activations, Place
+from rac_engine.models import Block, Chunk, Model, Tap
+from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration
-from rac_kernels import column_norm_accumulate_, hessian_accumulate_
+from rac_kernels import column_norm_accumulate_, cross_accumulate_, hessian_accumulate_
 
 KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
 
 class Statistic:
-    """What a solver wants to know about the input of a stage: H = Σ w x xᵀ, or its diagonal only.
+    """What a solver wants to know about an input: H = Σ w x xᵀ, or its diagonal only.
 
-    `value` is fp32, [columns, columns] (upper triangle) or [columns].
+    `value` is fp32, [columns, columns] (upper triangle) or [columns]; `tokens` are the tokens counted, `dropped` those
+    left out because they hold NaN or Inf, which would spoil all of H.
     """
 
     def __init__(self, columns: int, full: bool, device: str) -> None:
         self.value = torch.zeros((columns, columns) if full else columns, dtype=torch.float32, device=device)
+        self.tokens = self.dropped = 0
         self._accumulate = hessian_accumulate_ if full else column_norm_accumulate_
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
@@ -37,8 +43,59 @@ class Statistic:
             counted = weights > 0
             x, weights = x[counted], weights[counted]
             weights = None if bool((weights == 1).all()) else weights
+        finite = x.isfinite().all(-1)
+        if not bool(finite.all()):
+            self.dropped += len(x) - int(finite.sum())
+            x, weights = x[finite], None if weights is None else weights[finite]
+        self.tokens += len(x)
         if len(x):
             self._accumulate(self.value, x, weights)
+
+    def blend(self, other: Statistic, weight: float) -> None:
+        """Add `weight` times what was gathered by another, which stays as it is."""
+        self.value.add_(other.value, alpha=weight)
+
+
+class DenseInputs:
+    """What ties a group's inputs X′ in the pruned model to the inputs X that the same group has in the dense one.
+
+    `cross` is X′ᵀX [columns, columns], `gram` is XᵀX (upper triangle), both fp32, each token counted with its weight.
+    """
+
+    def __init__(self, columns: int, device: str) -> None:
+        self.cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.gram = torch.zeros_like(self.cross)
+
+    def add(self, given: Tensor, dense: Tensor, weights: Tensor | None) -> None:
+        """Count tokens: inputs [tokens, columns] of the pruned model and of the dense one."""
+        cross_accumulate_(self.cross, given, dense, weights)
+        hessian_accumulate_(self.gram, dense, weights)
+
+
+class DenseOutputs:
+    """What ties a matrix's inputs X′ to the outputs Y that are wanted of it.
+
+    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `dense` the square of what the dense matrix gives.
+    """
+
+    def __init__(self, columns: int, rows: int, device: str) -> None:
+        self.cross = torch.zeros(columns, rows, dtype=torch.float32, device=device)
+        self._squares = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @property
+    def wanted(self) -> float:
+        return float(self._squares[0])
+
+    @property
+    def dense(self) -> float:
+        return float(self._squares[1])
+
+    def add(self, given: Tensor, wanted: Tensor, dense: Tensor, weights: Tensor | None) -> None:
+        """Count tokens: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
+        cross_accumulate_(self.cross, given, wanted, weights)
+        for place, outputs in enumerate((wanted, dense)):
+            squares = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).square().double()
+            self._squares[place] += (squares if weights is None else squares * weights).sum()
 
 
 @dataclass
@@ -58,16 +115,22 @@ class Packing:
 
     @classmethod
     def of(cls, calibration: Calibration, chunk_tokens: int) -> Packing:
-        """Pack whole sequences into chunks of at most `chunk_tokens`, or of one sequence that is longer."""
+        """Pack whole sequences into chunks of at most `chunk_tokens`; a longer sequence is a row of chunks."""
         sequences = sorted((s for s in calibration.sequences if len(s.token_ids)), key=lambda s: -len(s.token_ids))
         chunks: list[Chunk] = []
         start, lengths = 0, list[int]()
         for length in [len(sequence.token_ids) for sequence in sequences] + [0]:
             size = sum(lengths)
             if lengths and (not length or size + length > chunk_tokens):
-                chunks.append(Chunk(start, start + size, tuple(lengths), chunk_tokens))
+                chunks.append(Chunk(start, start + size, tuple(lengths)))
                 start, lengths = start + size, []
-            lengths.append(length)
+            if length <= chunk_tokens:
+                lengths.append(length)
+                continue
+            for offset in range(0, length, chunk_tokens):
+                stop = start + min(chunk_tokens, length - offset)
+                chunks.append(Chunk(start, stop, (length,), offset))
+                start = stop
         ids = [np.asarray(sequence.token_ids, dtype=np.int64) for sequence in sequences]
         weights = [
             np.ones(len(sequence.token_ids), np.float32) if sequence.weights is None else sequence.weights
@@ -83,66 +146,165 @@ class Packing:
 
 
 class Stream:
-    """The hidden states of all calibration tokens, on their way from layer to layer."""
+    """The hidden states of all calibration tokens, on their way from layer to layer.
 
-    def __init__(self, model: Model, packing: Packing, dtype: torch.dtype, device: str) -> None:
-        self.packing, self.device = packing, device
-        self.hidden = model.embed(packing.token_ids, dtype)
+    They live in `place` (see `Activations.make`), and so does a block's inner activation where it is kept.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        packing: Packing,
+        dtype: torch.dtype,
+        device: str,
+        place: Place = "host",
+        folder: Path | None = None,
+        keep_bytes: int = KEEP_BYTES,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.packing, self.dtype, self.device = packing, dtype, device
+        self._place, self._folder, self._keep_bytes, self._timeline = place, folder, keep_bytes, timeline
+        self._spans = [(chunk.start, chunk.stop) for chunk in packing.chunks]
+        self.hidden = self._room(model.hidden_size)
         """[tokens, hidden]"""
+        table = model.embedding()
+        for start, stop in self._spans:
+            self.hidden.write(start, model.embed(packing.token_ids[start:stop], dtype, table).to(device))
 
-    def observe_inputs(self, block: Block, statistic: Statistic) -> None:
-        """Gather `statistic` from the input of the block's first matrices."""
-        for chunk in self.packing.chunks:
-            hidden = self._load(chunk)
-            for piece in chunk.pieces():
-                statistic.add(block.norm(hidden[piece]), self._weights(chunk, piece))
+    def observe(self, block: Block, statistics: Mapping[str, Statistic]) -> Activations | None:
+        """Gather `statistics` from inputs of the block's matrices, by the inputs' names, no further than needed.
 
-    def observe_inner(self, block: Block, statistic: Statistic) -> Tensor | None:
-        """Gather `statistic` from the input [tokens, block.width] of the block's last matrix.
-
-        Returns that input for `advance`, unless it is too large to be kept.
+        If the input [tokens, block.width] of the block's last matrix is among them, returns it for `advance`, unless it
+        is too large to be kept.
         """
-        tokens = len(self.hidden)
-        fits = tokens * block.width * self.hidden.dtype.itemsize <= KEEP_BYTES
-        kept = self.hidden.new_empty(tokens, block.width) if fits or block.plan.attention else None
-        for chunk in self.packing.chunks:
-            hidden = self._load(chunk)
-            for piece in block.slices(chunk):
-                inner = block.inner(block.norm(hidden[piece]), chunk)
-                statistic.add(inner, self._weights(chunk, piece))
-                if kept is not None:
-                    kept[chunk.start :][piece] = inner
+        kept = None
+        if block.last in statistics:
+            fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
+            kept = self._room(block.width) if fits or block.plan.attention else None
+        for chunk, hidden in self._chunks():
+            x, taps = block.norm(hidden), self._taps(statistics, chunk)
+            if kept is None:
+                block.look(x, chunk, taps)
+            else:
+                kept.write(chunk.start, block.inner(x, chunk, taps))
         return kept
 
-    def advance(self, block: Block, kept: Tensor | None = None) -> None:
-        """Go through the block, with its inner activations computed again unless they were `kept`."""
-        for chunk in self.packing.chunks:
-            hidden = self._load(chunk)
-            for piece in block.slices(chunk):
-                if kept is None:
-                    inner = block.inner(block.norm(hidden[piece]), chunk)
-                else:
-                    inner = kept[chunk.start :][piece].to(self.device)
-                self.hidden[chunk.start :][piece] = block.leave(hidden[piece], inner)
+    def observe_beside(
+        self,
+        block: Block,
+        statistics: Mapping[str, Statistic],
+        beside: Beside,
+        matches: Mapping[str, DenseInputs | DenseOutputs],
+        residual: bool,
+    ) -> Activations | None:
+        """As `observe`, and gather `matches`, by the inputs' names, of the pruned model's inputs and the dense one's.
 
-    def observe_layer(self, blocks: list[Block], statistics: Mapping[int, Statistic]) -> None:
-        """Gather the statistics of all stages in one pass through the layer as it is, which moves no token on."""
-        for chunk in self.packing.chunks:
-            hidden = self._load(chunk)
-            for number, block in enumerate(blocks):
-                after = torch.empty_like(hidden)
-                for piece in block.slices(chunk):
-                    x = block.norm(hidden[piece])
-                    inner = block.inner(x, chunk)
-                    for stage, seen in ((2 * number, x), (2 * number + 1, inner)):
-                        if stage in statistics:
-                            statistics[stage].add(seen, self._weights(chunk, piece))
-                    after[piece] = block.leave(hidden[piece], inner)
-                hidden = after
+        The outputs wanted of the last matrix are the dense model's, or with `residual` those that would also bring the
+        hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
+        block. Mixtures are not for this: their experts have other tokens in the one model than in the other.
+        """
+        kept = None
+        if block.last in statistics:
+            fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
+            kept = self._room(block.width) if fits or block.plan.attention else None
+        for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
+            weights = self._weights(chunk)
+            given, dense = dict[str, Tensor](), dict[str, Tensor]()
+            taps = _keeping(given, [*statistics])
+            x, theirs = block.norm(hidden), beside.block.norm(original)
+            if kept is None:
+                block.look(x, chunk, taps)
+            else:
+                kept.write(chunk.start, block.inner(x, chunk, taps))
+            for name, statistic in statistics.items():
+                statistic.add(given[name], weights)
+            last = matches.get(block.last or "")
+            between = _keeping(dense, [name for name in matches if name != block.last])
+            if isinstance(last, DenseOutputs):
+                output = beside.block.output(beside.block.inner(theirs, chunk, between))
+                own = output if beside.block.bias is None else output - beside.block.bias
+                drift = block.missing(original, hidden) if residual else None
+                last.add(given[block.last or ""], own if drift is None else own + drift, own, weights)
+                beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
+            else:
+                beside.block.look(theirs, chunk, between)
+            for name, match in matches.items():
+                if isinstance(match, DenseInputs):
+                    match.add(given[name], dense[name], weights)
+        return kept
 
-    def _load(self, chunk: Chunk) -> Tensor:
-        return self.hidden[chunk.start : chunk.stop].to(self.device)
+    def observe_sample(self, block: Block, experts: Mapping[int, tuple[Statistic, float]], count: int) -> None:
+        """Add tokens of the whole layer to statistics of inputs of experts' last matrices, as if all were routed there.
 
-    def _weights(self, chunk: Chunk, piece: slice) -> Tensor | None:
+        The tokens are `count` of those that count, evenly spaced, the same for all `experts`; each expert's weight (a
+        token's own aside) goes to the sum of them all.
+        """
         weights = self.packing.weights
-        return None if weights is None else weights[chunk.start :][piece].to(self.device)
+        counted = torch.arange(len(self.hidden)) if weights is None else weights.nonzero()[:, 0]
+        count = min(count, len(counted))
+        chosen = counted[torch.arange(count) * len(counted) // max(count, 1)]
+        for chunk, hidden in self._chunks():
+            here = chosen[(chosen >= chunk.start) & (chosen < chunk.stop)]
+            if not len(here):
+                continue
+            x = block.norm(hidden[(here - chunk.start).to(self.device)])
+            own = torch.ones(len(here)) if weights is None else weights[here]
+            for expert, (statistic, weight) in experts.items():
+                statistic.add(block.expert_inner(expert, x), (own * (weight / count)).to(self.device))
+
+    def advance(self, block: Block, kept: Activations | None = None) -> None:
+        """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""
+        before = None if kept is None else kept.each(self._spans)
+        for chunk, hidden in self._chunks():
+            inner = block.inner(block.norm(hidden), chunk) if before is None else next(before)
+            self.hidden.write(chunk.start, block.leave(hidden, inner))
+        if kept is not None:
+            kept.close()
+
+    def observe_layer(self, blocks: list[Block], statistics: Mapping[str, Statistic]) -> None:
+        """Gather statistics of all of a layer's inputs in one pass through it as it is, which moves no token on."""
+        for chunk, hidden in self._chunks():
+            for block in blocks:
+                hidden = block.leave(hidden, block.inner(block.norm(hidden), chunk, self._taps(statistics, chunk)))
+
+    def close(self) -> None:
+        """Let go of the hidden states."""
+        self.hidden.close()
+
+    def _room(self, width: int) -> Activations:
+        tokens = len(self.packing.token_ids)
+        return Activations.make(tokens, width, self.dtype, self.device, self._place, self._folder, self._timeline)
+
+    def _chunks(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Every chunk with its hidden states [chunk, hidden] on the device."""
+        return zip(self.packing.chunks, self.hidden.each(self._spans), strict=True)
+
+    def _taps(self, statistics: Mapping[str, Statistic], chunk: Chunk) -> dict[str, Tap]:
+        """The statistics as what is shown inputs on the way through a block."""
+        weights = self._weights(chunk)
+
+        def add(statistic: Statistic, x: Tensor, tokens: Tensor | None) -> None:
+            statistic.add(x, weights if weights is None or tokens is None else weights[tokens])
+
+        return {name: functools.partial(add, statistic) for name, statistic in statistics.items()}
+
+    def _weights(self, chunk: Chunk) -> Tensor | None:
+        weights = self.packing.weights
+        return None if weights is None else weights[chunk.start : chunk.stop].to(self.device)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The dense model at the same place: its hidden states, and the block with its own weights."""
+
+    stream: Stream
+    block: Block
+
+
+def _keeping(place: dict[str, Tensor], names: list[str]) -> dict[str, Tap]:
+    """Taps that put the inputs they are shown, of all tokens of a chunk, into `place`."""
+
+    def keep(name: str, x: Tensor, _: Tensor | None) -> None:
+        place[name] = x
+
+    return {name: functools.partial(keep, name) for name in names}

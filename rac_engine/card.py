@@ -12,7 +12,13 @@ from rac_engine.results import Metrics, figure, percent
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
-METHODS = {"sparsegpt": "SparseGPT", "wanda": "Wanda", "magnitude": "magnitude pruning"}
+METHODS = {
+    "rac": "RAC Engine's solver",
+    "sparsegpt": "SparseGPT",
+    "alps": "ALPS",
+    "wanda": "Wanda",
+    "magnitude": "magnitude pruning",
+}
 
 
 def pattern_text(settings: dict[str, Any]) -> str:

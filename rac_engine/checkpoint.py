@@ -13,19 +13,22 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from rac_engine.errors import BadInput
+from rac_engine import faults
+from rac_engine.errors import BadInput, Damaged
 from rac_engine.sizes import format_bytes
 
 INDEX = "model.safetensors.index.json"
@@ -50,9 +53,11 @@ DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_SCALE = "_scale_inv"  # behind a weight's name: the scales of its blocks
 _MAX_HEADER = 100_000_000  # what the safetensors format allows
 _MAX_JSON = 64 << 20
 _PIECE = 8 << 20
+_SPARE = 4 << 20  # bytes that journal, metrics and report may take
 # What other tools would take for weights: pickles are never opened nor passed on, and an engine loads every
 # *.safetensors at the top of a folder.
 _WEIGHT_FILES = (
@@ -71,11 +76,28 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    scaled: Scaled | None = None
+    """Of a tensor that is read as `dtype` and takes `nbytes` so, but lies in the file as FP8; `offset` is then that of
+    the FP8 bytes."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How FP8 becomes bf16: a block of rows and columns is multiplied by one number."""
+
+    dtype: torch.dtype
+    scales: TensorInfo
+    """`weight_scale_inv` [⌈rows / block⌉, ⌈columns / block⌉]"""
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with config.json and safetensors, one file or shards with an index. Made by `open`."""
+    """A folder with config.json and safetensors, one file or shards with an index. Made by `open`.
+
+    Block-scaled FP8 weights (DeepSeek's format: `weight` and `weight_scale_inv`) are read as bf16, and a copy of the
+    checkpoint has them as bf16; the scales do not appear among `tensors`.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -117,22 +139,71 @@ class Checkpoint:
         for name in weight_map or ():
             if name not in tensors:
                 raise BadInput(f"{index}: {name!r} is not in {(weight_map or {})[name]}; fetch the checkpoint again")
+        if fp8_block(config) is not None:
+            tensors, shards = _as_bf16(folder, config, tensors, shards)
         return cls(folder, config, tensors, shards)
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """The tensor (or its rows from `rows[0]` up to `rows[1]`) in its own dtype, on the CPU."""
-        return read_tensor(self.tensors[name], rows)
+    def copied_file(self, name: str) -> bytes:
+        """What a copy of the checkpoint has in a file beside the weights: in config.json, no FP8."""
+        if name == "config.json" and fp8_block(self.config) is not None:
+            config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+            return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        return _inside(self.path, name).read_bytes()
+
+    def read(self, name: str, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
+        """The tensor (or its rows from `rows[0]` up to `rows[1]`) in its own dtype, on the CPU, pinned with `pin`.
+
+        Once the checkpoint was gone through (`sha256`), a whole tensor is held against what it was then: `Damaged` if
+        it is read as something else.
+        """
+        tensor = read_tensor(self.tensors[name], rows, pin)
+        if rows is None:
+            self.hold(name, _bytes_of(tensor))
+        return tensor
+
+    def hold(self, name: str, read: Any) -> None:
+        """Raise `Damaged` if `read` (the bytes of a tensor, or their digest) is not what `sha256` went through."""
+        if "_content" in self.__dict__:
+            digest = read if hasattr(read, "hexdigest") else hashlib.sha256(read)
+            if digest.hexdigest() != self._content[name][0]:
+                raise Damaged(
+                    f"{self.tensors[name].file}: {name!r} was read twice, with other bytes the second time; the file "
+                    "was changed meanwhile, or disk or memory fail"
+                )
 
     def sha256(self) -> str:
-        """SHA-256 over the SHA-256 of config.json and every weight file; computed once, with all cores."""
-        return self._sha256
+        """SHA-256 over config.json and the name, dtype, shape and SHA-256 of every tensor.
+
+        Computed once, with all cores; from then on what is read is held against it.
+        """
+        config = json.dumps(self.config, sort_keys=True)
+        if config != json.dumps(read_json(_inside(self.path, "config.json")), sort_keys=True):
+            raise Damaged(f"{self.path / 'config.json'}: was read twice, with other bytes the second time")
+        digest = hashlib.sha256(config.encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.dtype} {info.shape} {self._content[name][0]}\n".encode())
+        return digest.hexdigest()
+
+    def nonfinite(self) -> list[str]:
+        """Names of the tensors that hold NaN or Inf; goes through the checkpoint as `sha256` does, once for both."""
+        return [name for name in self.tensors if not self._content[name][1]]
 
     @cached_property
-    def _sha256(self) -> str:
-        files = ["config.json", *sorted(self.shards)]
-        return hashlib.sha256(
-            "".join(f"{name} {digest}\n" for name, digest in sha256_files(self.path, files).items()).encode()
-        ).hexdigest()
+    def _content(self) -> dict[str, tuple[str, bool]]:
+        """SHA-256 of each tensor, and whether all its values are finite."""
+
+        def one(info: TensorInfo) -> tuple[str, bool]:
+            digest, finite = hashlib.sha256(), True
+            if info.scaled is not None:
+                tensor = read_tensor(info)
+                return hashlib.sha256(_bytes_of(tensor)).hexdigest(), bool(tensor.isfinite().all())
+            for piece in _pieces(info.file, info.offset, info.nbytes):
+                digest.update(piece)
+                finite = finite and _finite(piece, info.dtype)
+            return digest.hexdigest(), finite
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return dict(zip(self.tensors, pool.map(one, self.tensors.values()), strict=True))
 
 
 class CheckpointWriter:
@@ -148,16 +219,25 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._dirty: set[Path] = set()
         self.total_size = sum(info.nbytes for info in source.tensors.values())
-        count = len(source.shards)
+        count, headers = len(source.shards), dict[Path, tuple[bytes, int]]()
+        for number, infos in enumerate(source.shards.values(), start=1):
+            file = folder / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+            header, places = _layout(file, infos)
+            headers[file] = header, len(header) + sum(info.nbytes for info in infos)
+            self._places.update(places)
+        others = {name: _inside(source.path, name) for name in other_files(source.path)}
         with disk_errors(folder):
-            for number, infos in enumerate(source.shards.values(), start=1):
-                file = folder / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
-                header, places = _layout(file, infos)
-                _reserve(file, header, len(header) + sum(info.nbytes for info in infos))
-                self._places.update(places)
-            for name in other_files(source.path):
+            taken = sum(file.stat().st_blocks * 512 for file in headers if file.exists())
+            wanted = sum(size for _, size in headers.values()) + sum(file.stat().st_size for file in others.values())
+            require_space(folder, max(wanted - taken, 0))
+            for file, (header, size) in headers.items():
+                _reserve(file, header, size)
+            for name, file in others.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(_inside(source.path, name), folder / name)
+                if name == "config.json":
+                    write_file(folder / name, source.copied_file(name))
+                else:
+                    copy_file(file, folder / name)
 
     def write(self, name: str, tensor: torch.Tensor) -> str:
         """Put `tensor` (dtype and shape as in the source) in its place and return the SHA-256 of its bytes.
@@ -176,7 +256,9 @@ class CheckpointWriter:
         return hashlib.sha256(data).hexdigest()
 
     def copy(self, name: str) -> str:
-        """Put the source's bytes of a tensor in their place and return their SHA-256."""
+        """Put the source's bytes of a tensor (FP8 as bf16) in their place and return their SHA-256."""
+        if self.source.tensors[name].scaled is not None:
+            return self.write(name, self.source.read(name))
         there, place = self.source.tensors[name], self._places[name]
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as target:
@@ -184,20 +266,17 @@ class CheckpointWriter:
                 _write_at(target, piece, at)
                 digest.update(piece)
                 at += len(piece)
+        self.source.hold(name, digest)
         self._done(place)
         return digest.hexdigest()
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as it is in the file now."""
-        return read_tensor(self._places[name])
-
-    def accept(self, name: str, digest: str) -> bool:
-        """Take over what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
-        place = self._places[name]
-        if _sha256_range(place.file, place.offset, place.nbytes) != digest:
-            return False
+    def accept(self, name: str, digest: str) -> torch.Tensor | None:
+        """Take over and return what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
+        tensor = read_tensor(self._places[name])
+        if hashlib.sha256(_bytes_of(tensor)).hexdigest() != digest:
+            return None
         self._written.add(name)
-        return True
+        return tensor
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
@@ -206,11 +285,12 @@ class CheckpointWriter:
                 sync(file)
         self._dirty.clear()
 
-    def finish(self) -> None:
-        """Copy every tensor that was not written, then write the index, if the checkpoint has shards."""
-        for name in self._places:
-            if name not in self._written:
-                self.copy(name)
+    def finish(self) -> dict[str, str]:
+        """Copy every tensor that was not written, then write the index, if the checkpoint has shards.
+
+        Returns the SHA-256 of each tensor that was copied.
+        """
+        copied = {name: self.copy(name) for name in self._places if name not in self._written}
         self.sync()
         if len(self.source.shards) > 1:
             index = {
@@ -219,6 +299,7 @@ class CheckpointWriter:
             }
             with disk_errors(self.folder):
                 write_file(self.folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        return copied
 
     def _done(self, place: TensorInfo) -> None:
         self._written.add(place.name)
@@ -262,19 +343,35 @@ def read_header(file: Path) -> list[TensorInfo]:
     return infos
 
 
-def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    """The tensor, or a range of its rows, read from its file into memory of its own."""
+def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
+    """The tensor, or a range of its rows, read from its file into memory of its own (see `pages`)."""
     first, shape = 0, info.shape
     if rows is not None:
         first, shape = rows[0], (rows[1] - rows[0], *info.shape[1:])
-    nbytes = math.prod(shape) * info.dtype.itemsize
+    dtype = info.dtype if info.scaled is None else info.scaled.dtype
+    nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         return torch.empty(shape, dtype=info.dtype)
-    memory = _pages(nbytes)
-    offset = info.offset + first * math.prod(shape[1:]) * info.dtype.itemsize
+    memory = pages(nbytes, pin and info.scaled is None)
+    offset = info.offset + first * math.prod(shape[1:]) * dtype.itemsize
     with _opened(info.file) as fd:
         _read_into(fd, info.file, offset, memoryview(memory))
-    return torch.frombuffer(memory, dtype=info.dtype).view(shape)
+    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+    if info.scaled is None:
+        return tensor
+    made = torch.frombuffer(pages(math.prod(shape) * info.dtype.itemsize, pin), dtype=info.dtype).view(shape)
+    return _multiply(tensor, read_tensor(info.scaled.scales), info.scaled.block, first, made)
+
+
+def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block, if a config.json says that the weights are block-scaled FP8; else None."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "fp8":
+        return None
+    block = quantization.get("weight_block_size")
+    if isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block):
+        return block[0], block[1]
+    return None
 
 
 def other_files(folder: Path) -> list[str]:
@@ -300,13 +397,40 @@ def write_file(file: Path, data: bytes) -> None:
     """Write a small file and wait until it is on the disk."""
     with _opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         _write_at(fd, data, 0)
-        os.fsync(fd)
+        faults.fsync(fd)
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Let a small file appear, or take the place of an earlier one, whole: by one rename, once it is on the disk."""
+    staged = file.with_name(f"{file.name}.tmp")
+    write_file(staged, data)
+    faults.rename(staged, file)
+    sync(file.absolute().parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes; a later `sync` puts them on the disk."""
+    with _opened(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        at = 0
+        for piece in _pieces(source, 0, source.stat().st_size):
+            _write_at(fd, piece, at)
+            at += len(piece)
 
 
 def sync(path: Path) -> None:
     """fsync a file or folder."""
     with _opened(path) as fd:
-        os.fsync(fd)
+        faults.fsync(fd)
+
+
+def require_space(folder: Path, count: int) -> None:
+    """`BadInput` unless `count` bytes, and a little for what goes beside the weights, are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < count + _SPARE:
+        raise BadInput(
+            f"{folder}: {format_bytes(count + _SPARE)} more are needed on this disk and {format_bytes(free)} are free; "
+            "free some space or choose another disk"
+        )
 
 
 def sha256_files(folder: Path, names: list[str]) -> dict[str, str]:
@@ -341,7 +465,7 @@ def publish(partial: Path, out: Path) -> None:
             sync(Path(base))
         if os.path.lexists(out):
             raise BadInput(f"{out}: appeared meanwhile; the finished result is in {partial}")
-        os.rename(partial, out)
+        faults.rename(partial, out)
         sync(out.absolute().parent)
 
 
@@ -383,7 +507,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file:
             raise BadInput(
-                f"{index}: weight_map gives {name!r} to {file!r}, which is no safetensors file of this folder"
+                f"{index}: weight_map gives {reprlib.repr(name)} to {reprlib.repr(file)}, which is no safetensors file "
+                "of this folder"
             )
     return weight_map
 
@@ -402,6 +527,49 @@ def _json_object(raw: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{what}: not a JSON object; fetch the checkpoint again")
     return value
+
+
+def _as_bf16(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    shards: dict[str, list[TensorInfo]],
+) -> tuple[dict[str, TensorInfo], dict[str, list[TensorInfo]]]:
+    """The tensors and shards with block-scaled FP8 weights as the bf16 that they stand for, and without the scales."""
+    block, made, scales = fp8_block(config), dict(tensors), set[str]()
+    assert block is not None
+    for name, info in tensors.items():
+        scale = tensors.get(name + _SCALE)
+        if info.dtype != torch.float8_e4m3fn or scale is None:
+            continue
+        wanted = tuple(-(-size // part) for size, part in zip(info.shape, block, strict=False))
+        if len(info.shape) != 2 or scale.shape != wanted or scale.dtype not in (torch.float32, torch.bfloat16):
+            raise BadInput(
+                f"{folder}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}, which does not scale {name!r} "
+                f"{list(info.shape)} in blocks of {block[0]} × {block[1]}; the checkpoint does not fit its config.json"
+            )
+        bf16 = torch.bfloat16
+        nbytes = math.prod(info.shape) * bf16.itemsize
+        made[name] = replace(info, dtype=bf16, nbytes=nbytes, scaled=Scaled(info.dtype, scale, block))
+        scales.add(scale.name)
+    for name in scales:
+        del made[name]
+    kept = {file: [made[info.name] for info in infos if info.name in made] for file, infos in shards.items()}
+    return made, {file: infos for file, infos in kept.items() if infos}
+
+
+def _multiply(
+    values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], first: int, out: torch.Tensor
+) -> torch.Tensor:
+    """`out` [rows, columns] = FP8 values, row `first` of a tensor and those behind it, times their blocks' scales."""
+    rows, columns = block
+    wide = scales.float().repeat_interleave(columns, dim=1)[:, : values.shape[1]]
+    at = 0
+    while at < len(values):
+        to = min((first + at) // rows * rows + rows - first, len(values))
+        out[at:to] = values[at:to].float() * wide[(first + at) // rows]
+        at = to
+    return out
 
 
 def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
@@ -443,8 +611,8 @@ def _layout(file: Path, infos: list[TensorInfo]) -> tuple[bytes, dict[str, Tenso
 
 def _reserve(file: Path, header: bytes, size: int) -> None:
     with _opened(file, os.O_WRONLY | os.O_CREAT) as fd:
-        os.ftruncate(fd, min(size, os.fstat(fd).st_size))
-        os.posix_fallocate(fd, 0, size)
+        faults.truncate(fd, min(size, os.fstat(fd).st_size))
+        faults.reserve(fd, 0, size)
         _write_at(fd, header, 0)
 
 
@@ -465,7 +633,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 def _read_into(fd: int, file: Path, offset: int, target: memoryview) -> None:
     done = 0
     while done < len(target):
-        count = os.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
+        count = faults.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
         if count == 0:
             raise BadInput(f"{file}: ends before byte {offset + len(target)}; it was cut short, fetch it again")
         done += count
@@ -479,7 +647,7 @@ def _read_at(fd: int, file: Path, offset: int, count: int) -> bytearray:
 
 def _pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
     """Runs of a file's bytes, one after the other in the same memory."""
-    memory = memoryview(_pages(min(_PIECE, count) or 1))
+    memory = memoryview(pages(min(_PIECE, count) or 1))
     with _opened(file) as fd:
         for at in range(0, count, _PIECE):
             piece = memory[: min(_PIECE, count - at)]
@@ -487,15 +655,33 @@ def _pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
             yield piece
 
 
-def _pages(count: int) -> mmap.mmap:
-    """Memory outside of the heap: it goes back to the system when it is let go, in whatever thread that is."""
-    return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether a run of a tensor's bytes holds no NaN and no Inf."""
+    if not dtype.is_floating_point or not len(data):
+        return True
+    values = torch.frombuffer(data, dtype=dtype)
+    return bool((values if dtype.itemsize > 1 else values.to(torch.bfloat16)).isfinite().all())
+
+
+def pages(count: int, pin: bool = False) -> mmap.mmap:
+    """Memory outside of the heap: it goes back to the system when it is let go, in whatever thread that is.
+
+    With `pin` it is page-locked, for copies beside a GPU's work: torch's own pinned memory comes in powers of two and
+    is not given back, which no plan of memory can bear.
+    """
+    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if pin:
+        cudart: Any = torch.cuda.cudart()
+        address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(int(cudart.cudaHostRegister(address, count, 0)))
+        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    return memory
 
 
 def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
-        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
+        done += faults.pwrite(fd, view[done : done + (1 << 30)], offset + done)
 
 
 def _sha256_range(file: Path, offset: int, count: int) -> str:

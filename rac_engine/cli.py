@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=BaseModel)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST = 2000  # characters of an error
 _RESUMABLE = ("run", "trace", "prune", "eval")
 
 
@@ -85,7 +86,10 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _fail(code: int, text: str) -> int:
-    print("rac: " + " ".join(text.split()), file=sys.stderr)
+    line = " ".join(text.split())
+    if len(line) > _LONGEST:  # a stranger's file may name things by whole pages
+        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    print(f"rac: {line}", file=sys.stderr)
     return code
 
 
@@ -103,7 +107,7 @@ def _failed(error: Exception, verbose: bool) -> int:
         return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")
     if kind in ("OutOfMemoryError", "MemoryError"):
         return _fail(1, f"out of memory: {error}; fewer --chunk-tokens or calibration tokens need less")
-    if verbose or (kind != "FactorError" and not (isinstance(error, OSError) and error.errno)):
+    if verbose or (kind not in ("FactorError", "Damaged") and not (isinstance(error, OSError) and error.errno)):
         traceback.print_exception(error)
     return _fail(1, f"failed: {kind}: {error}")
 
@@ -152,6 +156,8 @@ def _fields(parser: argparse.ArgumentParser, title: str, model: type[BaseModel],
     for name in names:
         field = model.model_fields[name]
         kind = _kind(field.annotation)
+        if hasattr(field.default, "model_fields_set"):
+            continue  # a section of its own, in recipes only
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
@@ -189,6 +195,12 @@ def _device(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)",
     )
+
+
+def _limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("memory that the job keeps to")
+    for name, what in (("device", "of the GPU"), ("host", "of this machine, the program itself included")):
+        group.add_argument(f"--{name}-memory", type=_size, metavar="BYTES", help=f"at most so much {what}, like 6GiB")
 
 
 def _restart(parser: argparse.ArgumentParser, what: str) -> None:
@@ -283,6 +295,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         "--recipe", type=Path, metavar="FILE", help="take the sections `calibration` and `prune` from here; options win"
     )
     _device(parser)
+    _limits(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print recipe and plan, write nothing")
     _restart(parser, "job")
 
@@ -307,15 +320,24 @@ def _prune(args: argparse.Namespace) -> int:
         )
     device = _resolved_device(args.device)
     if args.dry_run:
-        return _dry_run(recipe, args.out)
+        return _dry_run(recipe, args, device)
     from rac_engine.engine import prune
-    from rac_engine.report import write_report
-    from rac_engine.results import Metrics, figure, percent
+    from rac_engine.report import REPORT, write_report
+    from rac_engine.results import RAC, Metrics, figure, percent
     from rac_engine.sizes import format_seconds
 
     console = _console(args)
-    done = prune(recipe.model, args.out, recipe, device=device, restart=args.restart, progress=console.progress)
-    report = write_report(done.out)
+    done = prune(
+        recipe.model,
+        args.out,
+        recipe,
+        device=device,
+        restart=args.restart,
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        progress=console.progress,
+        finish=write_report,
+    )
     metrics = Metrics(done.run, done.matrices, done.end)
     print(
         f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, mean relative error "
@@ -323,22 +345,26 @@ def _prune(args: argparse.Namespace) -> int:
     )
     for note in done.end["notes"]:
         print(f"note    {note}")
-    print(f"report  {report}")
+    print(f"report  {done.out / RAC / REPORT}")
     return 0
 
 
-def _dry_run(recipe: Recipe, out: Path) -> int:
+def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
     from rac_engine.engine import calibration_of
     from rac_engine.plan import make_plan, render
     from rac_engine.recipe import dump
 
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists; choose another output folder, or remove it")
-    plan = make_plan(recipe.model, recipe.prune)
-    if recipe.prune.method != "magnitude":
+    if os.path.lexists(args.out):
+        raise BadInput(f"{args.out}: exists; choose another output folder, or remove it")
+    limits: dict[str, Any] = {"on_gpu": device.startswith("cuda")}
+    limits |= {"device_memory": args.device_memory, "host_memory": args.host_memory}
+    if recipe.prune.method == "magnitude":
+        plan = make_plan(recipe.model, recipe.prune, **limits)
+    else:
         calibration = calibration_of(recipe)
-        length = max(1, calibration.tokens // max(1, len(calibration.sequences)))
-        plan = make_plan(recipe.model, recipe.prune, calibration.tokens, length)
+        lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
+        mean = max(1, sum(lengths) // max(1, len(lengths)))
+        plan = make_plan(recipe.model, recipe.prune, calibration.tokens, mean, max(lengths, default=1), **limits)
         print(f"calibration: {calibration.describe()}\n")
     print(dump(recipe))
     print(render(plan))
@@ -416,19 +442,36 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=_size, default=1024, metavar="N", help="mean length of a sequence (default: 1024)"
     )
+    parser.add_argument(
+        "--max-length", type=_size, metavar="N", help="tokens of the longest sequence (default: the mean length)"
+    )
     _fields(parser, "pruning", PruneSettings, *PruneSettings.model_fields)
+    _limits(parser)
     parser.add_argument("--json", action="store_true", help="print it for programs: bytes and FLOPs as numbers")
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rac_engine.plan import make_plan, render
+    from rac_engine.plan import device_peaks, make_plan, render
     from rac_engine.recipe import PruneSettings
 
     settings = _settings(args, PruneSettings)
     if not args.tokens or not args.length:
         raise BadInput("--tokens and --length should be at least 1")
-    plan = make_plan(args.model, settings, args.tokens, args.length)
-    print(plan.to_json() if args.json else render(plan))
+    on_gpu, peaks, whose = args.device_memory is not None, None, ""
+    if not args.json:
+        peaks, whose = device_peaks(on_gpu)
+    plan = make_plan(
+        args.model,
+        settings,
+        args.tokens,
+        min(args.length, args.max_length or args.length),
+        args.max_length,
+        on_gpu=on_gpu,
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        peaks=peaks,
+    )
+    print(plan.to_json() if args.json else f"times after the peaks of {whose}\n\n{render(plan)}")
     return 0
 
 
@@ -507,7 +550,9 @@ _COMMANDS = {
     "report": _Command("write the report of a job once more", "rac report OUT", _add_report, _report),
     "plan": _Command(
         "say what a job would touch and cost, without doing it",
-        "rac plan MODEL --tokens 1M\nrac plan MODEL --pattern 2:4 --json",
+        "rac plan MODEL --tokens 1M\n"
+        "rac plan MODEL --device-memory 6GiB --host-memory 16GiB --tokens 1M --max-length 32k\n"
+        "rac plan MODEL --pattern 2:4 --json",
         _add_plan,
         _plan,
     ),

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.errors import BadInput
-from rac_engine.models import Model, packed_attention
+from rac_engine.models import Model, attend_in_the_open, packed_attention
 from rac_engine.sizes import format_count
 
 ATTENTION = "rac_decode"
@@ -198,29 +198,38 @@ class _Step:
         self.last = self._tensor(last)
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention of q [1, heads, tokens, d] on k and v [1, key-value heads, tokens, d] and what is in the cache."""
         layer: int = module.layer_idx  # type: ignore[assignment]
         keys, values = self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
         parts = []
         if self.old:
             heads, old = k.shape[1], slice(0, self.old)
-            # Query heads that share a key are the rows of one small matrix.
-            grouped = q[0, :, old].transpose(0, 1).unflatten(1, (heads, -1))
-            parts.append(
-                F.scaled_dot_product_attention(
-                    grouped,
-                    keys[old, : self.span].transpose(1, 2),
-                    values[old, : self.span].transpose(1, 2),
-                    attn_mask=self._mask(window),
-                    scale=scaling,
-                ).flatten(1, 2)[None]
-            )
+            held, worth = (x[old, : self.span].transpose(1, 2) for x in (keys, values))
+            queries, seen = q[0, :, old].transpose(0, 1), self._mask(window)
+            if softcap is None and sinks is None:
+                # Query heads that share a key are the rows of one small matrix.
+                grouped = queries.unflatten(1, (heads, -1))
+                attended = F.scaled_dot_product_attention(grouped, held, worth, attn_mask=seen, scale=scaling)
+                attended = attended.flatten(1, 2)
+            else:
+                one = queries[:, :, None]
+                attended = attend_in_the_open(one, held, worth, seen[:, None], scaling, softcap, sinks)[:, :, 0]
+            parts.append(attended[None])
         if self.lengths:
             new = q[:, :, self.old :], k[:, :, self.old :], v[:, :, self.old :]
-            parts.append(
-                packed_attention(module, *new, None, scaling=scaling, lengths=self.lengths, sliding_window=window)[0]
-            )
+            options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+            parts.append(packed_attention(module, *new, None, scaling=scaling, lengths=self.lengths, **options)[0])
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _mask(self, window: int | None) -> Tensor:
@@ -245,9 +254,11 @@ def _attention(
     scaling: float,
     step: _Step,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    return step.attend(module, query, key, value, scaling, sliding_window), None
+    return step.attend(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

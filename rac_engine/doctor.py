@@ -80,6 +80,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def surroundings(device: str) -> dict[str, Any]:
+    """What decides the last bits of a result beside its input: versions, processor, threads, device and kernels."""
+    import torch
+
+    import rac_engine
+    from rac_kernels import native
+
+    named = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    found = {f"versions.{name}": version for name, version in versions().items()}
+    return found | {
+        "versions.rac_engine": rac_engine.__version__,
+        "machine.cpu": cpu_name(),
+        "machine.threads": torch.get_num_threads(),
+        "machine.device": named,
+        "machine.kernels": f"native {native.info()['isa']}" if native.available() else "torch",
+    }
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(_DISTRIBUTIONS.get(name, name))

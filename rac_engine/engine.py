@@ -7,7 +7,7 @@ them once more, and goes on, to the same bytes as if it had never stopped.
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
 import math
 import os
@@ -15,9 +15,9 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,34 @@ import torch
 from torch import Tensor, nn
 
 import rac_engine
-from rac_engine.calibrate import Packing, Statistic, Stream
+from rac_engine.activations import Activations
+from rac_engine.calibrate import Beside, DenseInputs, DenseOutputs, Packing, Statistic, Stream
 from rac_engine.card import model_card
-from rac_engine.checkpoint import Checkpoint, CheckpointWriter, disk_errors, publish, write_file, write_manifest
+from rac_engine.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    disk_errors,
+    publish,
+    require_space,
+    write_file,
+    write_manifest,
+)
 from rac_engine.decode import load_tokenizer
 from rac_engine.doctor import cpu_name, versions
-from rac_engine.errors import BadInput, Interrupted
-from rac_engine.journal import Journal
+from rac_engine.errors import BadInput, Damaged, Interrupted
+from rac_engine.journal import Journal, claimed, open_journal
+from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, plan_memory
 from rac_engine.models import Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe, parse_pattern
 from rac_engine.sizes import format_seconds
-from rac_engine.solve import MatrixResult, Target, find_method, left_dense, prune_matrices
+from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
+from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration, load_calibration
 from rac_engine.verify import verify
 from rac_kernels import FactorError, native
 
 JOURNAL = "rac/journal.jsonl"
+_PROGRAM_STEP = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,21 @@ def prune(
     *,
     device: str = "cpu",
     restart: bool = False,
+    hessians: int | None = None,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    finish: Callable[[Path], object] = lambda _: None,
 ) -> PruneReport:
     """Prune the checkpoint in the folder `model` into the new folder `out`.
 
     `recipe` is a recipe or its file (the sections `calibration` and `prune` count), or the settings alone;
     `calibration` replaces what the recipe names. A job found unfinished in OUT.partial goes on, unless `restart`.
-    `progress` is told in words what is being done, and how many seconds are left once a layer has shown its pace.
+    At most `hessians` of a stage are gathered in one pass over the tokens, which changes no result; by default as many
+    as the memory plan says. `device_memory` and `host_memory` are limits in bytes that the job keeps to (see memory);
+    the host's counts the whole process. `progress` is told in words what is being done, and how many seconds are left
+    once a layer has shown its pace.
+    `finish` is given the whole folder before it becomes `out`, to put a report there.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
@@ -78,26 +98,36 @@ def prune(
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another output folder, or remove it")
     source, settings = Model.open(Checkpoint.open(model)), recipe.prune
-    skipped = skipped_matrices(source, settings)
-    packing = None
+    skipped = {**skipped_matrices(source, settings), **not_finite(source, settings)}
+    described = _device(device)
+    packing, shape, begun = None, Shape.of(source, settings), resident()
+    limits = _limits(device, device_memory, host_memory, begun)
     if find_method(settings.method).needs == "nothing":
-        calibration = None
+        calibration, memory = None, plan_memory(shape, settings, 0, 0, **limits)
     else:
         calibration = calibration or calibration_of(recipe)
-        packing = Packing.of(calibration, settings.chunk_tokens)
-    run = _describe(source, settings, calibration, packing, _device(device))
+        longest = max((len(sequence.token_ids) for sequence in calibration.sequences), default=0)
+        memory = plan_memory(shape, settings, calibration.tokens, longest, **limits)
+        packing = Packing.of(calibration, memory.choice.chunk_tokens)
+    run = {**_describe(source, settings, calibration, packing, described), "memory": memory.summary()}
     peak_memory(reset=True)
+    if memory.on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min((device_memory or total) / total, 1.0), device)
     with claimed(out) as partial:
-        journal = _open_journal(partial, _identity(run), restart)
+        journal = open_journal(partial, JOURNAL, _identity(run), restart)
         try:
             with torch.inference_mode():
-                job = _Job(source, settings, skipped, packing, device, partial, journal, progress)
+                job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
+                job.hessians = hessians or memory.choice.hessians
                 job.run()
                 report = job.report(out, run, dump(recipe))
+                finish(partial)
                 _read_back(partial, source, progress)
             publish(partial, out)
         except KeyboardInterrupt:
-            done = len(journal.records) - 1
+            done = min(len(journal.records) - 1, source.layers)
             raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
         finally:
             if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
@@ -107,9 +137,9 @@ def prune(
 
 def _read_back(partial: Path, source: Model, progress: Callable[[str], None]) -> None:
     """Refuse to publish what does not read back as it should: a disk that lies is found out here, not by a user."""
-    if problems := verify(partial, source.checkpoint.path, progress).problems:
+    if problems := verify(partial, source.checkpoint, progress).problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RuntimeError(f"{partial}: the finished output is damaged: {problems[0]}{more}")
+        raise Damaged(f"{partial}: the finished output is damaged: {problems[0]}{more}; run this again")
 
 
 def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
@@ -117,6 +147,8 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
 
     Raises `BadInput` where a pattern does not fit a matrix, or an entry of `dense` names none.
     """
+    if settings.order == "layer" and any(model.is_mixture(layer) for layer in range(model.layers)):
+        raise BadInput("order: layer is for dense models; a mixture of experts is pruned with order: staged")
     unused, skipped = set(settings.dense), {}
 
     def naming(*names: str) -> list[str]:
@@ -141,6 +173,20 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
     return skipped
 
 
+def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
+    """What of the model holds NaN or Inf, to be left as it is; `BadInput` unless the settings say so."""
+    names = model.checkpoint.nonfinite()
+    if names and settings.nonfinite == "refuse":
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise BadInput(
+            f"{model.checkpoint.path}: tensor {names[0]!r}{more} holds NaN or Inf; the model is damaged "
+            "(nonfinite: dense leaves such a matrix as it is)"
+        )
+    matrices = (matrix for layer in range(model.layers) for matrix in model.matrices(layer)) if names else ()
+    stacked = [matrix.name for matrix in matrices if matrix.tensor in names]
+    return dict.fromkeys([*names, *stacked], "holds NaN or Inf")
+
+
 def calibration_of(recipe: Recipe) -> Calibration:
     """What a recipe's `calibration` section names, with its model's tokenizer; `BadInput` where it names nothing."""
     wanted = recipe.calibration
@@ -153,29 +199,6 @@ def calibration_of(recipe: Recipe) -> Calibration:
         tokenizer=load_tokenizer(recipe.model),
         sequence_length=wanted.sequence_length,
     )
-
-
-@contextmanager
-def claimed(out: Path) -> Iterator[Path]:
-    """OUT.partial, for this process alone while it works there."""
-    partial = out.with_name(out.name + ".partial")
-    if not partial.parent.is_dir():
-        raise BadInput(f"{partial.parent}: no such folder; make it first")
-    with disk_errors(partial):
-        partial.mkdir(exist_ok=True)
-    folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(
-                f"{partial}: another process is working there; wait for it, or choose another output"
-            ) from None
-        if not partial.exists() or not os.path.samestat(os.fstat(folder), partial.stat()):
-            raise BadInput(f"{out}: another process has just finished it")
-        yield partial
-    finally:
-        os.close(folder)
 
 
 @dataclass
@@ -206,6 +229,8 @@ class _Job:
         settings: PruneSettings,
         skipped: dict[str, str],
         packing: Packing | None,
+        memory: MemoryPlan,
+        begun: int,
         device: str,
         partial: Path,
         journal: Journal,
@@ -213,9 +238,12 @@ class _Job:
     ) -> None:
         self.model, self.settings, self.skipped, self.device = model, settings, skipped, device
         self.partial, self.journal, self.progress = partial, journal, progress
+        self.memory, self.begun = memory, begun
         self.dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
         self.target = Target(settings.sparsity, settings.pattern, settings.damping, settings.block_size)
-        self.clock = _Clock()
+        self.hessians: int | None = None
+        """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
+        self.clock, self.timeline = _Clock(), Timeline()
         self.resumed = 0
         self.writer = CheckpointWriter(model.checkpoint, partial)
         wanted = [
@@ -224,42 +252,76 @@ class _Job:
         self.last = max(wanted, default=-1)
         """The last layer with anything to prune: the tokens need to come no further."""
         self.stream: Stream | None = None
+        self.dense: Stream | None = None
+        """The dense model's hidden states, where its outputs are to be reconstructed."""
         if packing is not None and wanted:
-            with self.clock("embed"):
-                self.stream = Stream(model, packing, self.dtype, device)
+            with self.clock("embed"), self.timeline.span("compute"):
+                choice = memory.choice
+                where = (choice.place, partial, choice.keep_bytes, self.timeline)
+                self.stream = Stream(model, packing, self.dtype, device, *where)
+                if settings.reconstructs != "layer":
+                    self.dense = Stream(model, packing, self.dtype, device, *where)
 
     def run(self) -> None:
-        """All layers, each one's tensors being read while the one before is pruned."""
-        with ThreadPoolExecutor(1) as reader:
+        """All layers: the next one's tensors are read and the last one's written while one is pruned."""
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            overlap = self.memory.choice.overlap
             ahead = reader.submit(self._read, 0)
+            behind: Future[None] | None = None
+            fresh = False
             for layer in range(self.model.layers):
                 with self.clock("read"):
                     tensors, finished = ahead.result()
-                if not finished:
+                if not (finished or fresh):
                     self.journal.cut(1 + layer)
-                if layer + 1 < self.model.layers:
+                    fresh = True
+                more = layer + 1 < self.model.layers
+                if more and overlap:
                     ahead = reader.submit(self._read, layer + 1)
+                self.timeline.layer = layer
                 if finished:
                     self.resumed += 1
                     self._replay(layer, tensors)
+                    del tensors
                 else:
-                    self._prune(layer, tensors)
-                del tensors
+                    work = _Layer(self, layer, tensors)
+                    with self.timeline.span("compute", layer):
+                        work.prune()
+                        if self.memory.on_gpu:
+                            torch.cuda.synchronize(self.device)  # before the pinned memory of its weights goes
+                    del tensors
+                    self._wait(behind)
+                    behind = writer.submit(self._write, layer, list(work.tensors), work.pruned, work.rows)
+                    del work
+                    if not overlap:
+                        self._wait(behind)
+                if more and not overlap:
+                    ahead = reader.submit(self._read, layer + 1)
+            self._wait(behind)
+        self.journal.cut(1 + self.model.layers)
         with self.clock("write"):
-            self.writer.finish()
+            self.journal.append({"tensors": self.writer.finish(), "matrices": []})
+
+    def _wait(self, behind: Future[None] | None) -> None:
+        """Until the layer before is written: one at a time, so that no more than one waits in memory."""
+        if behind is not None:
+            with self.clock("write"):
+                behind.result()
 
     def _read(self, layer: int) -> tuple[dict[str, Tensor], bool]:
         """A layer's tensors, and whether they are the pruned ones that an earlier job has left."""
+        with self.timeline.span("read", layer):
+            return self._read_layer(layer)
+
+    def _read_layer(self, layer: int) -> tuple[dict[str, Tensor], bool]:
         names = self.model.tensor_names(layer)
         if len(self.journal.records) > 1 + layer:
             digests = self.journal.records[1 + layer]["tensors"]
-            if all(self.writer.accept(name, digests[name]) for name in names):
-                return {name: self.writer.read(name) for name in names}, True
-        tensors = {name: self.model.checkpoint.read(name) for name in names}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise BadInput(f"{self.model.checkpoint.path}: tensor {name!r} holds NaN or Inf; the model is damaged")
-        return tensors, False
+            kept = {name: self.writer.accept(name, digests[name]) for name in names}
+            whole = {name: tensor for name, tensor in kept.items() if tensor is not None}
+            if len(whole) == len(names):
+                return whole, True
+        return {name: self.model.checkpoint.read(name, pin=self.memory.on_gpu) for name in names}, False
 
     def _replay(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Send the tokens through a finished layer."""
@@ -268,26 +330,26 @@ class _Job:
             with self.clock("forward"):
                 for block in self.model.build_layer(layer, tensors, self.dtype, self.device):
                     self.stream.advance(block)
+                if self.dense is not None:
+                    original = {name: self.model.checkpoint.read(name) for name in tensors}
+                    for block in self.model.build_layer(layer, original, self.dtype, self.device):
+                        self.dense.advance(block)
 
-    def _prune(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Prune a layer, write it, and enter it in the journal."""
-        work = _Layer(self, layer, tensors)
-        work.prune()
-        with self.clock("write"):
+    def _write(self, layer: int, names: list[str], pruned: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+        """Write a layer and enter it in the journal."""
+        with self.timeline.span("write", layer):
+            require_space(self.partial, 0)
             digests = {
-                name: self.writer.write(name, work.pruned[name]) if name in work.pruned else self.writer.copy(name)
-                for name in tensors
+                name: self.writer.write(name, pruned[name]) if name in pruned else self.writer.copy(name)
+                for name in names
             }
             self.writer.sync()
-            self.journal.append({"layer": layer, "tensors": digests, "matrices": work.rows})
+            self.journal.append({"layer": layer, "tensors": digests, "matrices": rows})
 
-    def stages(self, layer: int) -> list[list[Matrix]]:
-        """The matrices of each stage of a layer that are to be pruned."""
-        matrices = self.model.matrices(layer)
-        return [
-            [matrix for matrix in matrices if matrix.stage == stage and self._wants(matrix)]
-            for stage in range(matrices[-1].stage + 1)
-        ]
+    def groups(self, layer: int) -> list[list[Matrix]]:
+        """The matrices of a layer that are to be pruned, those that share an input together."""
+        wanted = filter(self._wants, self.model.matrices(layer))
+        return [list(group) for _, group in itertools.groupby(wanted, key=lambda matrix: matrix.group)]
 
     def tell(self, layer: int, what: str) -> None:
         """Report progress."""
@@ -298,12 +360,19 @@ class _Job:
     def report(self, out: Path, run: dict[str, Any], recipe: str) -> PruneReport:
         """Write what goes beside the weights."""
         rows = [row for record in self.journal.records[1:] for row in record["matrices"]]
-        notes = [f"{row['name']}: {note}" for row in rows for note in row["notes"]]
+        notes = [
+            *self.model.notes(),
+            *self._unmatched(),
+            *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
+        ]
         end = {
             "type": "end",
             "seconds": self.clock.seconds(),
             "phases": self.clock.phases,
+            "timeline": self.timeline.rows(),
+            "busy": self.timeline.busy(),
             "peak_memory": peak_memory(),
+            "memory": self._memory(),
             "notes": notes,
         }
         card = model_card({**run, "matrices": rows, "end": {"notes": notes}})  # no times: the same job, the same bytes
@@ -315,6 +384,30 @@ class _Job:
         write_manifest(self.partial)
         return PruneReport(out, run, rows, end, self.resumed)
 
+    def _memory(self) -> dict[str, Any]:
+        """Planned and measured peaks in bytes: of the process beyond what it had before, and of the device."""
+        plan, program = self.memory, next(phase.host["program"] for phase in self.memory.phases)
+        peaks: dict[str, Any] = {
+            "baseline": self.begun,
+            "host_planned": plan.host_peak - program,
+            "host_measured": peak_memory() - self.begun,
+        }
+        if plan.on_gpu:
+            peaks |= {
+                "device_planned": plan.device_peak,
+                "device_measured": torch.cuda.max_memory_allocated(self.device),
+            }
+        return peaks
+
+    def _unmatched(self) -> list[str]:
+        """What of the model is not tied to the dense one, though the settings say so."""
+        mixtures = [layer for layer in range(self.model.layers) if self.model.is_mixture(layer)]
+        if not mixtures or self.settings.reconstructs == "layer" or self.stream is None:
+            return []
+        return [
+            f"{len(mixtures)} layers with experts: these reconstruct their own layer's output, not the dense model's"
+        ]
+
     def _wants(self, matrix: Matrix) -> bool:
         return matrix.name not in self.skipped
 
@@ -324,21 +417,25 @@ class _Layer:
 
     def __init__(self, job: _Job, layer: int, tensors: dict[str, Tensor]) -> None:
         self.job, self.layer, self.tensors = job, layer, tensors
-        self.stages = job.stages(layer)
+        self.groups = job.groups(layer)
         self.pruned: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
         self.blocks: list[Block] = []
+        self.beside: list[Beside] = []
 
     def prune(self) -> None:
         job, stream = self.job, self.job.stream
         for matrix in job.model.matrices(self.layer):
             if matrix.name in job.skipped:
-                self._note(matrix, left_dense(self.tensors[matrix.name], job.skipped[matrix.name]), 0.0)
+                self._note(matrix, left_dense(matrix.of(self.tensors[matrix.tensor]), job.skipped[matrix.name]), 0.0)
         if stream is None:
-            for stage in self.stages:
-                self._solve(stage, None)
+            for group in self.groups:
+                self._solve(group, None)
         elif self.layer <= job.last:
             self.blocks = job.model.build_layer(self.layer, self.tensors, job.dtype, job.device)
+            if job.dense is not None:
+                dense = job.model.build_layer(self.layer, self.tensors, job.dtype, job.device)
+                self.beside = [Beside(job.dense, block) for block in dense]
             if job.settings.order == "layer":
                 self._prune_at_once(stream)
             else:
@@ -350,65 +447,192 @@ class _Layer:
         """Every matrix is calibrated on what the pruned matrices before it give."""
         job = self.job
         for number, block in enumerate(self.blocks):
-            entrance, exit_ = self.stages[2 * number : 2 * number + 2]
-            if entrance:
-                with job.clock("calibrate"):
-                    statistic = self._statistic(entrance)
-                    stream.observe_inputs(block, statistic)
-                self._solve(entrance, statistic)
             kept = None
-            if exit_:
-                with job.clock("calibrate"):
-                    statistic = self._statistic(exit_)
-                    kept = stream.observe_inner(block, statistic)
-                self._solve(exit_, statistic)
-            if self.layer < job.last or any(self.stages[2 * number + 2 :]):
+            here = [group for group in self.groups if group[0].group.block == number]
+            for _, stage in itertools.groupby(here, key=lambda group: group[0].stage):
+                groups = list(stage)
+                if groups[-1][0].group.expert is None:
+                    beside = self.beside[number] if self.beside and block.last is not None else None
+                    kept = self._prune_groups(stream, block, groups, beside)
+                else:
+                    self._prune_experts(stream, block, groups)
+            further = self.layer < job.last or any(group[0].group.block > number for group in self.groups)
+            if self.beside and further and block.last not in {group[0].group.input for group in here}:
+                with job.clock("forward"):
+                    self.beside[number].stream.advance(self.beside[number].block)
+            if further:
                 with job.clock("forward"):
                     stream.advance(block, kept)
+
+    def _prune_groups(
+        self, stream: Stream, block: Block, groups: list[list[Matrix]], beside: Beside | None
+    ) -> Activations | None:
+        """Prune groups of a stage, as many in a pass over the tokens as their Hessians may be; see `Stream.observe`."""
+        job, kept = self.job, None
+        residual = job.settings.reconstructs == "residual"
+        for some in _batches(groups, job.hessians):
+            matches: dict[str, DenseInputs | DenseOutputs] = {}
+            with job.clock("calibrate"):
+                statistics = {group[0].group.input: self._statistic(group) for group in some}
+                if beside is None:
+                    kept = stream.observe(block, statistics)
+                else:
+                    matches = {group[0].group.input: self._match(block, group) for group in some}
+                    kept = stream.observe_beside(block, statistics, beside, matches, residual)
+            for group in some:
+                name = group[0].group.input
+                self._solve(group, statistics.pop(name), match=matches.pop(name, None))
+        return kept
+
+    def _match(self, block: Block, group: list[Matrix]) -> DenseInputs | DenseOutputs:
+        """Room for what ties a group to the dense model: outputs where they are a matrix's own, inputs where shared."""
+        columns = group[0].columns
+        if group[0].group.input == block.last:
+            return DenseOutputs(columns, group[0].rows, self.job.device)
+        return DenseInputs(columns, self.job.device)
+
+    def _prune_experts(self, stream: Stream, block: Block, groups: list[list[Matrix]]) -> None:
+        """Prune a stage of a mixture: each expert by H of the tokens that were routed to it.
+
+        An expert with n tokens, fewer than m = min_tokens · columns, is never pruned by those alone. To `blend`, its H
+        becomes H + (m − n)/N · H_all: H_all is of the inputs that all N tokens of the layer give, as if they had all
+        come to this expert. At the entrance that is the block's own input, the same for every expert; for the last
+        matrix it is estimated by min(N, m) evenly spaced tokens, which are sent through the expert.
+        """
+        job, rule = self.job, self.job.settings.experts
+        everyone = next((group for group in groups if group[0].group.expert is None), None)
+        experts = [group for group in groups if group[0].group.expert is not None]
+        entrance = experts[0][0].stage == block.groups[0].stage
+        common = None
+        if everyone is not None:
+            common, name = self._statistic(everyone), everyone[0].group.input
+        elif entrance and rule.otherwise == "blend":
+            common, name = self._statistic(experts[0]), block.first
+        room = None if job.hessians is None else max(job.hessians - (common is not None), 1)
+        least = math.ceil(rule.min_tokens * experts[0][0].columns)
+        for number, some in enumerate(_batches(experts, room)):
+            with job.clock("calibrate"):
+                statistics = {group[0].group.input: self._statistic(group) for group in some}
+                own = list(statistics.values())
+                stream.observe(block, statistics if number or common is None else {**statistics, name: common})
+                seen = [statistic.tokens for statistic in own]
+                total = max(stream.packing.counted, 1)
+                if rule.otherwise == "blend":
+                    weights = [max(least - tokens, 0) / total for tokens in seen]
+                    if entrance:
+                        assert common is not None
+                        for statistic, weight in zip(own, weights, strict=True):
+                            statistic.blend(common, weight)
+                    elif any(weights):
+                        scarce = {
+                            group[0].group.expert: (statistic, weight * total)
+                            for group, statistic, weight in zip(some, own, weights, strict=True)
+                            if weight and group[0].group.expert is not None
+                        }
+                        stream.observe_sample(block, scarce, least)
+            for group, tokens in zip(some, seen, strict=True):
+                why = None
+                if tokens < least:
+                    why = f"{tokens} tokens, fewer than {least} ({rule.min_tokens:g} for each of its inputs)"
+                self._solve(group, statistics.pop(group[0].group.input), tokens, why)
+        if everyone is not None:
+            self._solve(everyone, common)
 
     def _prune_at_once(self, stream: Stream) -> None:
         """Every matrix is calibrated on what the dense layer gives, as published."""
         job = self.job
-        with job.clock("calibrate"):
-            statistics = {number: self._statistic(stage) for number, stage in enumerate(self.stages) if stage}
-            stream.observe_layer(self.blocks, statistics)
-        for number in list(statistics):
-            self._solve(self.stages[number], statistics.pop(number))
+        for some in _batches(self.groups, job.hessians):
+            with job.clock("calibrate"):
+                statistics = {group[0].group.input: self._statistic(group) for group in some}
+                stream.observe_layer(self.blocks, statistics)
+            for group in some:
+                self._solve(group, statistics.pop(group[0].group.input), install=False)
+        self._install(self.groups)
         if self.layer < job.last:
             with job.clock("forward"):
                 for block in self.blocks:
                     stream.advance(block)
 
-    def _statistic(self, stage: list[Matrix]) -> Statistic:
-        self.job.tell(self.layer, " ".join(matrix.module.rpartition(".")[2] for matrix in stage))
+    def _statistic(self, group: list[Matrix]) -> Statistic:
+        self.job.tell(self.layer, " ".join(matrix.module.rpartition(".")[2] for matrix in group))
         full = find_method(self.job.settings.method).needs == "hessian"
-        return Statistic(stage[0].columns, full, self.job.device)
+        return Statistic(group[0].columns, full, self.job.device)
 
-    def _solve(self, stage: list[Matrix], statistic: Statistic | None) -> None:
-        """Prune the matrices of a stage and put them into the layer."""
+    def _solve(
+        self,
+        group: list[Matrix],
+        statistic: Statistic | None,
+        tokens: int | None = None,
+        scarce: str | None = None,
+        install: bool = True,
+        match: DenseInputs | DenseOutputs | None = None,
+    ) -> None:
+        """Prune matrices that share an input and put them into the layer.
+
+        `tokens` is how many came to an expert, `scarce` says that they are too few; `match` ties the input to the dense
+        model, whose outputs are then reconstructed.
+        """
         job, settings = self.job, self.job.settings
-        if not stage:
-            return
         began = time.monotonic()
-        weights = [self.tensors[matrix.name].to(job.device) for matrix in stage]
+        weights = [matrix.of(self.tensors[matrix.tensor]).to(job.device).contiguous() for matrix in group]
         with job.clock("solve"):
             try:
                 known = None if statistic is None else statistic.value
-                results = prune_matrices(weights, known, settings.method, job.target, settings.unseen)
+                method, otherwise = settings.method, settings.experts.otherwise
+                if scarce is not None and otherwise == "dense":
+                    results = [left_dense(weight, scarce) for weight in weights]
+                else:
+                    if scarce is not None and otherwise == "magnitude":
+                        method, known = "magnitude", None
+                    outputs = None
+                    if isinstance(match, DenseInputs):
+                        outputs = Outputs.of_inputs(match.cross, match.gram, weights)
+                    elif match is not None:
+                        outputs = Outputs(match.cross, [match.wanted], [match.dense])
+                    results = prune_matrices(weights, known, method, job.target, settings.unseen, outputs)
             except FactorError as error:
-                raise FactorError(f"{stage[0].path}: {error}") from None
+                raise FactorError(f"{group[0].path}: {error}") from None
         seconds = time.monotonic() - began
-        linears = {name: linear for block in self.blocks for name, linear in block.linears.items()}
-        for matrix, result in zip(stage, results, strict=True):
-            share = matrix.rows / sum(other.rows for other in stage)
-            self._note(matrix, result, seconds * share)
+        remarks = [] if statistic is None else self._remarks(statistic, group[0].columns)
+        for matrix, result in zip(group, results, strict=True):
+            if remarks:
+                result = replace(result, notes=[*remarks, *result.notes])
+            share = matrix.rows / sum(other.rows for other in group)
+            if scarce is not None and result.skipped is None:
+                how = "pruned by magnitude" if otherwise == "magnitude" else "H blended with that of all tokens"
+                result = replace(result, notes=[f"{scarce}: {how}", *result.notes])
+            self._note(matrix, result, seconds * share, tokens)
             if result.skipped is None:
-                self.pruned[matrix.name] = result.weight.cpu()
-                if linears:
-                    linears[matrix.module].weight = nn.Parameter(result.weight.to(job.dtype), requires_grad=False)
+                # The dense one is not needed any more: a layer is never in memory twice.
+                if matrix.tensor == matrix.name:
+                    self.tensors[matrix.tensor] = result.weight.cpu()
+                else:
+                    matrix.of(self.tensors[matrix.tensor]).copy_(result.weight)
+                self.pruned[matrix.tensor] = self.tensors[matrix.tensor]
+        if install:
+            self._install([group])
 
-    def _note(self, matrix: Matrix, result: MatrixResult, seconds: float) -> None:
+    def _remarks(self, statistic: Statistic, columns: int) -> list[str]:
+        """What is odd about an input, for the report."""
+        remarks = []
+        if statistic.dropped:
+            remarks.append(f"{statistic.dropped:,} tokens hold NaN or Inf and were left out")
+        if 0 < statistic.tokens < columns and statistic.value.ndim == 2:
+            remarks.append(f"{statistic.tokens:,} tokens for {columns:,} inputs: damping alone makes H definite")
+        return remarks
+
+    def _install(self, groups: list[list[Matrix]]) -> None:
+        """Put pruned matrices into the layer that the tokens go through."""
+        linears = {name: linear for block in self.blocks for name, linear in block.linears.items()}
+        for matrix in itertools.chain.from_iterable(groups):
+            if linears and matrix.tensor in self.pruned:
+                weight = matrix.of(self.pruned[matrix.tensor]).to(self.job.device, self.job.dtype)
+                linears[matrix.module].weight = nn.Parameter(weight, requires_grad=False)
+
+    def _note(self, matrix: Matrix, result: MatrixResult, seconds: float, tokens: int | None = None) -> None:
         stream = self.job.stream
+        if tokens is None and stream is not None and not result.skipped:
+            tokens = stream.packing.counted
         row = {
             "type": "matrix",
             "layer": matrix.layer,
@@ -420,12 +644,47 @@ class _Layer:
             "zeros": result.zeros,
             "objective": result.objective,
             "relative_error": result.relative_error,
+            "magnitude_error": result.magnitude_error,
             "damping": result.damping,
-            "tokens": None if stream is None or result.skipped else stream.packing.counted,
+            "ridge": result.ridge,
+            "iterations": result.iterations,
+            "tokens": tokens,
             "seconds": seconds,
             "notes": result.notes,
         }
+        if matrix.group.expert is not None:
+            row["expert"] = matrix.group.expert
+        if matrix.tensor != matrix.name:
+            row["tensor"] = matrix.tensor
         self.rows.append(row if result.skipped is None else {**row, "skipped": result.skipped})
+
+
+def _batches(groups: list[list[Matrix]], most: int | None) -> Iterator[list[list[Matrix]]]:
+    """Groups in their order, at most `most` together."""
+    step = most or len(groups) or 1
+    for at in range(0, len(groups), step):
+        yield groups[at : at + step]
+
+
+def resident() -> int:
+    """Bytes of memory that this process has resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
+    """What `plan_memory` is told of the machine."""
+    on_gpu = torch.device(device).type == "cuda"
+    if device_memory is not None and not on_gpu:
+        raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
+    # In steps, so that a job that goes on elsewhere on the same machine finds the same plan.
+    program = max(PROGRAM_BYTES, -(-begun // _PROGRAM_STEP) * _PROGRAM_STEP)
+    return {
+        "on_gpu": on_gpu,
+        "device_limit": device_memory,
+        "host_limit": host_memory,
+        "spare": psutil.virtual_memory().available + begun,
+        "program": program,
+    }
 
 
 def peak_memory(reset: bool = False) -> int:
@@ -500,27 +759,5 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
     calibration = run["calibration"] and run["calibration"]["sha256"]
     parts = {"versions": run["versions"], "machine": machine, "settings": run["settings"]}
     named = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    named["chunk_tokens by the memory plan"] = run["memory"]["chunk_tokens"]
     return {"model": run["model"]["sha256"], "calibration": calibration, **named}
-
-
-def _open_journal(partial: Path, identity: dict[str, Any], restart: bool) -> Journal:
-    """The journal of a new job, or of one that was interrupted and has the same identity."""
-    path = partial / JOURNAL
-    if any(partial.iterdir()) and not path.exists():
-        raise BadInput(f"{partial}: not empty, and no unfinished job; remove it or choose another output folder")
-    if restart:
-        for entry in partial.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    with disk_errors(path):
-        path.parent.mkdir(exist_ok=True)
-    journal = Journal(path)
-    if not journal.records:
-        journal.append({"job": identity})
-    known = journal.records[0].get("job", {})
-    for name in {**known, **identity}:
-        if known.get(name) != identity.get(name):
-            raise BadInput(
-                f"{partial}: holds an unfinished job with another {name}: {known.get(name)}, now {identity.get(name)}; "
-                "go on with the same, or start afresh with --restart"
-            )
-    return journal

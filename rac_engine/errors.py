@@ -1,4 +1,4 @@
-"""The two ways a job ends early on purpose."""
+"""The ways a job ends early on purpose."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ class Interrupted(Exception):
     def __init__(self, message: str, command: str | None = None) -> None:
         super().__init__(message)
         self.command = command
+
+
+class Damaged(Exception):
+    """What was read back is not what was there before: a disk or memory fails, or somebody else writes there.
+
+    Nothing was published, and the same call goes on with what is still whole. The CLI exits with 1.
+    """

@@ -6,25 +6,28 @@ there is no box. It is right if it equals the expected one as text, up to space,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from rac_engine.checkpoint import Checkpoint, disk_errors, write_file
+from rac_engine import faults
+from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require_space
 from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.journal import Journal
+from rac_engine.journal import Journal, held
 from rac_engine.prompts import Messages, messages_of, read_jsonl, render
 from rac_engine.recipe import EvalSettings
 
-_GROUP = 512  # answers between two entries of the journal, at least
+_GROUP = 256  # answers between two entries of the journal, at least
 
 _MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?\s*:)\s*(.+)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
@@ -142,13 +145,44 @@ def evaluate(
         )
         for problem, sample in asked
     ]
+    given = [(each.id, each.answer, list(request.prompt)) for (each, _), request in zip(asked, requests, strict=True)]
+    identity = {
+        "model": Checkpoint.open(model).sha256(),
+        "problems": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
+        **settings.model_dump(mode="json", exclude={"problems"}),
+        **surroundings(device),
+    }
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    with held(partial, out):
+        if out.exists():
+            raise BadInput(f"{out}: another process has just finished it")
+        journal = Journal(partial)
         if restart:
-            partial.unlink(missing_ok=True)
-    journal = Journal(partial)
-    _identify(journal, Checkpoint.open(model).sha256(), problems, settings, device)
+            journal.cut(0)
+        journal.identify(identity)
+        rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
+        summary = summarize(rows) | {"seconds": seconds}
+        comparison = None if earlier is None else compare(rows, earlier, str(baseline))
+        result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
+        text = json.dumps({**result, "model": str(model), "rows": rows}, indent=1) + "\n"
+        with disk_errors(out):
+            replace_file(out, text.encode())
+            faults.unlink(partial)
+    return EvalResult(out, summary, rows, comparison)
+
+
+def _answers(
+    decoder: Decoder,
+    asked: list[tuple[Problem, int]],
+    requests: list[Request],
+    settings: EvalSettings,
+    journal: Journal,
+    progress: Callable[[Any], None],
+) -> tuple[list[dict[str, Any]], float]:
+    """The rows of all answers, those that the journal has not yet being sampled, and the seconds that took."""
     rows: list[dict[str, Any]] = [row for record in journal.records[1:] for row in record["rows"]]
     seconds = sum(record["seconds"] for record in journal.records[1:])
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
@@ -163,18 +197,12 @@ def evaluate(
                 rows.append(_row(problem, text, len(completion.token_ids), completion.finish))
             spent = time.monotonic() - began
             seconds += spent
+            with disk_errors(journal.path):
+                require_space(journal.path.parent, 0)
             journal.append({"rows": rows[first:], "seconds": spent})
     except KeyboardInterrupt:
         raise Interrupted(f"stopped with {len(rows)} of {len(requests)} answers") from None
-    summary = summarize(rows) | {"seconds": seconds}
-    comparison = None if earlier is None else compare(rows, earlier, str(baseline))
-    result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
-    with disk_errors(out):
-        staged = out.with_name(out.name + ".tmp")
-        write_file(staged, (json.dumps({**result, "model": str(model), "rows": rows}, indent=1) + "\n").encode())
-        staged.replace(out)
-        partial.unlink()
-    return EvalResult(out, summary, rows, comparison)
+    return rows, seconds
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -224,22 +252,6 @@ def _row(problem: Problem, text: str, tokens: int, finish: str | None) -> dict[s
         "tokens": tokens,
         "finish_reason": finish,
     }
-
-
-def _identify(journal: Journal, model: str, problems: Iterable[Problem], settings: EvalSettings, device: str) -> None:
-    """Enter in the journal what is evaluated, or refuse to go on with something else."""
-    identity = {
-        "model": model,
-        "problems": [[problem.id, problem.messages, problem.answer] for problem in problems],
-        "device": device,
-        **settings.model_dump(mode="json", exclude={"problems"}),
-    }
-    if not journal.records:
-        journal.append(identity)
-        return
-    for key, value in identity.items():
-        if journal.records[0].get(key) != value:
-            raise BadInput(f"{journal.path}: an unfinished evaluation with another {key}; --restart starts afresh")
 
 
 def _load_results(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,22 @@
-"""The journal of a job: what is done, in a file that is only ever added to."""
+"""The journal of a job: what is done, in a file that is only ever added to; and the place where only one job works."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
 import json
 import os
+import reprlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rac_engine import faults
 from rac_engine.checkpoint import disk_errors, sync
+from rac_engine.errors import BadInput
 
 
 class Journal:
@@ -36,21 +44,130 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record and wait until it is on the disk."""
-        text = json.dumps(record, sort_keys=True).encode()
+        text = json.dumps(record).encode()
         line = _checksum(text) + b" " + text + b"\n"
-        with disk_errors(self.path), self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        self.records.append(record)
+        with disk_errors(self.path):
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                while done < len(line):
+                    done += faults.pwrite(fd, line[done:], self._ends[-1] + done)
+                faults.fsync(fd)
+            except OSError:
+                with suppress(OSError):  # half a line would be no record anyhow
+                    os.ftruncate(fd, self._ends[-1])
+                raise
+            finally:
+                os.close(fd)
+        self.records.append(json.loads(text))
         self._ends.append(self._ends[-1] + len(line))
 
     def cut(self, count: int) -> None:
         """Drop all records but the first `count`."""
         del self.records[count:], self._ends[count + 1 :]
         with disk_errors(self.path):
-            os.truncate(self.path, self._ends[-1])
-            sync(self.path)
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                if os.fstat(fd).st_size != self._ends[-1]:
+                    faults.truncate(fd, self._ends[-1])
+                    faults.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Enter what decides the result as the first record, or hold it against the one there.
+
+        Raises `BadInput` that names the first thing that is not the same.
+        """
+        if not self.records:
+            self.append({"job": dict(identity)})
+        known = self.records[0].get("job")
+        now = json.loads(json.dumps(dict(identity)))
+        if not isinstance(known, dict):
+            known = {}
+        for name in {**known, **now}:
+            if known.get(name) != now.get(name):
+                raise BadInput(
+                    f"{self.path.parent}: holds an unfinished job with another {name}: {_short(known.get(name))}, "
+                    f"now {_short(now.get(name))}; go on with the same, or start afresh with --restart"
+                )
+
+
+def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: bool = False) -> Journal:
+    """The journal `folder`/`name` of a new job, or of one that was interrupted and has the same identity.
+
+    Where it says nothing (or is not to, by `restart`), everything else in the folder is removed. Raises `BadInput` for
+    a folder with files in it but no journal, and for a job with another identity.
+    """
+    path = folder / name
+    if not path.exists() and any(not entry.is_dir() for entry in folder.rglob("*")):
+        raise BadInput(f"{folder}: not empty, and no unfinished job; remove it or choose another output folder")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        journal = Journal(path)
+        if restart:
+            journal.cut(0)
+        if not journal.records:
+            _clear(folder, path)
+    journal.identify(identity)
+    return journal
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a journal, up to the first that is damaged; none if there is no such file. Changes nothing."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError:
+        return []
+    return list(itertools.takewhile(lambda record: record is not None, map(_parse, lines)))  # type: ignore[arg-type]
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """The folder OUT.partial, made if need be, for this process alone while it works there."""
+    partial = out.with_name(out.name + ".partial")
+    if not partial.parent.is_dir():
+        raise BadInput(f"{partial.parent}: no such folder; make it first")
+    with disk_errors(partial):
+        partial.mkdir(exist_ok=True)
+    with held(partial, out):
+        yield partial
+
+
+@contextmanager
+def held(path: Path, out: Path) -> Iterator[None]:
+    """A file or folder for this process alone; `BadInput` at once if another one has it, or has just made `out` of it.
+
+    The lock is the system's (flock): it ends with the process, however that ends.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{path}: another process is working there; wait for it, or choose another output") from None
+        if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
+            raise BadInput(f"{out}: another process has just finished it")
+        yield
+    finally:
+        os.close(fd)
+
+
+def _clear(folder: Path, keep: Path) -> None:
+    """Remove everything in `folder` but the file `keep`."""
+    for entry in folder.iterdir():
+        if entry == keep:
+            continue
+        if entry.is_symlink() or not entry.is_dir():
+            entry.unlink()
+        elif keep.is_relative_to(entry):
+            _clear(entry, keep)
+        else:
+            shutil.rmtree(entry)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) <= 64 else reprlib.repr(value)
 
 
 def _checksum(text: bytes) -> bytes:
@@ -62,5 +179,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     text = rest.removesuffix(b"\n")
     if text == rest or checksum != _checksum(text):
         return None
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
     return record if isinstance(record, dict) else None

@@ -6,27 +6,28 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rac_engine.calibrate import KEEP_BYTES
 from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_json
 from rac_engine.engine import skipped_matrices
-from rac_engine.models import FAMILIES, Family, Matrix, Model
+from rac_engine.memory import MemoryPlan, Shape, plan_memory
+from rac_engine.models import Matrix, Model
 from rac_engine.recipe import PruneSettings
 from rac_engine.results import percent
-from rac_engine.sizes import format_bytes, format_count
-from rac_engine.solve import METHODS
+from rac_engine.sizes import format_bytes, format_count, format_seconds
+from rac_engine.solve import METHODS, rac
 from rac_kernels import roofline
+from rac_kernels.admm import CHECK
+from rac_kernels.roofline import Peaks
 
-# Measured as resident memory: Python, torch and transformers with nothing to do, and what kernels and libraries keep
-# for themselves as soon as activations go through them.
-PROGRAM_BYTES = 500 << 20
-WORKSPACE_BYTES = 64 << 20
+# Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
+H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
+REACHED = 0.5  # of such peaks, by a whole job
+DISK = 1e9  # bytes a second, read or written
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,45 @@ class Plan:
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
     stages: list[Stage]
-    """Of the first layer."""
-    memory: dict[str, int]
-    """Bytes resident by purpose; the largest of the phases is counted in `peak`."""
-    peak: int
+    """Of the first layer, and of the first with experts; the experts' by that of one."""
+    memory: MemoryPlan
     disk: int
+    """Bytes of the output; while the job runs, `memory.disk` more."""
     hessians: bool
     """Whether the method gathers Hessians."""
     work: list[Work]
+    seconds: float | None = None
+    """About how long it takes, if `peaks` were given."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at a time where the job computes: on the GPU, or resident on the host."""
+        return self.memory.device_peak if self.memory.on_gpu else self.memory.host_peak
 
     def to_json(self) -> str:
         """The plan for programs."""
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        made = {**dataclasses.asdict(self), "peak": self.peak, "host_peak": self.memory.host_peak}
+        return json.dumps(made, indent=1)
 
 
 def make_plan(
-    model: str | Path, settings: PruneSettings | None = None, tokens: int = 1_000_000, length: int = 1024
+    model: str | Path,
+    settings: PruneSettings | None = None,
+    tokens: int = 1_000_000,
+    length: int = 1024,
+    max_length: int | None = None,
+    *,
+    on_gpu: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    peaks: Peaks | None = None,
 ) -> Plan:
     """Plan a job on the checkpoint in folder `model`; config.json alone is enough, the weights need not be there.
 
-    `length` is the mean length of a calibration sequence (attention's share depends on it). Raises `BadInput` for a
-    folder without config, an unknown family, and settings that do not fit the model.
+    `length` is the mean length of a calibration sequence (attention's share depends on it), `max_length` the longest.
+    Limits are in bytes; `peaks` of the device that computes (see `rac_kernels.roofline`) give the time. Raises
+    `BadInput` for a folder without config, an unknown family, settings that do not fit the model, and limits that
+    nothing fits in.
     """
     settings = settings or PruneSettings()
     opened = _open(Path(model))
@@ -92,9 +111,25 @@ def make_plan(
     layers = [opened.matrices(layer) for layer in range(opened.layers)]
     pruned = [matrix for layer in layers for matrix in layer if matrix.name not in left_dense]
     infos = opened.checkpoint.tensors
-    first = [[matrix for matrix in group if matrix.name not in left_dense] for group in _stages(layers[0])]
-    memory = _memory(opened, settings, layers, tokens)
-    phases = [name for name in memory if name.startswith("phase: ")]
+    kinds = {opened.is_mixture(layer): layers[layer] for layer in reversed(range(opened.layers))}
+    first = [
+        [matrix for matrix in group if matrix.name not in left_dense]
+        for kind in sorted(kinds)
+        for group in _stages(kinds[kind])
+        if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
+    ]
+    calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
+    memory = plan_memory(
+        Shape.of(opened, settings),
+        settings,
+        calibrated,
+        max(length, max_length or 0),
+        on_gpu=on_gpu,
+        device_limit=device_memory,
+        host_limit=host_memory,
+    )
+    work = _work(opened, settings, layers, left_dense, tokens, length)
+    disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
     return Plan(
         model=str(model),
         model_type=opened.family.model_type,
@@ -106,10 +141,10 @@ def make_plan(
         tokens=tokens,
         stages=[_stage(group, settings.method) for group in first if group],
         memory=memory,
-        peak=sum(size for name, size in memory.items() if name not in phases) + max(memory[name] for name in phases),
-        disk=sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path),
+        disk=disk,
         hessians=METHODS[settings.method].needs == "hessian",
-        work=_work(opened, settings, layers, left_dense, tokens, length),
+        work=work,
+        seconds=None if peaks is None else _seconds(work, disk, memory, opened.layers, peaks),
     )
 
 
@@ -132,14 +167,63 @@ def render(plan: Plan) -> str:
     for why, names in by_reason.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"  {why}: {', '.join(names[:3])}{more}")
-    lines += ["", f"Memory for {format_count(plan.tokens)} calibration tokens"]
-    sizes = {**plan.memory, "peak, with the larger phase": plan.peak}
-    lines += _columns([(name, format_bytes(size)) for name, size in sizes.items()])
+    lines += ["", *_memory(plan)]
     lines += ["", "Disk", f"  output  {format_bytes(plan.disk)}"]
+    if plan.memory.disk:
+        lines.append(f"  activations, while it runs  {format_bytes(plan.memory.disk)}")
     if plan.work:
         total = Work("all", sum(work.flops for work in plan.work), "")
         lines += ["", "Arithmetic", *_columns([(w.name, _flops(w.flops), w.rule) for w in [*plan.work, total]])]
+    if plan.seconds is not None:
+        lines += ["", f"Time: about {format_seconds(plan.seconds)}, at half of the peaks of what computes"]
     return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> list[str]:
+    """What is resident when, and how the job goes about it."""
+    memory, choice = plan.memory, plan.memory.choice
+    lines = [f"Memory for {format_count(plan.tokens)} calibration tokens"]
+    names = ["device", "host"] if memory.on_gpu else ["host"]
+    for name in names:
+        phases = [(phase.name, phase.device if name == "device" else phase.host) for phase in memory.phases]
+        rows = [(phase, format_bytes(sum(parts.values()))) for phase, parts in phases]
+        largest, parts = max(phases, key=lambda phase: sum(phase[1].values()))
+        limit = memory.device_limit if name == "device" else memory.host_limit
+        within = "" if limit is None else f" of {format_bytes(limit)}"
+        lines += [f"  {name}, by phase", *_columns([(f"  {phase}", size) for phase, size in rows])]
+        lines += [f"  {name}, at its peak ({largest})"]
+        peak = format_bytes(sum(parts.values())) + within
+        lines += _columns([*((f"  {what}", format_bytes(size)) for what, size in parts.items()), ("  peak", peak)])
+    where = {"device": "on the device", "host": "in host memory", "disk": "on disk"}[choice.place]
+    lines.append(
+        f"  {format_count(choice.chunk_tokens)} tokens go through a layer together; activations live {where}; "
+        + ("the next layer is read and the last one written meanwhile" if choice.overlap else "one layer at a time")
+        + (f"; {choice.hessians} Hessians are gathered in one pass" if choice.hessians else "")
+    )
+    return lines
+
+
+def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, peaks: Peaks) -> float:
+    """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
+    dense = ("forward", "attention", "Hessian", "norms")
+    computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
+    moving = (2 * disk + (4 * memory.disk * layers)) / DISK
+    return max(computing, moving) if memory.choice.overlap else computing + moving
+
+
+def device_peaks(on_gpu: bool) -> tuple[Peaks, str]:
+    """The peaks to plan with, and in words whose they are: this machine's, as far as a moment's measuring tells."""
+    if on_gpu:
+        if torch.cuda.is_available():
+            return roofline.measure_peaks("cuda", seconds=0.05), torch.cuda.get_device_name()
+        return H200, "an H200, for want of a GPU here"
+    a, best = torch.randn(512, 512), math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    rate = 2.0 * 512**3 / best
+    return {"bf16": rate, "fp16": rate, "fp32": rate, "bytes": DISK}, "this CPU, in fp32"
 
 
 def _names(modules: list[str]) -> str:
@@ -158,31 +242,11 @@ def _flops(flops: float) -> str:
 def _open(path: Path) -> Model:
     if not path.is_dir() or (path / INDEX).exists() or (path / SINGLE).exists():
         return Model.open(Checkpoint.open(path))
-    config = read_json(path / "config.json")
-    family = FAMILIES.get(str(config.get("model_type")))
-    return Model.open(Checkpoint(path, config, _tensors(path, config, family) if family else {}, {}))
-
-
-def _tensors(path: Path, config: dict[str, Any], family: Family) -> dict[str, TensorInfo]:
-    """The tensors that a checkpoint with this config has, for planning without them."""
-    made = CONFIG_MAPPING[family.model_type].from_dict(dict(config))
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
-    with torch.device("meta"):
-        state = family.make("DecoderLayer", made, 0).state_dict()
-    layer = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    shapes = {family.embedding: (made.vocab_size, made.hidden_size), family.norm: (made.hidden_size,)}
-    for index in range(made.num_hidden_layers):
-        shapes.update({f"{family.layers}{index}.{name}": shape for name, shape in layer.items()})
-    if not made.tie_word_embeddings:
-        shapes[family.head] = (made.vocab_size, made.hidden_size)
-    return {
-        name: TensorInfo(name, path, dtype, shape, 0, math.prod(shape) * dtype.itemsize)
-        for name, shape in shapes.items()
-    }
+    return Model.of_config(path, read_json(path / "config.json"))
 
 
 def _stages(layer: list[Matrix]) -> list[list[Matrix]]:
-    return [list(group) for _, group in itertools.groupby(layer, key=lambda matrix: matrix.stage)]
+    return [list(group) for _, group in itertools.groupby(layer, key=lambda matrix: matrix.group)]
 
 
 def _stage(matrices: list[Matrix], method: str) -> Stage:
@@ -199,38 +263,6 @@ def _statistic_bytes(method: str, columns: int) -> int:
     return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[METHODS[method].needs]
 
 
-def _memory(model: Model, settings: PruneSettings, layers: list[list[Matrix]], tokens: int) -> dict[str, int]:
-    """Bytes by purpose, as the engine holds them: hidden states throughout, two layers' weights, one stage at work."""
-    infos = model.checkpoint.tensors
-    dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    size, hidden = dtype.itemsize, int(model.config.hidden_size)
-    layer_bytes = max(sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers))
-    converted = dtype != infos[layers[0][0].name].dtype
-    calibrated = METHODS[settings.method].needs != "nothing"
-    chunk = min(settings.chunk_tokens, tokens) if calibrated else 0
-    calibrate, solve = 0, 0
-    for stage in _stages(layers[0]):
-        rows, columns = sum(matrix.rows for matrix in stage), stage[0].columns
-        statistic = _statistic_bytes(settings.method, columns)
-        kept = tokens * columns * size if calibrated and _kept(model, stage, tokens * columns * size) else 0
-        calibrate = max(calibrate, statistic + kept + chunk * (3 * columns + 2 * hidden) * size)
-        solve = max(solve, statistic + kept + rows * columns * (2 * stage[0].dtype.itemsize + 8))
-    return {
-        "program": PROGRAM_BYTES,
-        "kernels' workspace": WORKSPACE_BYTES if calibrated else 0,
-        "calibration tokens": tokens * (hidden * size + 8) if calibrated else 0,
-        "weights of two layers": layer_bytes * (3 if converted else 2),
-        "phase: calibrate a stage": calibrate,
-        "phase: solve a stage": solve,
-    }
-
-
-def _kept(model: Model, stage: list[Matrix], size: int) -> bool:
-    """Whether a block's inner activations of `size` bytes are kept while its last matrix is pruned."""
-    block = next((block for block in model.family.blocks if f"{block.module}.{block.output}" == stage[0].module), None)
-    return block is not None and (block.attention or size <= KEEP_BYTES)
-
-
 def _work(
     model: Model,
     settings: PruneSettings,
@@ -240,31 +272,44 @@ def _work(
     length: int,
 ) -> list[Work]:
     """FLOPs of the whole job; the triangle, the factor and the sweep by `rac_kernels.roofline`."""
-    weights = sum(matrix.rows * matrix.columns for layer in layers for matrix in layer)
-    width = next(matrix.columns for matrix in layers[0] if matrix.stage == 1)
-    passes = 2 if settings.order == "layer" else 1
+    weights = sum(matrix.rows * matrix.columns * matrix.group.share for layer in layers for matrix in layer)
+    width = [matrix.columns for matrix in layers[0] if matrix.group.block == 0][-1]  # what attention gives
+    matched = settings.reconstructs != "layer"
+    passes = 2 if settings.order == "layer" or matched else 1
     groups = [
         [matrix for matrix in stage if matrix.name not in left_dense] for layer in layers for stage in _stages(layer)
     ]
     stages = [(group[0].columns, sum(matrix.rows for matrix in group)) for group in groups if group]
+    shares = [group[0].group.share for group in groups if group]
+    routed = ", by the router's share" if min(shares, default=1) < 1 else ""
     work: list[Work] = []
     needs = METHODS[settings.method].needs
     if needs != "nothing":
-        times = " · 2 passes" if passes == 2 else ""
+        times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
         work += [
-            Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + times),
+            Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + routed + times),
             Work("attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens"),
         ]
     if needs == "norms":
-        flops = sum(roofline.column_norm_flops(tokens, n) for n, _ in stages)
+        flops = sum(share * roofline.column_norm_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
         work.append(Work("norms", flops, "2 · n · tokens"))
     if needs == "hessian":
-        hessian = sum(roofline.hessian_flops(tokens, n) for n, _ in stages)
+        hessian = sum(share * roofline.hessian_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
         work += [
-            Work("Hessian", hessian, "n(n + 1) · tokens: one triangle"),
+            Work("Hessian", hessian, "n(n + 1) · tokens: one triangle" + routed),
             Work("factor", sum(roofline.factor_flops(n) for n, _ in stages), "n³/3"),
-            Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"),
         ]
+        if matched:
+            cross = sum(
+                share * 4.0 * min(n * n, n * rows) * tokens for (n, rows), share in zip(stages, shares, strict=True)
+            )
+            work.append(Work("outputs to match", cross, "4 · n · min(n, rows) · tokens at most"))
+        if settings.method == "rac":
+            steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // CHECK)
+            flops = sum(2.0 * rows * n * n * (steps + refining) + 1.0 * n**3 * inverses for n, rows in stages)
+            work.append(Work("mask and weights", flops, f"{steps + refining} · 2 · rows · n² + {inverses} · n³"))
+        else:
+            work.append(Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"))
     return work
 
 

@@ -13,6 +13,8 @@ from rac_engine.errors import BadInput
 Messages = list[dict[str, str]]
 
 _MAX_LINE = 16 << 20
+_MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have some 30,000
+_MAX_RENDERED = 64 << 20  # characters
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -26,9 +28,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line.rstrip())
+                except json.JSONDecodeError as error:
+                    place = f"{where}:{error.colno}"
+                    raise BadInput(f"{place}: not valid JSON ({error.msg}); mend or remove the line") from None
                 except (ValueError, RecursionError) as error:
-                    reason = " ".join(str(error).split())
+                    reason = " ".join(str(error).split())[:200]
                     raise BadInput(f"{where}: not valid JSON ({reason}); mend or remove the line") from None
                 if not isinstance(value, dict):
                     raise BadInput(f'{where}: should be a JSON object such as {{"problem": …}}')
@@ -60,14 +65,29 @@ def render(tokenizer: Any, messages: Messages, where: str) -> list[int]:
     """Token ids of the conversation by the model's chat template, ready for its answer."""
     if not tokenizer.chat_template:
         raise BadInput(f"{where}: the model's tokenizer has no chat template, so a prompt cannot be rendered")
+    if len(str(tokenizer.chat_template)) > _MAX_TEMPLATE:
+        raise BadInput(f"{where}: the model's chat template has more than {_MAX_TEMPLATE:,} characters; that is none")
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        # transformers renders in jinja's sandbox: a template reaches nothing but what it is given.
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template may refuse a conversation with any exception of its own
         raise BadInput(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:300]}") from None
-    ids = [int(token) for token in rendered["input_ids"]]
+    if len(text) > _MAX_RENDERED:
+        raise BadInput(f"{where}: the chat template makes {len(text):,} characters of it; that is no prompt")
+    try:
+        ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    except TypeError:  # its message is about types, though what it cannot take is half a character
+        raise BadInput(f"{where}: is no text that can be tokenized (a lone surrogate?); mend or remove it") from None
     if not ids:
         raise BadInput(f"{where}: renders to no token at all")
     return ids
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """SHA-256 of what turns text into tokens: the backend's whole state, or the vocabulary where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(state.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def template_sha256(tokenizer: Any) -> str:

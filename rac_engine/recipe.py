@@ -139,11 +139,22 @@ class CalibrationSettings(Settings):
     sequence_length: Count = Field(default=2048, description="for text: tokens in a sequence")
 
 
+class ExpertSettings(Settings):
+    """What becomes of the experts of a mixture that too few calibration tokens were routed to."""
+
+    min_tokens: float = Field(
+        default=1.0, ge=0, description="tokens for each input of a matrix below which an expert's own are too few"
+    )
+    otherwise: Literal["blend", "magnitude", "dense"] = Field(
+        default="blend", description="prune such an expert by its H blended with all tokens', by magnitude, or not"
+    )
+
+
 class PruneSettings(Settings):
     """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
 
-    method: Literal["sparsegpt", "wanda", "magnitude"] = Field(
-        default="sparsegpt", description="how weights are chosen and corrected"
+    method: Literal["rac", "sparsegpt", "alps", "wanda", "magnitude"] = Field(
+        default="rac", description="how weights are chosen and corrected"
     )
     sparsity: float = Field(
         default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix, from 0 up to but not 1"
@@ -154,6 +165,12 @@ class PruneSettings(Settings):
     )
     damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, relative to its mean")
     block_size: Count = Field(default=128, description="columns that share a threshold")
+    reconstruct: Literal["auto", "residual", "dense", "layer"] = Field(
+        default="auto",
+        description="what pruned matrices should give: the dense model's outputs (dense), those and hidden states "
+        "(residual), or what dense matrices would make of the pruned model's inputs (layer, as published); "
+        "auto is residual for rac, layer for the others",
+    )
     order: Literal["staged", "layer"] = Field(
         default="staged", description="calibrate each stage on the pruned ones before it, or a layer at once"
     )
@@ -162,6 +179,10 @@ class PruneSettings(Settings):
     )
     unseen: Literal["dense", "magnitude"] = Field(
         default="dense", description="what becomes of a matrix that saw no calibration token"
+    )
+    experts: ExpertSettings = ExpertSettings()
+    nonfinite: Literal["refuse", "dense"] = Field(
+        default="refuse", description="a model whose weights hold NaN or Inf: refuse it, or leave those matrices dense"
     )
     chunk_tokens: Count = Field(
         default=8192, description="tokens that go through a layer together; fewer take less memory"
@@ -189,7 +210,19 @@ class PruneSettings(Settings):
                 raise ValueError(
                     f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
                 )
+        if self.reconstruct in ("residual", "dense"):
+            if self.order == "layer":
+                raise ValueError(f"reconstruct: {self.reconstruct} needs order: staged")
+            if self.method in ("wanda", "magnitude"):
+                raise ValueError(f"reconstruct: {self.reconstruct} needs a method with a Hessian, not {self.method}")
         return self
+
+    @property
+    def reconstructs(self) -> Literal["residual", "dense", "layer"]:
+        """What `reconstruct` comes to."""
+        if self.reconstruct == "auto":
+            return "residual" if self.method == "rac" and self.order == "staged" else "layer"
+        return self.reconstruct
 
 
 class EvalSettings(Settings):

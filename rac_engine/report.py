@@ -7,13 +7,13 @@ policy forbids scripts besides. Figures are drawn as inline SVG, with the number
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rac_engine.card import environment
+from rac_engine.checkpoint import disk_errors, replace_file
 from rac_engine.errors import BadInput
 from rac_engine.recipe import Recipe, load_recipe
 from rac_engine.results import RAC, Metrics, Row, evaluations, figure, load_metrics, percent, step_times
@@ -115,9 +115,8 @@ def write_report(out: str | Path) -> Path:
     out = Path(out)
     path = out / RAC / REPORT
     page = render(out)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    with disk_errors(path):
+        replace_file(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 

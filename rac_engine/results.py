@@ -14,6 +14,7 @@ RAC = "rac"
 METRICS = "metrics.jsonl"
 STEPS = "steps.jsonl"
 MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
 
 
 def percent(share: float | None, digits: int = 1, strip: bool = True) -> str:

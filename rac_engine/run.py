@@ -17,19 +17,30 @@ from typing import Any
 
 import yaml
 
+from rac_engine import faults
 from rac_engine.card import model_card
-from rac_engine.checkpoint import Checkpoint, disk_errors, publish, write_file, write_manifest
+from rac_engine.checkpoint import (
+    Checkpoint,
+    copy_file,
+    disk_errors,
+    publish,
+    sha256_files,
+    write_file,
+    write_manifest,
+)
 from rac_engine.console import Console
-from rac_engine.engine import calibration_of, claimed, prune, skipped_matrices
-from rac_engine.errors import BadInput, Interrupted
+from rac_engine.doctor import surroundings
+from rac_engine.engine import calibration_of, not_finite, prune, skipped_matrices
+from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.evaluate import evaluate, load_problems
-from rac_engine.journal import Journal
+from rac_engine.journal import Journal, claimed, open_journal
 from rac_engine.models import Model
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, dump
 from rac_engine.report import REPORT, comparison, write_report
 from rac_engine.results import METRICS, RAC, STEPS, Row, load_metrics, percent, read_json, step_times
 from rac_engine.solve import METHODS
 from rac_engine.traces import SUMMARY, Calibration, generate, load_prompts
+from rac_engine.verify import verify
 
 _WORK = "work"
 _MAIN = "pruned"
@@ -56,17 +67,16 @@ def run(
     out, console = Path(out), console or Console(-1)
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another output folder, or remove it")
-    _check(recipe)
+    identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe), **surroundings(device)}
     with claimed(out) as folder:
-        if restart:
-            _empty(folder)
         fresh = not any(folder.iterdir())
-        if not fresh and not (folder / RAC / STEPS).exists():
-            raise BadInput(f"{folder}: not empty, and no unfinished run; remove it or choose another output folder")
+        journal = open_journal(folder, f"{RAC}/{STEPS}", identity, restart)
         try:
-            job = _Job(recipe, folder, device, console)
+            job = _Job(recipe, folder, journal, device, console)
             job.do()
             rows = job.finish()
+            if problems := verify(folder, progress=console.progress).problems:
+                raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this with --restart")
             publish(folder, out)
         except KeyboardInterrupt:
             raise Interrupted("stopped between two steps") from None
@@ -79,16 +89,18 @@ def run(
 
 def _worth_keeping(folder: Path) -> bool:
     """Whether a run that cannot go on has something that took time: traces, or a finished step."""
-    return any((folder / RAC / _TRACES).glob("*.parquet")) or bool(step_times(folder))
+    return any((folder / RAC).glob(f"{_TRACES}*/*.parquet")) or bool(step_times(folder))
 
 
-def _check(recipe: Recipe) -> None:
-    """What can be known to fail before hours of sampling."""
+def _check(recipe: Recipe) -> dict[str, str]:
+    """Find what can be known to fail before hours of sampling. Returns the SHA-256 of all that the job starts from."""
     model = Model.open(Checkpoint.open(recipe.model))
+    digests = {"model": model.checkpoint.sha256()}
     for name, calibration, settings in _models(recipe):
         label = recipe.name if name == _MAIN else name
         try:
             skipped_matrices(model, settings)
+            not_finite(model, settings)
         except BadInput as error:
             raise BadInput(f"{label}: {error}") from None
         if METHODS[settings.method].needs == "nothing":
@@ -96,11 +108,19 @@ def _check(recipe: Recipe) -> None:
         if calibration.source is None and recipe.trace is None:
             raise BadInput(f"{label}: give the recipe a `trace` section, or `calibration` a source")
         if calibration.source is not None:
-            calibration_of(recipe.model_copy(update={"calibration": calibration}))
+            known = calibration_of(recipe.model_copy(update={"calibration": calibration}))
+            digests[f"calibration of {label}"] = known.sha256
     if recipe.trace:
         load_prompts(recipe.trace.prompts)
+        digests["prompts"] = _sha256(recipe.trace.prompts)
     if recipe.evaluate:
         load_problems(recipe.evaluate.problems)
+        digests["problems"] = _sha256(recipe.evaluate.problems)
+    return digests
+
+
+def _sha256(file: Path) -> str:
+    return sha256_files(file.parent, [file.name])[file.name]
 
 
 def _models(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSettings]]:
@@ -112,16 +132,12 @@ def _models(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSetting
 class _Job:
     """A run whose folder is claimed. `steps` are (name, what does it), `done` the seconds of the finished ones."""
 
-    def __init__(self, recipe: Recipe, folder: Path, device: str, console: Console) -> None:
-        self.recipe, self.folder, self.device, self.console = recipe, folder, device, console
+    def __init__(self, recipe: Recipe, folder: Path, journal: Journal, device: str, console: Console) -> None:
+        self.recipe, self.folder, self.journal, self.device, self.console = recipe, folder, journal, device, console
         self.rac = folder / RAC
         self.work = self.rac / _WORK
         with disk_errors(folder):
             self.work.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.rac / STEPS)
-        if not self.journal.records:
-            self.journal.append({"recipe": dump(recipe)})
-        _refuse_other_recipe(folder, self.journal.records[0]["recipe"], recipe)
         self.done: dict[str, float] = {record["step"]: record["seconds"] for record in self.journal.records[1:]}
         self.steps = self._steps()
 
@@ -138,7 +154,7 @@ class _Job:
 
     def finish(self) -> list[Row]:
         """Write what says how it went, remove what was only for the work, and return the comparison."""
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)
         with disk_errors(self.folder):
             write_file(self.rac / "recipe.yaml", dump(self.recipe).encode())
             rows = comparison(self.folder)
@@ -176,7 +192,9 @@ class _Job:
     def _evaluate(self, model: Path, name: str) -> None:
         assert self.recipe.evaluate
         file = self.rac / "eval" / f"{name}.json"
-        if not file.exists():
+        if file.exists():
+            file.with_name(file.name + ".partial").unlink(missing_ok=True)
+        else:
             evaluate(model, self.recipe.evaluate, file, device=self.device, progress=self.console.progress)
         figures = read_json(file)["summary"]
         self.console.say(
@@ -198,7 +216,7 @@ class _Job:
         else:
             self._home(name).mkdir(parents=True, exist_ok=True)
             for file in ("recipe.yaml", METRICS):
-                shutil.copyfile(made / RAC / file, self._home(name) / file)
+                copy_file(made / RAC / file, self._home(name) / file)
 
     def _tokens(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe, in which no source means this job's traces."""
@@ -216,23 +234,8 @@ def _move_up(made: Path, folder: Path) -> None:
     """Move a finished checkpoint from a folder within `folder` up into it; can be done again after a crash."""
     for source in filter(Path.exists, (made / RAC, made)):
         for entry in source.iterdir():
-            os.replace(entry, folder / entry.relative_to(made))
+            faults.rename(entry, folder / entry.relative_to(made))
         source.rmdir()
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
-def _refuse_other_recipe(folder: Path, known: str, recipe: Recipe) -> None:
-    before, now = _flat(yaml.safe_load(known)), _flat(yaml.safe_load(dump(recipe)))
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            raise BadInput(
-                f"{folder}: holds an unfinished job with another {name}: {before.get(name)}, now {now.get(name)}; "
-                "go on with the same recipe, or start afresh with --restart"
-            )
 
 
 def _flat(value: Any, at: str = "recipe") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
@@ -22,18 +23,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rac_engine.checkpoint import Checkpoint, disk_errors, sync, write_file
+from rac_engine import faults
+from rac_engine.checkpoint import (
+    Checkpoint,
+    disk_errors,
+    publish,
+    read_json,
+    replace_file,
+    require_space,
+    sha256_files,
+    write_file,
+)
 from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.journal import Journal
-from rac_engine.prompts import Messages, messages_of, read_jsonl, render, template_sha256
+from rac_engine.journal import Journal, claimed, open_journal
+from rac_engine.prompts import Messages, messages_of, read_jsonl, render, template_sha256, tokenizer_sha256
 from rac_engine.recipe import TEXT_PREFIX, TraceSettings
-from rac_engine.sizes import format_count
+from rac_engine.sizes import format_bytes, format_count
 
 Part = Literal["all", "prompt", "completion"]
 
 SUMMARY = "traces.json"
-_JOURNAL = "unfinished.jsonl"
+_JOURNAL = "journal.jsonl"
+_GROUP = 4 << 30  # bytes in a row group of a Parquet file, at most
 
 SCHEMA = pa.schema(
     [
@@ -143,45 +156,59 @@ def generate(
 ) -> TraceReport:
     """Sample traces of the model in the folder `model` into the folder `out`, as Parquet files and a summary.
 
-    A sampling found unfinished in `out` goes on behind its last whole batch, to the same traces, unless `restart`.
+    All work happens in OUT.partial; a sampling found unfinished there goes on behind its last whole batches, to the
+    same traces, unless `restart`.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out = Path(out)
     if (out / SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
-    if out.exists() and any(out.iterdir()) and not (out / _JOURNAL).exists():
-        raise BadInput(f"{out}: exists and holds something else; choose another folder")
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists; choose another folder, or remove it")
     prompts = load_prompts(settings.prompts)
     decoder = Decoder(model, device)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if restart:
-            (out / _JOURNAL).unlink(missing_ok=True)
-    journal = Journal(out / _JOURNAL)
     identity = {
-        "model_sha256": Checkpoint.open(model).sha256(),
-        "template_sha256": template_sha256(decoder.tokenizer),
-        "prompts": [[prompt.id, prompt.messages] for prompt in prompts],
-        "device": device,
-        "settings": settings.model_dump(mode="json", exclude={"prompts"}),
+        "model": Checkpoint.open(model).sha256(),
+        "template": template_sha256(decoder.tokenizer),
+        "tokenizer": tokenizer_sha256(decoder.tokenizer),
+        "prompts": hashlib.sha256(
+            json.dumps([[prompt.id, prompt.messages] for prompt in prompts]).encode()
+        ).hexdigest(),
+        **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts"}).items()},
+        **surroundings(device),
     }
-    if not journal.records:
-        journal.append(identity)
-    for key, value in identity.items():
-        if journal.records[0].get(key) != value:
-            raise BadInput(f"{out}: holds unfinished traces with another {key}; --restart starts afresh")
+    with claimed(out) as partial:
+        journal = open_journal(partial, _JOURNAL, identity, restart)
+        report = _generate(decoder, str(model), prompts, settings, identity, out, partial, journal, progress)
+        publish(partial, out)
+    return report
+
+
+def _generate(
+    decoder: Decoder,
+    model: str,
+    prompts: list[Prompt],
+    settings: TraceSettings,
+    identity: dict[str, Any],
+    out: Path,
+    partial: Path,
+    journal: Journal,
+    progress: Callable[[Any], None],
+) -> TraceReport:
+    """Sample into `partial`, of which `journal` says what is there."""
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     common = {
         "seed": settings.seed,
         "sampling": json.dumps(settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})),
-        "model": str(model),
-        "model_sha256": identity["model_sha256"],
-        "template_sha256": identity["template_sha256"],
+        "model": model,
+        "model_sha256": identity["model"],
+        "template_sha256": identity["template"],
     }
     counts = _Counts(settings.tokens)
     for number, record in enumerate(journal.records[1:], 1):
-        if not (out / record["file"]).exists():
+        file = partial / record["file"]
+        if not file.exists() or sha256_files(partial, [file.name])[file.name] != record["sha256"]:
             journal.cut(number)
             break
         counts.add(record["counts"])
@@ -196,23 +223,25 @@ def generate(
             part = asked[first : first + group]
             rows = _sample(decoder, part, settings, sampling, counts, progress)
             file = f"part-{number:05d}.parquet"
-            with disk_errors(out):
-                table = pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA)
-                staged = out / f".{file}.tmp"
-                pq.write_table(table, staged, compression="zstd")
-                write_file(staged, staged.read_bytes())
-                staged.replace(out / file)
-                sync(out)
-            journal.append({"file": file, "counts": counts.last})
+            table = pa.BufferOutputStream()
+            pq.write_table(
+                pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA), table, compression="zstd"
+            )
+            data = table.getvalue().to_pybytes()
+            with disk_errors(partial):
+                require_space(partial, len(data))
+                replace_file(partial / file, data)
+            journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens"
         ) from None
     report = TraceReport(out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget)
-    with disk_errors(out):
-        for stray in out.glob("part-*.parquet"):
-            if stray.name not in {record["file"] for record in journal.records[1:]}:
-                stray.unlink()
+    files = {record["file"]: record["sha256"] for record in journal.records[1:]}
+    with disk_errors(partial):
+        for stray in partial.glob("*.parquet"):
+            if stray.name not in files:
+                faults.unlink(stray)
         summary = {
             "traces": report.traces,
             "tokens": report.tokens,
@@ -220,10 +249,12 @@ def generate(
             "budget": report.budget,
             "finish_reasons": report.finish_reasons,
             "prompts_file": str(settings.prompts),
-            **{key: identity[key] for key in ("model_sha256", "template_sha256", "settings")},
+            "model_sha256": identity["model"],
+            "template_sha256": identity["template"],
+            "settings": settings.model_dump(mode="json", exclude={"prompts"}),
+            "files": files,
         }
-        write_file(out / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-        journal.path.unlink()
+        write_file(partial / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
     return report
 
 
@@ -376,18 +407,45 @@ def _from_parquet(path: Path) -> Iterator[tuple[list[int], list[int]]]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"calibration {path}: holds no .parquet file; is this a folder of `rac trace`?")
-    if path.is_dir() and (path / _JOURNAL).exists():
-        raise BadInput(f"calibration {path}: `rac trace` has not finished here; run it again to go on")
     columns = ["prompt_token_ids", "completion_token_ids"]
+    known = _known_files(path) if path.is_dir() else {}
+    if missing := known.keys() - {file.name for file in files}:
+        raise BadInput(f"calibration {path}: {min(missing)} is missing, by its {SUMMARY}; sample the traces again")
     for file in files:
         try:
+            if known and sha256_files(path, [file.name])[file.name] != known.get(file.name):
+                raise BadInput(f"calibration {file}: not the file that {SUMMARY} tells of; sample the traces again")
             with pq.ParquetFile(file) as reader:
+                _refuse_bombs(reader.metadata)
                 for batch in reader.iter_batches(256, columns=columns):
                     for prompt, completion in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                         yield _ids(prompt, str(file)), _ids(completion, str(file))
-        except (OSError, pa.ArrowException, KeyError) as error:
+        except BadInput:
+            raise
+        except Exception as error:  # whatever Arrow finds wrong with a file
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"calibration {file}: not a file of traces ({reason})") from None
+
+
+def _refuse_bombs(metadata: Any) -> None:
+    """A small file can claim to hold any amount: refuse what no row group of traces has.
+
+    Its columns are not asked: pyarrow 26 ends the process where a column's metadata contradict themselves.
+    """
+    if any(metadata.row_group(index).total_byte_size > _GROUP for index in range(metadata.num_row_groups)):
+        raise ValueError(f"a row group larger than {format_bytes(_GROUP)}")
+
+
+def _known_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a finished `rac trace` has left; nothing for a folder from elsewhere."""
+    if (folder / _JOURNAL).exists() and not (folder / SUMMARY).exists():
+        raise BadInput(f"calibration {folder}: `rac trace` has not finished here; run it again to go on")
+    if not (folder / SUMMARY).exists():
+        return {}
+    files = read_json(folder / SUMMARY).get("files", {})
+    if not isinstance(files, dict):
+        raise BadInput(f"calibration {folder / SUMMARY}: `files` should name files and their SHA-256")
+    return files
 
 
 def _from_jsonl(path: Path, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
@@ -407,7 +465,10 @@ def _from_record(record: dict[str, Any], tokenizer: Any, where: str) -> tuple[li
     def encode(text: Any, name: str) -> list[int]:
         if not isinstance(text, str):
             raise BadInput(f"{where}: `{name}` should be text")
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        try:
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except TypeError:
+            raise BadInput(f"{where}: `{name}` is no text that can be tokenized (a lone surrogate?)") from None
 
     if "prompt_token_ids" in record or "completion_token_ids" in record:
         return _ids(record.get("prompt_token_ids") or [], where), _ids(record.get("completion_token_ids") or [], where)
@@ -434,6 +495,6 @@ def _from_record(record: dict[str, Any], tokenizer: Any, where: str) -> tuple[li
 
 
 def _ids(value: Any, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
+    if not isinstance(value, list) or not all(type(item) is int and abs(item) < 1 << 31 for item in value):
         raise BadInput(f"{where}: token ids should be a list of integers")
     return value

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,8 +15,10 @@ import torch
 
 from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, other_files, sha256_files
 from rac_engine.errors import BadInput
-from rac_engine.recipe import parse_pattern
-from rac_engine.results import MANIFEST, RAC, Metrics, load_metrics, percent, read_json
+from rac_engine.journal import records_of
+from rac_engine.models import Model
+from rac_engine.recipe import load_recipe, parse_pattern
+from rac_engine.results import JOURNAL, MANIFEST, RAC, Metrics, load_metrics, percent, read_json
 
 # What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
@@ -61,9 +65,12 @@ class Verification:
 
 
 def verify(
-    out: str | Path, source: str | Path | None = None, progress: Callable[[str], None] = lambda _: None
+    out: str | Path, source: str | Path | Checkpoint | None = None, progress: Callable[[str], None] = lambda _: None
 ) -> Verification:
     """Read back everything in `out`: manifest and checksums, every tensor, zeros and pattern of every matrix.
+
+    Every tensor must be what the job's journal says it wrote, every matrix of the model must have been pruned or left
+    dense as the recipe says, and the tensors must be those that transformers builds from the config.
 
     With `source`, the checkpoint that it was made from, what was not pruned must be bit-equal to it. `progress` is told
     what is being read. Raises `BadInput` where `out` is no output of the engine or `source` no checkpoint.
@@ -78,9 +85,11 @@ def verify(
         result.problems.append(str(error))
         return result
     _check_layout(checkpoint, result)
+    _check_recipe(checkpoint, metrics, result)
     _check_tensors(checkpoint, metrics, result, progress)
     if source is not None:
-        _check_source(checkpoint, Checkpoint.open(source), metrics, result, progress)
+        given = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        _check_source(checkpoint, given, metrics, result, progress)
     return result
 
 
@@ -133,48 +142,110 @@ def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:
             result.problems.append(f"config.json: {key} is set, so inference engines would refuse these dense weights")
 
 
+def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification) -> None:
+    """The model loads by its config, and every matrix in it was pruned as the recipe says, or is said to be dense."""
+    try:
+        model = Model.open(checkpoint)
+    except BadInput as error:
+        result.problems.append(f"not loadable: {error}")
+        return
+    try:
+        recipe = load_recipe(checkpoint.path / RAC / "recipe.yaml")
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    wanted, settings = recipe.prune.model_dump(mode="json"), metrics.run.get("settings", {})
+    for name in wanted:
+        if wanted[name] != settings.get(name):
+            result.problems.append(
+                f"recipe.yaml: {name} is {wanted[name]!r}, metrics.jsonl says {settings.get(name)!r}"
+            )
+    rows = {row["name"]: row for row in metrics.matrices}
+    for matrix in (matrix for layer in range(model.layers) for matrix in model.matrices(layer)):
+        row = rows.get(matrix.name)
+        named = any(re.fullmatch(entry, name) for entry in recipe.prune.dense for name in (matrix.path, matrix.module))
+        if row is None:
+            result.problems.append(f"{matrix.name}: metrics.jsonl does not say what became of it")
+        elif named and not row.get("skipped"):
+            result.problems.append(f"{matrix.name}: pruned, though the recipe leaves it dense")
+        elif not named and str(row.get("skipped", "")).startswith("left dense by"):
+            result.problems.append(f"{matrix.name}: left dense, though the recipe does not name it")
+
+
 def _check_tensors(
     checkpoint: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
 ) -> None:
     settings = metrics.run.get("settings", {})
     pattern = settings.get("pattern")
     result.rule = pattern or f"{percent(settings.get('sparsity'))} unstructured"
-    pruned = {matrix["name"]: matrix for matrix in metrics.pruned}
+    pruned: dict[str, list[dict[str, Any]]] = {}
+    for matrix in metrics.pruned:
+        pruned.setdefault(matrix.get("tensor", matrix["name"]), []).append(matrix)
+    dense = settings.get("nonfinite") == "dense"
+    written = {
+        name: digest
+        for record in records_of(checkpoint.path / RAC / JOURNAL)
+        for name, digest in record.get("tensors", {}).items()
+    }
     for name in pruned.keys() - checkpoint.tensors.keys():
         result.problems.append(f"{name}: pruned by metrics.jsonl, but not in the checkpoint")
     for name, info in checkpoint.tensors.items():
         progress(name)
         result.tensors += 1
-        matrix = pruned.get(name)
-        zeros, finite, negative, fits = 0, True, False, True
+        matrices = pruned.get(name, [])
+        stacked = [matrix for matrix in matrices if "tensor" in matrix]
+        tally, finite, digest = _Tally(pattern), True, hashlib.sha256()
         for piece in _pieces(checkpoint, info):
+            digest.update(_bits(piece).numpy().data)
             if info.dtype.is_floating_point:
                 finite = finite and bool(piece.isfinite().all())
-            if matrix is not None:
-                zero = piece == 0
-                zeros += int(zero.sum())
-                negative = negative or bool((piece.signbit() & zero).any())
-                fits = fits and (pattern is None or _fits(piece, *parse_pattern(pattern)))
-        if not finite:
+            if matrices and not stacked:
+                tally.add(piece)
+        if name in written and digest.hexdigest() != written[name]:
+            result.problems.append(f"{name}: its SHA-256 is not the journal's: it is not what the job wrote")
+        if not finite and (matrices or not dense):
             result.problems.append(f"{name}: holds NaN or Inf")
-        if matrix is None:
-            continue
-        result.matrices += 1
-        result.zeros += zeros
-        result.weights += matrix["rows"] * matrix["columns"]
-        if info.shape != (matrix["rows"], matrix["columns"]):
-            result.problems.append(
-                f"{name}: {list(info.shape)}, metrics.jsonl says {matrix['rows']} × {matrix['columns']}"
-            )
-            continue
-        if zeros != matrix["zeros"]:
-            result.problems.append(f"{name}: {zeros:,} zeros, metrics.jsonl says {matrix['zeros']:,}")
-        if negative:
-            result.problems.append(f"{name}: has −0.0 among its zeros")
-        if not fits:
-            result.problems.append(f"{name}: breaks the pattern {pattern}")
-        if zeros < _least_zeros(settings, *info.shape):
-            result.problems.append(f"{name}: {percent(zeros / (info.shape[0] * info.shape[1]), 2)} zeros, too few")
+        for matrix in matrices:
+            if stacked:  # in one tensor with those of other experts, the other way about
+                expert, tally = int(matrix["expert"]), _Tally(pattern)
+                tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
+            _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, settings, result)
+
+
+@dataclass
+class _Tally:
+    """What is counted of a pruned matrix, piece by piece."""
+
+    pattern: str | None
+    zeros: int = 0
+    negative: bool = False
+    fits: bool = True
+
+    def add(self, piece: torch.Tensor) -> None:
+        zero = piece == 0
+        self.zeros += int(zero.sum())
+        self.negative = self.negative or bool((piece.signbit() & zero).any())
+        self.fits = self.fits and (self.pattern is None or _fits(piece, *parse_pattern(self.pattern)))
+
+
+def _check_matrix(
+    shape: tuple[int, ...], matrix: dict[str, Any], tally: _Tally, settings: dict[str, Any], result: Verification
+) -> None:
+    name, rows, columns = matrix["name"], matrix["rows"], matrix["columns"]
+    result.matrices += 1
+    result.zeros += tally.zeros
+    result.weights += rows * columns
+    if shape != (rows, columns):
+        result.problems.append(f"{name}: {list(shape)}, metrics.jsonl says {rows} × {columns}")
+        return
+    if tally.zeros != matrix["zeros"]:
+        result.problems.append(f"{name}: {tally.zeros:,} zeros, metrics.jsonl says {matrix['zeros']:,}")
+    if tally.negative:
+        result.problems.append(f"{name}: has −0.0 among its zeros")
+    if not tally.fits:
+        result.problems.append(f"{name}: breaks the pattern {tally.pattern}")
+    if tally.zeros < _least_zeros(settings, rows, columns):
+        result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
 
 
 def _least_zeros(settings: dict[str, Any], rows: int, columns: int) -> int:
@@ -211,7 +282,7 @@ def _check_source(
     progress(f"checksum of {source.path}")
     if sha256 and source.sha256() != sha256:
         result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
-    pruned = {matrix["name"] for matrix in metrics.pruned}
+    pruned = {matrix.get("tensor", matrix["name"]) for matrix in metrics.pruned}
     for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
         result.problems.append(f"{name}: in only one of output and source")
     for name in sorted(made.tensors.keys() & source.tensors.keys()):
@@ -229,7 +300,7 @@ def _check_source(
                 result.problems.append(f"{name}: differs from the source, though it was not pruned")
     for name in other_files(source.path):
         copy = made.path / name
-        if not copy.is_file() or copy.read_bytes() != (source.path / name).read_bytes():
+        if not copy.is_file() or copy.read_bytes() != source.copied_file(name):
             result.problems.append(f"{name}: differs from the source's")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from rac_engine import cli, engine
+from rac_engine import cli, engine, faults
 from rac_engine.cli import main
 from rac_engine.console import Console
 from rac_engine.errors import Interrupted
@@ -174,7 +174,7 @@ def test_a_model_that_cannot_be_pruned_is_one_line(rac, tmp_path, checkpoint, te
 @pytest.mark.parametrize("line", ['{"problem": ', "[1]", "{}", '{"problem": 3, "answer": "2"}'])
 def test_a_broken_line_is_named_by_its_number(rac, tmp_path, words, line):
     (tmp_path / "p.jsonl").write_text(f'{{"problem": "1+1", "answer": "2"}}\n\n{line}\n')
-    assert_one_line(rac(*words), "p.jsonl:3: ")
+    assert_one_line(rac(*words), "p.jsonl:3:")
     assert list(tmp_path.iterdir()) == [tmp_path / "p.jsonl"]
 
 
@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(rac, tmp_path, checkpoint, m
     def full(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(faults, "reserve", full)
     outcome = rac("-q", "prune", checkpoint(), "out", "--method", "magnitude")
     assert_one_line(outcome, os.strerror(code), "free some space")
     assert list(tmp_path.iterdir()) == []

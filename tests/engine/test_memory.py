@@ -63,19 +63,102 @@ def deepened(source: Path, folder: Path, times: int) -> Path:
     return folder
 
 
-def peak(source: Path, out: Path) -> int:
-    """Most bytes resident in a process that prunes `source`.
+LONG = """
+import sys, torch
+from pathlib import Path
+from rac_engine.calibrate import Packing, Statistic, Stream
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine import peak_memory
+from rac_engine.models import Model
+from tests import tiny
+
+torch.set_num_threads(1)
+model = Model.open(Checkpoint.open(sys.argv[1]))
+blocks = model.build_layer(0, {name: model.checkpoint.read(name) for name in model.tensor_names(0)}, model.dtype, "cpu")
+with torch.inference_mode():
+    for length in (512, 4096):
+        packing = Packing.of(tiny.calibration([length]), 512)
+        peak_memory(reset=True)
+        before = peak_memory()
+        stream = Stream(model, packing, model.dtype, "cpu", "disk", Path(sys.argv[2]), keep_bytes=0)
+        for block in blocks:
+            stream.advance(block, stream.observe(block, {block.last: Statistic(block.width, False, "cpu")}))
+        print(peak_memory() - before)
+"""
+
+
+def test_a_long_trace_takes_no_more_than_its_keys_and_values(tmp_path: Path) -> None:
+    """4096 tokens in one sequence through a layer in parts of 512: an MLP's inner of them all would be 25 MB."""
+    source = tiny.save(
+        tmp_path / "model",
+        hidden_size=96,
+        intermediate_size=3072,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.02,
+    )
+    short, long_ = (int(line) for line in run(LONG, source, tmp_path).split())
+    keys_and_values = 2 * 4096 * 48 * 2
+    # Beside them: masks of queries by keys, as bool and as what the attention kernel makes of it.
+    masks = 512 * 4096 * (1 + 4)
+    assert long_ - short < keys_and_values + masks + (4 << 20), (short, long_)
+
+
+def run(code: str, *words: Path) -> str:
+    """What a process that runs `code` prints.
 
     glibc keeps freed memory for later, more or less of it as threads happen to meet. Here it is told to give it back at
-    once, so that the peak is what the job held.
+    once, so that the peak is what was held.
     """
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "MALLOC_MMAP_THRESHOLD_": str(1 << 17),
     }
-    command = [sys.executable, "-c", JOB, str(source), str(out)]
-    return int(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def peak(source: Path, out: Path) -> int:
+    """Most bytes resident in a process that prunes `source`."""
+    return int(run(JOB, source, out))
+
+
+LIMITED = """
+import sys, torch
+from pathlib import Path
+from rac_engine import engine
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.memory import Shape, plan_memory
+from rac_engine.models import Model
+from rac_engine.recipe import PruneSettings
+from tests import tiny
+
+torch.set_num_threads(1)
+settings = PruneSettings(method="wanda", chunk_tokens=512)
+calibration = tiny.calibration([2048] * 8 + [128] * 64)
+shape = Shape.of(Model.open(Checkpoint.open(sys.argv[1])), settings)
+machine = engine._limits("cpu", None, None, engine.resident())
+ample = plan_memory(shape, settings, calibration.tokens, 2048, **{**machine, "host_limit": 1 << 40})
+assert ample.choice.place == "host"
+limit = ample.host_peak - (20 << 20)
+report = engine.prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, calibration, host_memory=limit)
+memory = report.end["memory"]
+print(report.run["memory"]["place"], limit, report.end["peak_memory"], memory["host_planned"], memory["host_measured"])
+"""
+
+
+def test_a_job_keeps_to_its_limit_with_activations_on_disk(
+    four_layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, *figures = run(LIMITED, four_layers, tmp_path / "out").split()
+    limit, peak, planned, measured = map(int, figures)
+    with capsys.disabled():
+        print(f"\nlimit {limit:,}, peak {peak:,}; beyond the program planned {planned:,}, measured {measured:,} bytes")
+    assert place == "disk"
+    assert peak <= limit
+    assert measured <= 1.1 * planned
 
 
 def test_memory_does_not_grow_with_depth(four_layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,19 +31,27 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 20,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
+    **{family: (family, {}) for family in tiny.FAMILIES},
     "llama-biases-tied": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
     "llama-dynamic-rope": (
         "llama",
         {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     ),
-    "qwen2": ("qwen2", {}),
     "qwen2-untied": ("qwen2", {"tie_word_embeddings": False}),
     "qwen2-sliding-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {}),
     "qwen3-one-key-value-head": ("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
+    "mistral-whole-sequences": ("mistral", {"sliding_window": None}),
+    "phi3-long-rope": ("phi3", {"rope_parameters": LONG_ROPE}),
+    "gemma2-no-cap": ("gemma2", {"attn_logit_softcapping": None}),
 }
 
 
@@ -64,55 +72,99 @@ def stream_through(folder: Path, chunk_tokens: int) -> tuple[Model, Stream]:
 def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, variant: str, dtype: torch.dtype) -> None:
     family, changes = VARIANTS[variant]
     folder = checkpoint(family, dtype=dtype, **changes)
-    _, stream = stream_through(folder, chunk_tokens=64)
+    _, stream = stream_through(folder, chunk_tokens=24)  # longer sequences go through in parts
     whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").model
     exact = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).model
-    bound, worst = 0.0, 0.0
-    for chunk in stream.packing.chunks:
-        start = chunk.start
-        for length in chunk.lengths:
-            ids = stream.packing.token_ids[start : start + length][None]
-            truth = exact(ids).last_hidden_state[0]
-            norm = truth.norm()
-            ours = whole.norm(stream.hidden[start : start + length]).float()
-            worst = max(worst, float((ours - truth).norm() / norm))
-            bound = max(bound, float((whole(ids).last_hidden_state[0].float() - truth).norm() / norm))
-            start += length
-    # Ours may be as far from the fp32 truth as transformers' own pass in the model's dtype is.
+    theirs: list[torch.Tensor] = []
+    ours: list[torch.Tensor] = []
+    start = 0
+    for length in (length for chunk in stream.packing.chunks if not chunk.offset for length in chunk.lengths):
+        ids = stream.packing.token_ids[start : start + length][None]
+        truth = exact(ids).last_hidden_state[0]
+        norm = truth.norm(dim=1)
+        found = whole.norm(stream.hidden.read(start, start + length))
+        for errors, states in ((ours, found), (theirs, whole(ids).last_hidden_state[0])):
+            errors.append((states.float() - truth).norm(dim=1) / norm)
+        start += length
+    assert start == len(stream.hidden)
+    # Ours may be as far from the fp32 truth as transformers' own pass in the model's dtype is: every token in fp32; in
+    # bf16, where a token now and then goes to another expert than in fp32 in either pass, the median token.
+    share = 1.0 if dtype == torch.float32 else 0.5
+    worst, bound = (float(torch.cat(errors).quantile(share)) for errors in (ours, theirs))
     assert worst <= 1.5 * bound + 1e-5, (worst, bound)
     if dtype == torch.bfloat16:
         assert 1e-4 < bound < 0.1
 
 
+@pytest.mark.parametrize("width", [16, 10])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
-def test_packed_attention_is_attention_of_each_sequence(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+def test_packed_attention_is_attention_of_each_sequence(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, sinks: bool, softcap: float | None, width: int
+) -> None:
     monkeypatch.setattr(models, "_QUERY_BLOCK", 8)
+    monkeypatch.setattr(models, "_SCORE_BYTES", 8 * 6 * 33 * 8)
     lengths = [33, 33, 20, 7, 7, 7, 1, 1]
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, heads, sum(lengths), 16, dtype=torch.float64) for heads in (6, 2, 2))
-    out, _ = packed_attention(torch.nn.Module(), q, k, v, None, scaling=0.3, lengths=lengths, sliding_window=window)
+    q, k, v = (
+        torch.randn(1, heads, sum(lengths), d, dtype=torch.float64) for heads, d in ((6, 16), (2, 16), (2, width))
+    )
+    extra = torch.randn(6, dtype=torch.float64) if sinks else None
+    out, _ = packed_attention(
+        torch.nn.Module(),
+        *(q, k, v, None),
+        scaling=0.3,
+        lengths=lengths,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=extra,
+    )
     start = 0
     for length in lengths:
         part = slice(start, start + length)
         keys, values = (x[0, :, part].repeat_interleave(3, 0) for x in (k, v))
         distance = torch.arange(length)[:, None] - torch.arange(length)
         seen = (distance >= 0) & (distance < (window or length))
-        scores = (0.3 * q[0, :, part] @ keys.mT).masked_fill(~seen, -torch.inf)
-        expected = (scores.softmax(-1) @ values).transpose(0, 1)
+        scores = 0.3 * q[0, :, part] @ keys.mT
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if extra is not None:
+            scores = torch.cat([scores, extra[:, None, None].expand(-1, length, 1)], dim=2)
+        expected = (scores.softmax(-1)[:, :, :length] @ values).transpose(0, 1)
         torch.testing.assert_close(out[0, part], expected, rtol=1e-12, atol=1e-12)
         start += length
 
 
-def test_embedding_is_looked_up_a_part_at_a_time(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_EMBEDDING_BYTES", 5 * 48 * 2)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5, 100])
+def test_attention_in_parts_is_attention_at_once(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None
+) -> None:
+    monkeypatch.setattr(models, "_QUERY_BLOCK", 8)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 50, 16, dtype=torch.float64) for heads in (6, 2, 2))
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    whole, _ = packed_attention(torch.nn.Module(), q, k, v, None, lengths=[50], **options)
+    held = models.KeyValues(50)
+    for part in (slice(0, 20), slice(20, 21), slice(21, 50)):
+        keys, values = held.update(k[:, :, part], v[:, :, part], 0)
+        length = part.stop - part.start
+        out, _ = packed_attention(torch.nn.Module(), q[:, :, part], keys, values, None, lengths=[length], **options)
+        torch.testing.assert_close(out, whole[:, part], rtol=1e-12, atol=1e-12)
+
+
+def test_embedding_is_looked_up_as_transformers_does(checkpoint: Make) -> None:
     model = Model.open(Checkpoint.open(checkpoint("qwen2")))
     ids = torch.randint(0, tiny.VOCABULARY, (100,))
-    table = model.checkpoint.read("model.embed_tokens.weight")
-    assert torch.equal(model.embed(ids, torch.bfloat16), F.embedding(ids, table))
-    assert model.embed(ids[:0], torch.bfloat16).shape == (0, 48)
+    table = model.embedding()
+    assert torch.equal(model.embed(ids, torch.bfloat16, table), F.embedding(ids, table))
+    assert torch.equal(model.embed(ids[:3], torch.float32, table), F.embedding(ids[:3], table).float())
+    assert model.embed(ids[:0], torch.bfloat16, table).shape == (0, 48)
     for wrong in (-1, tiny.VOCABULARY):
         with pytest.raises(BadInput, match="another model"):
-            model.embed(torch.tensor([0, wrong]), torch.bfloat16)
+            model.embed(torch.tensor([0, wrong]), torch.bfloat16, table)
 
 
 def test_matrices_in_the_order_of_the_data(checkpoint: Make) -> None:
@@ -140,10 +192,13 @@ def change_config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not known; known are llama, qwen2, qwen3"),
+        (
+            {"model_type": "mamba"},
+            "'mamba' is not known; known are deepseek_v3, .*families.md says how to add",
+        ),
         ({"model_type": None}, "None is not known"),
         ({"model_type": ["qwen2"]}, "is not known"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized \\(fp8\\)"),
         ({"hidden_size": "many"}, "transformers refuses"),
         ({"num_attention_heads": 0}, "transformers refuses"),
         ({"hidden_act": "nonsense"}, "transformers refuses"),

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from rac_engine.errors import BadInput
-from rac_engine.plan import make_plan, render
+from rac_engine.plan import H200, make_plan, render
 from rac_engine.recipe import PruneSettings
 
 QWEN2_7B = {
@@ -45,11 +45,16 @@ def test_a_config_alone_is_enough_for_a_plan(qwen2_7b):
 
 
 def test_the_arithmetic_is_that_of_the_kernels_limits(qwen2_7b):
-    work = {work.name: work.flops for work in make_plan(qwen2_7b, tokens=1_000_000).work}
+    plan = make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), tokens=1_000_000)
+    work = {work.name: work.flops for work in plan.work}
     assert work["Hessian"] == 28 * 1e6 * (3 * 3584 * 3585 + 18944 * 18945)
     assert work["factor"] == pytest.approx(28 * (3 * 3584**3 + 18944**3) / 3)
     assert work["sweep"] == 28 * ((4608 + 3584 + 37888) * 3584**2 + 3584 * 18944**2)
     assert work["forward"] == pytest.approx(1.305e16, rel=1e-3)
+    matched = make_plan(qwen2_7b, PruneSettings(method="rac"), tokens=1_000_000)
+    both = {work.name: work.flops for work in matched.work}
+    assert both["forward"] == 2 * work["forward"]
+    assert both["outputs to match"] == 28 * 4e6 * (3 * 3584**2 + 18944 * 3584)
 
 
 def test_memory_follows_tokens_but_not_depth(tmp_path):
@@ -59,6 +64,121 @@ def test_memory_follows_tokens_but_not_depth(tmp_path):
 
     assert peak(4, 100_000) == peak(80, 100_000)
     assert peak(4, 200_000) >= peak(4, 100_000) + 100_000 * 3584 * 2
+
+
+GIB = 1 << 30
+LLAMA_70B = {
+    **QWEN2_7B,
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "host"), [(QWEN2_7B, 6, 16), (QWEN2_7B, 6, 64), (LLAMA_70B, 14, 24), (LLAMA_70B, 14, 128)]
+)
+def test_real_shapes_with_long_traces_fit_a_small_gpu(tmp_path, config, device, host):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    settings = PruneSettings(method="sparsegpt")
+    limits = {"on_gpu": True, "device_memory": device * GIB, "host_memory": host * GIB}
+    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, **limits)
+    memory = plan.memory
+    assert memory.device_peak <= device * GIB
+    assert memory.host_peak <= host * GIB
+    assert memory.choice.chunk_tokens >= 1024
+    assert memory.choice.place == ("disk" if host < 40 else "host")
+    hidden, width = config["hidden_size"], config["hidden_size"]
+    assert memory.disk == (1_000_000 * (hidden + width) * 2 if host < 40 else 0)
+    by_phase = {phase.name: phase for phase in memory.phases}
+    assert by_phase["solve mlp.down_proj"].device["Hessian"] == 4 * config["intermediate_size"] ** 2
+    assert "keys and values" in by_phase["observe self_attn.o_proj"].device
+    page = render(plan)
+    assert f"of {device} GiB" in page and f"of {host} GiB" in page
+
+
+DEEPSEEK_R1 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.mark.parametrize("device", [80, 48])
+def test_671b_goes_through_one_gpu(tmp_path, device):
+    """Of 80 GiB with all of a stage's Hessians at once, of 48 in several passes over the tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
+    settings = PruneSettings(method="sparsegpt")
+    limits = {"on_gpu": True, "device_memory": device * GIB, "host_memory": 128 * GIB}
+    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, **limits, peaks=H200)
+    assert 660e9 < plan.parameters < 680e9
+    memory = plan.memory
+    assert memory.device_peak <= device * GIB
+    assert memory.host_peak <= 128 * GIB
+    assert (memory.choice.hessians is None) == (device == 80)
+    together = memory.choice.hessians or 256
+    entrance = next(phase for phase in memory.phases if phase.name.startswith("observe mlp.experts.0.gate_proj"))
+    # Of the experts at once and of all tokens; a layer's weights beside them.
+    assert entrance.device["Hessian"] == 4 * 7168**2 * (together + 1)
+    assert entrance.device["weights of the layer"] > 256 * 3 * 7168 * 2048 * 2
+    assert plan.seconds is not None and plan.seconds >= 2 * plan.disk / 1e9
+    assert ("Hessians are gathered in one pass" in render(plan)) == (device == 48)
+
+
+def test_what_does_not_fit_is_refused_in_a_line_that_names_the_phase(qwen2_7b):
+    with pytest.raises(BadInput, match=r"^--device-memory 2 GiB: at least .* is needed \(solve mlp.*down_proj\)"):
+        make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), on_gpu=True, device_memory=2 * GIB)
+    with pytest.raises(BadInput, match=r"^--host-memory 1 GiB: at least .* is needed \("):
+        make_plan(qwen2_7b, on_gpu=True, device_memory=12 * GIB, host_memory=GIB)
+
+
+def test_less_memory_means_smaller_chunks_and_less_overlap_but_never_more_bytes(qwen2_7b):
+    settings = PruneSettings(method="sparsegpt")
+    before = None
+    for host in (64, 24, 8, 6, 5):
+        memory = make_plan(qwen2_7b, settings, host_memory=host * GIB).memory
+        assert memory.host_peak <= host * GIB
+        if before is not None:
+            assert memory.host_peak <= before.host_peak
+            assert memory.choice.chunk_tokens <= before.choice.chunk_tokens
+        before = memory
+    assert before is not None and before.choice.place == "disk"
+
+
+def test_without_limits_the_chunks_are_those_of_the_settings(qwen2_7b):
+    memory = make_plan(qwen2_7b, PruneSettings(chunk_tokens=5000), tokens=100_000_000).memory
+    assert memory.choice.chunk_tokens == 5000
+
+
+def test_time_is_arithmetic_at_half_the_peaks_or_the_disks(qwen2_7b):
+    peaks = {"bf16": 1e12, "fp32": 5e11, "bytes": 1e11}
+    plan = make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), peaks=peaks)
+    assert plan.seconds is not None
+    assert plan.seconds > 2 * sum(work.flops for work in plan.work) / 1e12
+    assert make_plan(qwen2_7b, PruneSettings(method="magnitude"), peaks=peaks).seconds == 2 * plan.disk / 1e9
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

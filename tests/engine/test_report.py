@@ -134,7 +134,9 @@ def test_notes_and_skipped_modules_are_told_with_their_places(out):
     assert "left dense by 'x'" in text
 
 
-def test_whatever_comes_from_a_checkpoint_or_trace_is_escaped(tmp_path):
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A finished run in which every text that comes from outside is a script."""
     out = write_run(tmp_path / HOSTILE.replace("/", "")[:60], _recipe(), layers=2)
     lines = metrics_lines(layers=2, description=HOSTILE, model={"path": f"/models/{HOSTILE.replace('/', '')}"})
     for line in lines[1:3]:
@@ -150,16 +152,31 @@ def test_whatever_comes_from_a_checkpoint_or_trace_is_escaped(tmp_path):
     (out / "rac" / "traces").mkdir()
     trace = {"id": [HOSTILE], "text": [HOSTILE], "finish_reason": [HOSTILE], "completion_token_ids": [[1, 2]]}
     pyarrow.parquet.write_table(pyarrow.table(trace), out / "rac" / "traces" / "traces.parquet")
-    page = _write(out)
+    return out
+
+
+def test_whatever_comes_from_a_checkpoint_or_trace_is_escaped(hostile):
+    page = _write(hostile)
     assert not {tag for tag, _ in page.tags} & {"script", "img"}
     assert page.text.count("<script>") >= 8
-    if chromium := shutil.which("chromium"):
+
+
+def test_a_script_in_a_trace_does_not_run_in_a_browser(hostile, tmp_path):
+    """Headless Chromium shows the page with its own title; the same text unescaped changes it, so it would show."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine; Debian has it as `chromium`, and .ci/run installs it")
+
+    def title(page: Path) -> str:
         profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom"]
-        shown = subprocess.run(
-            [*command, (out / "rac" / "report.html").as_uri()], capture_output=True, text=True, timeout=60, check=True
-        )
-        assert "<title>owned" not in shown.stdout and "pruned · RAC Engine</title>" in shown.stdout
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", page.as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return re.findall("<title>(.*?)</title>", shown)[0]
+
+    control = tmp_path / "control.html"
+    control.write_text(f"<!doctype html><title>mine</title><p>{HOSTILE}</p>")
+    assert title(control) == "owned"
+    assert title(write_report(hostile)).endswith("pruned · RAC Engine")
 
 
 def test_a_job_without_evaluation_still_has_its_page(tmp_path):

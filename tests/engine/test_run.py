@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rac_engine import faults
 from rac_engine import run as module
 from rac_engine.cli import main
 from rac_engine.console import Console
@@ -153,7 +153,7 @@ def test_a_run_stopped_before_every_step_ends_with_the_same_bytes(finished, home
 
 @pytest.mark.parametrize("crash_at", [1, 4, 7])
 def test_a_crash_while_the_checkpoint_moves_into_place_is_mended(finished, home, tmp_path, monkeypatch, crash_at):
-    real, calls = os.replace, []
+    real, calls = faults.rename, []
 
     def crash(source: Any, target: Any) -> None:
         if "/work/pruned/" in str(source):
@@ -163,7 +163,7 @@ def test_a_crash_while_the_checkpoint_moves_into_place_is_mended(finished, home,
         real(source, target)
 
     plain = recipe(home, compare=[], evaluate=None)
-    monkeypatch.setattr(os, "replace", crash)
+    monkeypatch.setattr(faults, "rename", crash)
     with pytest.raises(RuntimeError):
         run(plain, tmp_path / "out")
     result = run(plain, tmp_path / "out")
@@ -189,7 +189,7 @@ def test_an_unfinished_run_of_another_recipe_is_left_alone_unless_restarted(home
 
 
 def test_a_folder_that_is_none_of_ours_is_not_touched(home, tmp_path):
-    for name, said in (("out", "exists"), ("out.partial", "no unfinished run")):
+    for name, said in (("out", "exists"), ("out.partial", "no unfinished job")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("")
         with pytest.raises(BadInput, match=said):
@@ -203,7 +203,7 @@ def test_a_folder_that_is_none_of_ours_is_not_touched(home, tmp_path):
     [
         ({"model": "nowhere"}, "no such folder"),
         ({"trace": None}, "main: give the recipe a `trace` section"),
-        ({"trace": {"prompts": "broken.jsonl"}}, r"broken\.jsonl:2: not valid JSON"),
+        ({"trace": {"prompts": "broken.jsonl"}}, r"broken\.jsonl:2:1: not valid JSON"),
         ({"trace": {"prompts": "none.jsonl"}}, r"none\.jsonl"),
         ({"evaluate": {"problems": "broken.jsonl"}}, r"broken\.jsonl:1: needs `answer`"),
         ({"compare": [{"name": "x", "calibration": {"source": "broken.jsonl"}}]}, r"broken\.jsonl:2"),

@@ -83,8 +83,8 @@ def test_stacking_changes_nothing(problem: tuple[Tensor, Tensor], method: str, p
         alone = prune_matrix(part, H, method, 0.6, pattern)
         assert result.zeros == alone.zeros
         torch.testing.assert_close(result.weight, alone.weight)
-        if method == "sparsegpt":
-            assert result.objective == pytest.approx(alone.objective, rel=1e-5)
+        if METHODS[method].needs == "hessian":
+            assert result.objective == pytest.approx(alone.objective, rel=1e-4)
         else:
             assert result.objective is None
 

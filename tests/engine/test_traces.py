@@ -72,8 +72,8 @@ def test_a_seed_gives_the_same_traces_and_an_interruption_changes_nothing(prompt
 
     with pytest.raises(Interrupted):
         generate(ABACUS, settings(prompts), tmp_path / "stopped", progress=interrupt)
-    assert rows(tmp_path / "stopped") and not (tmp_path / "stopped" / SUMMARY).exists()
-    with pytest.raises(BadInput, match="another settings"):
+    assert rows(tmp_path / "stopped.partial") and not (tmp_path / "stopped").exists()
+    with pytest.raises(BadInput, match=r"another settings\.seed: 0, now 1"):
         generate(ABACUS, settings(prompts, seed=1), tmp_path / "stopped")
     generate(ABACUS, settings(prompts), tmp_path / "stopped")
     assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
@@ -141,7 +141,7 @@ def test_text_is_cut_into_sequences(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"problem": "a"}\n{"problem": \n', r"p\.jsonl:2: not valid JSON"),
+        ('{"problem": "a"}\n{"problem": \n', r"p\.jsonl:2:12: not valid JSON"),
         ('{"problem": "a"}\n[1]\n', r"p\.jsonl:2: should be a JSON object"),
         ('{"question": "a"}\n', r"p\.jsonl:1: needs `problem`"),
         ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: a message"),

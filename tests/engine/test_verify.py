@@ -57,8 +57,9 @@ def test_a_good_output_is_whole(out, checkpoint):
 
 def test_a_flipped_bit_is_found_by_its_checksum(out):
     _edit(out, UNTOUCHED, lambda t: t.view(torch.int16)[0].bitwise_xor_(1), sign=False)
-    (problem,) = verify(out).problems
-    assert "SHA-256" in problem and problem.startswith("model-")
+    shard, tensor = verify(out).problems
+    assert "SHA-256 is not the manifest's" in shard and shard.startswith("model-")
+    assert "SHA-256 is not the journal's" in tensor and tensor.startswith(UNTOUCHED)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,12 @@ def test_a_wrong_tensor_is_found_though_the_manifest_agrees(out, name, change, s
     assert any(name in problem and said in problem for problem in verify(out).problems)
 
 
-def test_a_tensor_that_differs_from_the_source_is_found_only_with_the_source(out, checkpoint):
+def test_a_tensor_that_differs_from_the_source_is_found_without_the_journal_too(out, checkpoint):
     _edit(out, UNTOUCHED, lambda t: t.add_(1))
+    (problem,) = verify(out).problems
+    assert problem == f"{UNTOUCHED}: its SHA-256 is not the journal's: it is not what the job wrote"
+    (out / "rac" / "journal.jsonl").unlink()
+    write_manifest(out)
     assert verify(out).problems == []
     assert [problem.split(":")[0] for problem in verify(out, checkpoint()).problems] == [UNTOUCHED]
 
@@ -117,8 +122,37 @@ def test_a_wrong_index_and_keys_of_compression_are_named(out):
     (out / "config.json").write_text(json.dumps({**config, "quantization_config": {}}))
     write_manifest(out)
     problems = verify(out).problems
-    assert len(problems) == 2
-    assert "total_size" in problems[0] and "quantization_config" in problems[1]
+    assert len(problems) == 3
+    assert "total_size" in problems[0] and "quantization_config" in problems[1] and "not loadable" in problems[2]
+
+
+def _metrics(out: Path, change: Callable[[dict], object]) -> None:
+    path = out / "rac" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [line for line in lines if change(line) is not False]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_manifest(out)
+
+
+def test_what_was_pruned_must_be_what_the_recipe_says(out):
+    _metrics(out, lambda line: line.get("name") != PRUNED)
+    (problem,) = verify(out).problems
+    assert problem == f"{PRUNED}: metrics.jsonl does not say what became of it"
+    recipe = out / "rac" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("layers.0.mlp.down_proj", "layers.2.mlp.down_proj"))
+    write_manifest(out)
+    problems = verify(out).problems
+    assert any(problem.startswith("recipe.yaml: dense is") for problem in problems)
+    assert "model.layers.2.mlp.down_proj.weight: pruned, though the recipe leaves it dense" in problems
+    assert "model.layers.0.mlp.down_proj.weight: left dense, though the recipe does not name it" in problems
+
+
+def test_a_checkpoint_that_does_not_load_is_named(out):
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    write_manifest(out)
+    (problem,) = verify(out).problems
+    assert problem.startswith("not loadable: ") and "shape" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,398 @@
+"""How much memory a pruning job needs at each of its phases, and the way to do it that fits.
+
+Everything is worked out from shapes: what is resident while a layer's inputs are observed and its matrices solved, on
+the device and on the host (one and the same where the CPU computes). From the limits follow how many tokens go through
+a layer together, where activations live, whether the next layer is read and the last one written meanwhile, and how
+many Hessians are gathered in one pass over the tokens. Results depend on the chunks only, and only by rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rac_engine.activations import AHEAD, Place
+from rac_engine.calibrate import KEEP_BYTES
+from rac_engine.errors import BadInput
+from rac_engine.models import Model
+from rac_engine.recipe import PruneSettings
+from rac_engine.sizes import format_bytes
+from rac_engine.solve import METHODS
+from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
+
+# Measured as resident memory: Python, torch and transformers with nothing to do; what libraries keep for themselves as
+# soon as they compute; and what CUDA's context and libraries take of the host.
+PROGRAM_BYTES = 560 << 20
+WORKSPACE_BYTES = 96 << 20
+CUDA_HOST_BYTES = 2 << 30
+FACTORED_IN_FP64 = 4096  # columns up to which a CPU factors in fp64
+MASK_BYTES = 80 << 20  # of an attention's mask, as bool and as what the kernel makes of it
+SMALLEST_CHUNK = 256
+TOKEN_BYTES = 24  # id as it was read and as it is packed, and a weight
+REFINING = 7  # fp32 copies of the weights that conjugate gradients, or ADMM, hold
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a stage that matrices [rows in all, columns] share; a stage may have `count` alike (experts)."""
+
+    name: str
+    rows: int
+    columns: int
+    largest: int
+    """Rows of the largest matrix."""
+    matrices: int
+    attention: bool
+    entrance: bool
+    """Whether it is the block's own input, behind its norm."""
+    last: bool
+    """Whether it is that of a block's last matrix, which is kept while that is solved."""
+    count: int = 1
+
+    def statistic(self, method: str) -> int:
+        """Bytes of what is gathered from one such input, in fp32."""
+        return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[METHODS[method].needs]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a job's memory depends on: the largest layer, in bytes and elements."""
+
+    hidden: int
+    layer_bytes: int
+    """Of the weights as they are on disk."""
+    weight_size: int
+    """Bytes of a weight on disk."""
+    size: int
+    """Bytes of an activation."""
+    embedding_bytes: int
+    key_values: int
+    """Elements of keys and values a token."""
+    inputs: tuple[Input, ...]
+
+    @classmethod
+    def of(cls, model: Model, settings: PruneSettings) -> Shape:
+        """The shape of a model that goes through in the dtype of the settings."""
+        infos = model.checkpoint.tensors
+        dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        # Layers of one kind are alike: those with the most bytes and the most inputs are looked at.
+        sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
+        largest = sizes.index(max(sizes))
+        inputs = list[Input]()
+        for layer in dict.fromkeys((largest, 0)):
+            inputs += [found for found in _inputs(model, layer) if found not in inputs]
+        config = model.config
+        heads = int(config.num_attention_heads)
+        width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
+        key_values = 2 * int(getattr(config, "num_key_value_heads", None) or heads) * width
+        if latent := getattr(config, "kv_lora_rank", None):
+            # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
+            head = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+            key_values = int(latent) + int(config.qk_rope_head_dim) + 3 * heads * head
+        return cls(
+            hidden=model.hidden_size,
+            layer_bytes=max(sizes),
+            weight_size=model.matrices(largest)[0].dtype.itemsize,
+            size=dtype.itemsize,
+            embedding_bytes=infos[model.family.embedding].nbytes,
+            key_values=key_values,
+            inputs=tuple(inputs),
+        )
+
+
+def _inputs(model: Model, layer: int) -> Iterator[Input]:
+    plans = model.plans(layer)
+    groups = [list(same) for _, same in itertools.groupby(model.matrices(layer), key=lambda matrix: matrix.group)]
+    first = {block: min(g[0].stage for g in groups if g[0].group.block == block) for block in range(len(plans))}
+    for (stage, routed), alike in itertools.groupby(
+        groups, key=lambda group: (group[0].stage, group[0].group.expert is not None)
+    ):
+        every = list(alike)
+        for group in every[:1] if routed else every:
+            plan = plans[group[0].group.block]
+            yield Input(
+                name=", ".join(matrix.module for matrix in group) + (f" and {len(every) - 1} more" if routed else ""),
+                rows=sum(matrix.rows for matrix in group),
+                columns=group[0].columns,
+                largest=max(matrix.rows for matrix in group),
+                matrices=len(group),
+                attention=plan.attention,
+                entrance=stage == first[group[0].group.block],
+                last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
+                count=len(every) if routed else 1,
+            )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a job is done within its memory."""
+
+    chunk_tokens: int
+    place: Place
+    """Where activations live."""
+    keep_bytes: int
+    """An MLP's inner activations are kept if they are no larger, else computed twice."""
+    overlap: bool
+    """Whether the next layer is read and the last one written while one is pruned."""
+    hessians: int | None
+    """How many of a stage are gathered in one pass over the tokens; None: all."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is resident at one time, in bytes by purpose."""
+
+    name: str
+    device: dict[str, int]
+    host: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A choice and what it takes. On a CPU everything is the host's."""
+
+    on_gpu: bool
+    choice: Choice
+    phases: list[Phase]
+    device_limit: int | None
+    host_limit: int | None
+    disk: int
+    """Bytes of activations in files while the job runs."""
+
+    @property
+    def device_peak(self) -> int:
+        """Most bytes on the device at a time."""
+        return max(sum(phase.device.values()) for phase in self.phases)
+
+    @property
+    def host_peak(self) -> int:
+        """Most bytes resident on the host at a time, the program itself included."""
+        return max(sum(phase.host.values()) for phase in self.phases)
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that needs most of what computes."""
+        return max(self.phases, key=lambda phase: sum((phase.device if self.on_gpu else phase.host).values()))
+
+    def summary(self) -> dict[str, Any]:
+        """For reports: choice, limits and peaks."""
+        return {
+            "on_gpu": self.on_gpu,
+            **asdict(self.choice),
+            "device_limit": self.device_limit,
+            "host_limit": self.host_limit,
+            "device_peak": self.device_peak if self.on_gpu else None,
+            "host_peak": self.host_peak,
+            "peak_phase": self.peak_phase.name,
+            "disk": self.disk,
+        }
+
+
+def plan_memory(
+    shape: Shape,
+    settings: PruneSettings,
+    tokens: int,
+    longest: int,
+    *,
+    on_gpu: bool,
+    device_limit: int | None = None,
+    host_limit: int | None = None,
+    spare: int | None = None,
+    program: int = PROGRAM_BYTES,
+) -> MemoryPlan:
+    """The best way to go within the limits, in bytes: the host's counts the program itself.
+
+    `tokens` are the calibration tokens, `longest` those of the longest sequence. Without a limit the chunks are as the
+    settings say, so that results do not depend on the machine, and activations go to disk where the host's `spare`
+    bytes do not hold them. `program` is what the process takes before it begins. Raises `BadInput`, naming the phase,
+    where nothing fits.
+    """
+    best: MemoryPlan | None = None
+    for choice in _choices(shape, settings, tokens, on_gpu, fixed=device_limit is None and host_limit is None):
+        phases, disk = _phases(shape, settings, tokens, longest, choice, on_gpu, program)
+        plan = MemoryPlan(on_gpu, choice, phases, device_limit, host_limit, disk)
+        if _excess(plan, spare) <= 0:
+            return plan
+        best = plan if best is None or _excess(plan, spare) < _excess(best, spare) else best
+    assert best is not None
+    if device_limit is None and host_limit is None:
+        return best  # no promise was made: the settings decide
+    if on_gpu and device_limit is not None and best.device_peak > device_limit:
+        where, need, limit = "--device-memory", best.device_peak, device_limit
+        phase = max(best.phases, key=lambda phase: sum(phase.device.values()))
+    else:
+        where, need, limit = "--host-memory", best.host_peak, host_limit or 0
+        phase = max(best.phases, key=lambda phase: sum(phase.host.values()))
+    raise BadInput(
+        f"{where} {format_bytes(limit)}: at least {format_bytes(need)} is needed ({phase.name}); "
+        "`rac plan` shows for what"
+    )
+
+
+def _excess(plan: MemoryPlan, spare: int | None) -> int:
+    """Bytes by which the limits are passed, in all."""
+    host = plan.host_limit if plan.host_limit is not None else spare
+    over = 0 if host is None else max(plan.host_peak - host, 0)
+    if plan.device_limit is not None:
+        over += max(plan.device_peak - plan.device_limit, 0)
+    return over
+
+
+def _choices(shape: Shape, settings: PruneSettings, tokens: int, on_gpu: bool, fixed: bool) -> Iterator[Choice]:
+    """All ways, the fastest first: small chunks cost most, then reading twice, then waiting for the disk."""
+    most = max(min(settings.chunk_tokens, tokens), 1)
+    halves = [settings.chunk_tokens] if fixed else [most]
+    while not fixed and halves[-1] > SMALLEST_CHUNK:
+        halves.append(max(halves[-1] // 2, SMALLEST_CHUNK))
+    experts = max(found.count for found in shape.inputs)
+    together: list[int | None] = [None]
+    while experts > 1:
+        experts = -(-experts // 2)
+        together.append(experts)
+    places: list[Place] = ["device", "host", "disk"] if on_gpu and not fixed else ["host", "disk"]
+    for floor in (1024, 0):
+        for chunk in halves:
+            if (chunk < floor) == (floor > 0) and chunk != halves[0]:
+                continue
+            for overlap in (True, False):
+                for each in together:
+                    for place in places:
+                        for keep in (KEEP_BYTES, 0):
+                            yield Choice(chunk, place, keep, overlap, each)
+
+
+def _phases(
+    shape: Shape,
+    settings: PruneSettings,
+    tokens: int,
+    longest: int,
+    choice: Choice,
+    on_gpu: bool,
+    program: int,
+) -> tuple[list[Phase], int]:
+    method, hidden, size = settings.method, shape.hidden, shape.size
+    matched = settings.reconstructs != "layer"
+    calibrated = METHODS[method].needs != "nothing"
+    chunk = min(choice.chunk_tokens, tokens) if calibrated else 0
+    converted = shape.layer_bytes // shape.weight_size * size if size != shape.weight_size else 0
+    weights_on_device = shape.layer_bytes // shape.weight_size * size
+    streams = 2 if matched else 1
+
+    def stores(width: int) -> tuple[dict[str, int], dict[str, int], int]:
+        """Of hidden states and a kept input of that width: what is on the device, on the host, and on disk."""
+        whole = tokens * (streams * hidden + width) * size
+        one = chunk * (streams * hidden + width) * size
+        coming, going = AHEAD * one, (AHEAD + 1) * one
+        host: dict[str, int] = {}
+        device: dict[str, int] = {}
+        if choice.place == "device":
+            device["activations"] = whole
+        elif choice.place == "host":
+            host["activations"] = whole
+        if on_gpu and choice.place != "device":
+            device["chunks of activations moving"] = coming + going
+        if choice.place == "disk":
+            host["chunks of activations moving"] = coming + (AHEAD * one if on_gpu else going)
+        return device, host, whole if choice.place == "disk" else 0
+
+    base_host = {"program": program + (CUDA_HOST_BYTES if on_gpu else 0)}
+    if calibrated:
+        base_host["calibration tokens"] = tokens * TOKEN_BYTES
+    layers_host = {
+        "weights of the layer": shape.layer_bytes,
+        **({"weights read ahead and written behind": 2 * shape.layer_bytes} if choice.overlap else {}),
+    }
+    workspace = {"libraries": WORKSPACE_BYTES}
+    device_layer = {"weights of the layer": weights_on_device * streams} if on_gpu else {}
+    if not on_gpu and (converted or matched):
+        layers_host["converted weights"] = converted + (shape.layer_bytes if matched else 0)
+    phases: list[Phase] = []
+    disk = 0
+
+    def phase(name: str, width: int, work: dict[str, int]) -> None:
+        nonlocal disk
+        device, host, file = stores(width) if calibrated else ({}, {}, 0)
+        disk = max(disk, file)
+        work = {purpose: count for purpose, count in {**work, **workspace}.items() if count}
+        phases.append(
+            Phase(
+                name,
+                {**device_layer, **device, **work} if on_gpu else {},
+                {**base_host, **layers_host, **host, **({} if on_gpu else work)},
+            )
+        )
+
+    if calibrated:
+        device, host, _ = stores(0)
+        phases.append(Phase("embed", device, {**base_host, **host, "embedding table": shape.embedding_bytes}))
+    for found in shape.inputs:
+        statistic = found.statistic(method)
+        gathered = statistic * (3 if matched and found.entrance and METHODS[method].needs == "hessian" else 1)
+        at_once = min(found.count, choice.hessians or found.count)
+        if found.count > 1:
+            at_once += 1  # that of all tokens, which scarce experts' are blended with
+        crossed = 4 * found.columns * found.rows if matched else 0
+        kept = found.columns if found.last and _keeps(found, tokens, size, choice) else 0
+        if calibrated:
+            work = {"Hessian" if METHODS[method].needs == "hessian" else "norms": gathered * at_once}
+            if matched and found.last:
+                work["cross product with the dense outputs"] = crossed
+            work["activations of a chunk"] = streams * _transient(shape, found, chunk)
+            if found.attention and found.last and longest > chunk:
+                work["keys and values"] = streams * longest * shape.key_values * size
+                work["attention mask"] = 0 if on_gpu else MASK_BYTES
+            phase(f"observe {found.name}", kept, work)
+        phase(
+            f"solve {found.name}",
+            kept,
+            _solving(found, settings, shape.weight_size, gathered, at_once, crossed, on_gpu),
+        )
+    return phases, disk
+
+
+def _keeps(found: Input, tokens: int, size: int, choice: Choice) -> bool:
+    return found.attention or tokens * found.columns * size <= choice.keep_bytes
+
+
+def _transient(shape: Shape, found: Input, chunk: int) -> int:
+    """Bytes of what exists of a chunk while an input is computed from the hidden states."""
+    size, hidden = shape.size, shape.hidden
+    norm = chunk * hidden * (8 + size)
+    if found.entrance:
+        return norm
+    if found.attention:
+        # Queries and their rotation, attention's output, and its copy in the order of tokens.
+        inside = chunk * size * (hidden + 4 * found.columns + 2 * shape.key_values)
+    else:
+        inside = chunk * size * (hidden * (3 if found.count > 1 else 1) + 3 * found.columns)
+    return max(norm, inside)
+
+
+def _solving(
+    found: Input, settings: PruneSettings, size: int, gathered: int, at_once: int, crossed: int, on_gpu: bool
+) -> dict[str, int]:
+    """Bytes of what exists while the matrices of an input are pruned."""
+    rows, n = found.rows, found.columns
+    needs = METHODS[settings.method].needs
+    stacked = rows * n * size if found.matrices > 1 else 0
+    moved = rows * n * size if on_gpu else 0
+    work = {
+        "Hessian" if needs == "hessian" else "norms": gathered * at_once,
+        "weights, stacked and pruned": stacked + moved + rows * n * size,
+    }
+    if needs == "hessian":
+        exact = 20 * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
+        copies = 2 if on_gpu else 1
+        if settings.method in ("rac", "alps"):
+            copies += REFINING
+        measure = 3 * min(8 * found.largest * n, OBJECTIVE_BYTES) + 2 * 8 * 512 * n
+        sweep = 4 * rows * n * copies
+        work["cross product with the dense outputs"] = crossed
+        work["fp32 working copies"] = max(exact, sweep + measure)
+    else:
+        work["fp32 working copies"] = rows * n * 13
+    return work

@@ -1,0 +1,197 @@
+"""Pruning matrices that share their input: the method's part, and what is the same for all methods around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
+from rac_kernels import matched_target, objective, output_cross, reconstruction_error
+
+
+@dataclass(frozen=True)
+class MatrixResult:
+    """A pruned matrix, in the dtype it came in, and what pruning it cost.
+
+    `objective` is the squared error of the outputs that were to be reconstructed, with Q the `weight` as it is stored:
+    ‖X Qᵀ − X Wᵀ‖² = tr((W − Q) H (W − Q)ᵀ), or ‖X′ Qᵀ − Y‖² where the dense model's outputs Y were matched.
+    `relative_error` is its share of ‖X Wᵀ‖², the dense outputs' own square, `magnitude_error` what that would be if the
+    matrix were pruned by magnitude to the same target (a note says so where that is less). All three are None where no
+    Hessian was gathered. `damping` is the one that was used in the end and `ridge` the λ that it means for this input;
+    `iterations` counts what the method repeats; `seconds` is this matrix's share of the time taken. `skipped` says why
+    a matrix was left as it was.
+    """
+
+    weight: Tensor
+    objective: float | None
+    zeros: int
+    damping: float | None
+    notes: list[str]
+    relative_error: float | None = None
+    skipped: str | None = None
+    ridge: float | None = None
+    iterations: int | None = None
+    seconds: float = 0.0
+    magnitude_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the dense model gave where the pruned one's matrices, stacked, are to give the same."""
+
+    cross: Tensor
+    """C [columns, all rows] fp32: X′ᵀY, of inputs X′ of the pruned model and outputs Y of the dense one."""
+    power: list[float]
+    """‖Y‖² of each matrix: what is to be given again."""
+    dense: list[float]
+    """‖X Wᵀ‖² of each matrix: what the dense one gave."""
+
+    @classmethod
+    def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
+        """Where both models' inputs are known: X′ᵀX [columns, columns] and XᵀX (upper triangle), with Y = X Wᵀ."""
+        powers = [objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), gram) for weight in weights]
+        return cls(output_cross(cross, stack(list(weights))), powers, powers)
+
+
+def prune_matrix(
+    W: Tensor,
+    H: Tensor,
+    method: str = "sparsegpt",
+    sparsity: float = 0.5,
+    pattern: str | None = None,
+    damping: float = 0.01,
+    block_size: int = 128,
+) -> MatrixResult:
+    """Prune one matrix W [rows, columns], with H = XᵀX [columns, columns], full or upper triangle. Neither is modified.
+
+    `pattern` is text like "2:4" (2 of every 4 columns stay; `sparsity` is not used) or None for unstructured pruning.
+    Raises `BadInput` for an unknown method, `ValueError` for settings that do not fit the matrix, and
+    `rac_kernels.FactorError` for an H that no damping allowed makes positive definite.
+    """
+    needs = find_method(method).needs
+    statistic = None
+    if needs != "nothing":
+        statistic = (H if needs == "hessian" else H.diagonal()).to(torch.float32, copy=True).contiguous()
+    (result,) = prune_matrices([W], statistic, method, Target(sparsity, pattern, damping, block_size))
+    if result.objective is None:
+        cost, share = _measure(W, result.weight, H)
+        result = replace(result, objective=cost, relative_error=share)
+    return result
+
+
+def prune_matrices(
+    weights: Sequence[Tensor],
+    statistic: Tensor | None,
+    method: str,
+    target: Target | Sequence[Target],
+    unseen: Literal["dense", "magnitude"] = "dense",
+    outputs: Outputs | None = None,
+) -> list[MatrixResult]:
+    """Prune matrices that share their input together, all to one target or each to its own.
+
+    `weights` are [rows, columns] and stay as they are. `statistic` is what the method needs to know of the input, H
+    [columns, columns] fp32 (upper triangle), its diagonal, or None, and is used up. With `outputs`, of methods that
+    need H, what is pruned is not W but the weights that come nearest to those outputs. An input that was zero for every
+    token says nothing, nor does one whose squares are beyond fp32: the matrices are then left dense, or pruned by
+    magnitude. So is a matrix for which the method's result is not finite.
+    """
+    notes = []
+    if statistic is not None and (why := _says_nothing(statistic)):
+        if unseen == "dense":
+            return [left_dense(weight, why) for weight in weights]
+        method, statistic, outputs = "magnitude", None, None
+        notes = [f"{why}: pruned by magnitude"]
+    if outputs is not None and not all(map(math.isfinite, [float(outputs.cross.abs().max()), *outputs.power])):
+        outputs = None
+        notes = ["the dense model's outputs are not finite: not matched"]
+    targets = [target] * len(weights) if isinstance(target, Target) else list(target)
+    gram = Gram(statistic) if statistic is not None and statistic.ndim == 2 else None
+    norms = statistic if gram is None else None
+    solve = find_method(method).solve
+    found: dict[int, MatrixResult] = {}
+    for wanted in dict.fromkeys(targets):
+        began = time.monotonic()
+        group = [number for number, its in enumerate(targets) if its == wanted]
+        rows = [len(weights[number]) for number in group]
+        stacked = stack([weights[number] for number in group])
+        if outputs is not None and gram is not None:
+            crosses = outputs.cross.split([len(weight) for weight in weights], dim=1)
+            cross = crosses[0] if len(crosses) == 1 else torch.cat([crosses[number] for number in group], dim=1)
+            stacked = matched_target(gram.factor(wanted.damping), cross, stacked)
+        solution = solve(Problem(stacked, rows, wanted, gram, norms))
+        ridge = None if gram is None else gram.ridge
+        told = [*notes, *(gram.notes if gram else []), *solution.notes]
+        seconds = time.monotonic() - began
+        for number, pruned in zip(group, solution.weight.split(rows), strict=True):
+            # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
+            stored = pruned.to(weights[number].dtype, copy=True).add_(0.0)
+            its = told
+            if not bool(stored.isfinite().all()):
+                stored = _by_magnitude(weights[number], wanted)
+                its = [*told, "the solver's result is not finite: pruned by magnitude"]
+            zeros = stored.numel() - int(stored.count_nonzero())
+            found[number] = MatrixResult(
+                stored,
+                None,
+                zeros,
+                solution.damping,
+                its,
+                ridge=ridge,
+                iterations=solution.iterations,
+                seconds=seconds * len(stored) / sum(rows),
+            )
+    results = [found[number] for number in range(len(weights))]
+    if gram is None:
+        return results
+    H = gram.upper()
+    crosses = [None] * len(weights) if outputs is None else outputs.cross.split([len(each) for each in weights], dim=1)
+    compared = []
+    for number, (weight, cross) in enumerate(zip(weights, crosses, strict=True)):
+
+        def error(candidate: Tensor, number: int = number, cross: Tensor | None = cross) -> tuple[float, float]:
+            if outputs is None or cross is None:
+                return _measure(weights[number], candidate, H)
+            cost, whole = reconstruction_error(candidate, H, cross, outputs.power[number]), outputs.dense[number]
+            return cost, cost / whole if whole else 0.0
+
+        cost, share = error(results[number].weight)
+        simple = error(_by_magnitude(weight, targets[number]))[1]
+        told = results[number].notes
+        if share > simple:
+            told = [*told, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
+        compared.append(
+            replace(results[number], objective=cost, relative_error=share, magnitude_error=simple, notes=told)
+        )
+    return compared
+
+
+def _says_nothing(statistic: Tensor) -> str | None:
+    """Why nothing can be learnt from H or its diagonal; None if something can."""
+    diagonal = statistic.diagonal() if statistic.ndim == 2 else statistic
+    if not bool(diagonal.isfinite().all()):
+        return "its inputs are beyond fp32 when squared"
+    # Sums of products of finite numbers whose squares are finite are finite too: |Σ xy| ≤ √(Σ x² · Σ y²).
+    return None if diagonal.any() else "no calibration token reached it"
+
+
+def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
+    """What magnitude pruning makes of one matrix."""
+    return find_method("magnitude").solve(Problem(weight, [len(weight)], target)).weight.add(0.0)
+
+
+def left_dense(weight: Tensor, why: str) -> MatrixResult:
+    """The result for a matrix that stays as it is."""
+    return MatrixResult(weight, None, weight.numel() - int(weight.count_nonzero()), None, [], skipped=why)
+
+
+def _measure(weight: Tensor, pruned: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """The objective, and its share of what pruning everything would cost."""
+    cost = objective(weight, pruned, hessian)
+    whole = objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), hessian)
+    return cost, cost / whole if whole else 0.0

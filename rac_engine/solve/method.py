@@ -1,0 +1,150 @@
+"""What a method is: one function that is given a `Problem` and returns a `Solution`, registered under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rac_engine.errors import BadInput
+from rac_kernels import Factor, factor_, symmetrize_
+
+Needs = Literal["hessian", "norms", "nothing"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of a pruned matrix, and the solvers' knobs."""
+
+    sparsity: float = 0.5
+    pattern: str | None = None
+    damping: float = 0.01
+    block_size: int = 128
+
+
+class Gram:
+    """H = XᵀX [n, n] of an input, with the factor of H + λI in the same memory once one is asked for.
+
+    `H` is fp32 with contiguous rows; its upper triangle is read, and all of it is used up.
+    """
+
+    def __init__(self, H: Tensor) -> None:
+        self._H = H
+        self._factor: Factor | None = None
+        self._asked = 0.0
+
+    def factor(self, damping: float) -> Factor:
+        """H + λI = U Uᵀ, U in the upper triangle and H in the strictly lower one (see `rac_kernels.Factor`)."""
+        if self._factor is None or self._asked != damping:
+            if self._factor is not None:
+                self._H = self.upper().contiguous()
+            self._factor, self._asked = factor_(self._H, damping), damping
+        return self._factor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[n]: H's own diagonal."""
+        return self._H.diagonal() if self._factor is None else self._factor.diagonal
+
+    def full(self) -> Tensor:
+        """A copy of H, both triangles."""
+        if self._factor is None:
+            return symmetrize_(self._H.clone())
+        copy = self._H.tril(-1)
+        copy += copy.T.clone()
+        copy.diagonal().copy_(self._factor.diagonal)
+        return copy
+
+    def upper(self) -> Tensor:
+        """H again, in the upper triangle of what is returned. A factor made before is gone."""
+        if self._factor is not None:
+            restored = self._H.T
+            restored.diagonal().copy_(self._factor.diagonal)
+            self._H, self._factor = restored, None
+        return self._H
+
+    @property
+    def ridge(self) -> float | None:
+        """λ of the factor, if one was made."""
+        return None if self._factor is None else self._factor.ridge
+
+    @property
+    def notes(self) -> list[str]:
+        """What is worth knowing about the factor."""
+        notes = []
+        if self._factor is not None:
+            if len(self._factor.attempts) > 1:
+                used = self._factor.damping
+                notes.append(f"not positive definite: damping raised from {self._asked:g} to {used:g}")
+            if dead := int(self._factor.dead.sum()):
+                notes.append(
+                    f"{dead} of {len(self._factor.dead)} inputs are always zero: their weights were set to zero"
+                )
+        return notes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Matrices that share their input, stacked, and what is known of it."""
+
+    weights: Tensor
+    """[rows, columns], any float dtype: what the pruned matrices should do the work of. Not to be written."""
+    rows: list[int]
+    """The row count of each matrix."""
+    target: Target
+    gram: Gram | None = None
+    """Of methods that need a Hessian."""
+    norms: Tensor | None = None
+    """[columns] fp32, Σ x²: of methods that need no more."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method makes of stacked matrices: their new `weight` [rows, columns], zero where pruned."""
+
+    weight: Tensor
+    damping: float | None = None
+    """The damping that was used in the end."""
+    iterations: int | None = None
+    """Products with H, or what else the method repeats."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to prune, its name in tables, and what it needs to know of an input."""
+
+    title: str
+    needs: Needs
+    solve: Callable[[Problem], Solution]
+
+
+METHODS: dict[str, Method] = {}
+"""Every method by its name in recipes."""
+
+
+def register(
+    name: str, title: str, needs: Needs
+) -> Callable[[Callable[[Problem], Solution]], Callable[[Problem], Solution]]:
+    """Enter a function as the method `name`."""
+
+    def enter(solve: Callable[[Problem], Solution]) -> Callable[[Problem], Solution]:
+        METHODS[name] = Method(title, needs, solve)
+        return solve
+
+    return enter
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; `BadInput` if there is none."""
+    if name not in METHODS:
+        raise BadInput(f"method {name!r} is not known; known are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def stack(weights: list[Tensor]) -> Tensor:
+    """Matrices that share their input as one [rows, columns]."""
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -1,0 +1,14 @@
+"""Wanda (Sun, Liu, Bair, Kolter, arXiv 2306.11695): |W|·‖x‖₂, compared within each output row."""
+
+from __future__ import annotations
+
+from rac_engine.solve.method import Problem, Solution, register
+from rac_kernels import mask_by_score
+
+
+@register("wanda", "Wanda", needs="norms")
+def wanda(problem: Problem) -> Solution:
+    assert problem.norms is not None
+    scores = problem.weights.float().abs() * problem.norms.sqrt()
+    mask = mask_by_score(scores, problem.target.sparsity, problem.target.pattern, per="row")
+    return Solution(problem.weights.masked_fill(mask, 0))

@@ -1,0 +1,174 @@
+"""Mixtures of experts: every expert by its own tokens, those that saw too few by the rule, in any number of passes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine import prune
+from rac_engine.errors import BadInput
+from rac_engine.models import Model
+from rac_engine.plan import make_plan
+from rac_engine.recipe import PruneSettings
+from rac_engine.verify import verify
+from tests import tiny
+from tests.engine.inputs import inputs_of
+
+Make = Callable[..., Path]
+TOKENS = 4 * (40 + 17 + 40 + 25 + 1 + 9)
+
+
+def settings(**changes: Any) -> PruneSettings:
+    return PruneSettings(**{"chunk_tokens": 64, "block_size": 16, **changes})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.fixture
+def lonely(checkpoint: Make, tmp_path: Path) -> Path:
+    """A DeepSeek-V3 whose router never chooses expert 3 of the last layer."""
+    source = checkpoint("deepseek_v3", dtype=torch.float32, shard_size="1GB")
+    folder = Path(shutil.copytree(source, tmp_path / "lonely"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.gate.e_score_correction_bias"][3] = -100.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_the_matrices_of_a_mixture(checkpoint: Make) -> None:
+    model = Model.open(Checkpoint.open(checkpoint("deepseek_v3")))
+    assert [model.is_mixture(layer) for layer in range(3)] == [False, True, True]
+    found = [(m.stage, m.group.expert, m.module, m.rows, m.columns) for m in model.matrices(2)]
+    assert found[:5] == [
+        (0, None, "self_attn.q_a_proj", 24, 48),
+        (0, None, "self_attn.kv_a_proj_with_mqa", 20, 48),
+        (1, None, "self_attn.q_b_proj", 48, 24),
+        (1, None, "self_attn.kv_b_proj", 64, 16),
+        (2, None, "self_attn.o_proj", 48, 32),
+    ]
+    assert found[5:9] == [
+        (3, None, "mlp.shared_experts.gate_proj", 32, 48),
+        (3, None, "mlp.shared_experts.up_proj", 32, 48),
+        (3, 0, "mlp.experts.0.gate_proj", 32, 48),
+        (3, 0, "mlp.experts.0.up_proj", 32, 48),
+    ]
+    assert found[-1] == (4, 7, "mlp.experts.7.down_proj", 48, 32)
+    assert len({m.group for m in model.matrices(2)}) == 4 + 2 * (1 + 8)
+    mixtral = Model.open(Checkpoint.open(checkpoint("mixtral"))).matrices(0)
+    assert mixtral[4].name == "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_passes_change_no_byte(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    """However many Hessians are gathered in one pass."""
+    rows = []
+    for hessians in (None, 1, 3):
+        out = tmp_path / str(hessians)
+        report = prune(checkpoint(family), out, settings(), tiny.calibration(), hessians=hessians)
+        rows.append([{**row, "seconds": 0} for row in report.matrices])
+        for file in (tmp_path / "None").glob("*.safetensors"):
+            assert (out / file.name).read_bytes() == file.read_bytes()
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_scarce_experts_are_blended_with_all_tokens(lonely: Path, tmp_path: Path) -> None:
+    """The objective of a pruned matrix is its error under the blended H, as the docstring of the engine states it."""
+    out = tmp_path / "out"
+    report = prune(lonely, out, settings(experts={"min_tokens": 20.0}), tiny.calibration())
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in tiny.calibration().sequences]
+    inputs, before, after = inputs_of(out, ids), weights(lonely), weights(out)
+    of_experts = [row for row in report.matrices if ".experts." in row["name"]]
+    assert len(of_experts) == 2 * 8 * 3
+    assert [row["tokens"] for row in of_experts if ".2.mlp.experts.3." in row["name"]] == [0, 0, 0]
+    for row in of_experts:
+        path = row["name"].removesuffix(".weight")
+        experts, number, part = path.rsplit(".", 2)
+        own, everyone = inputs.get(path, torch.empty(0, row["columns"])).double(), inputs[experts]
+        if part == "down_proj":
+            gate, up = (after[f"{experts}.{number}.{name}.weight"].double() for name in ("gate_proj", "up_proj"))
+            everyone = torch.nn.functional.silu(everyone @ gate.T) * (everyone @ up.T)
+        assert (row["tokens"], len(everyone)) == (len(own), TOKENS)
+        D = before[row["name"]].double() - after[row["name"]].double()
+        scarce = max(20 * row["columns"] - len(own), 0)
+        objective = (own @ D.T).square().sum() + scarce / TOKENS * (everyone @ D.T).square().sum()
+        assert row["objective"] == pytest.approx(float(objective), rel=2e-3), row["name"]
+        assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
+        note = f"{len(own)} tokens, fewer than {20 * row['columns']} (20 for each of its inputs): H blended"
+        assert (scarce > 0) == any(text.startswith(note) for text in row["notes"])
+    assert verify(out, lonely).problems == []
+
+
+def test_few_tokens_are_blended_with_a_sample(lonely: Path, tmp_path: Path) -> None:
+    """With fewer tokens wanted than there are, the last matrix's input is estimated by that many of them."""
+    report = prune(lonely, tmp_path / "out", settings(experts={"min_tokens": 3.0}), tiny.calibration())
+    row = next(row for row in report.matrices if row["name"].endswith("layers.2.mlp.experts.3.down_proj.weight"))
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in tiny.calibration().sequences]
+    ids.sort(key=lambda sequence: -len(sequence))
+    inputs, before, after = inputs_of(tmp_path / "out", ids), weights(lonely), weights(tmp_path / "out")
+    experts = "model.layers.2.mlp.experts"
+    x = inputs[experts][torch.arange(96) * TOKENS // 96]
+    gate, up = (after[f"{experts}.3.{name}.weight"].double() for name in ("gate_proj", "up_proj"))
+    inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    D = before[row["name"]].double() - after[row["name"]].double()
+    assert row["objective"] == pytest.approx(float((inner @ D.T).square().sum()), rel=2e-3)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+@pytest.mark.parametrize("otherwise", ["magnitude", "dense"])
+def test_scarce_experts_otherwise(lonely: Path, tmp_path: Path, otherwise: str, method: str) -> None:
+    out = tmp_path / "out"
+    rule = {"min_tokens": 3.0, "otherwise": otherwise}
+    report = prune(lonely, out, settings(experts=rule, method=method), tiny.calibration())
+    before, after = weights(lonely), weights(out)
+    scarce = [row for row in report.matrices if ".experts." in row["name"] and row["tokens"] < 3 * row["columns"]]
+    assert {row["name"] for row in scarce} >= {
+        f"model.layers.2.mlp.experts.3.{part}_proj.weight" for part in ("gate", "up", "down")
+    }
+    for row in scarce:
+        why = f"{row['tokens']} tokens, fewer than {3 * row['columns']} (3 for each of its inputs)"
+        if otherwise == "dense":
+            assert row["skipped"] == why
+            assert torch.equal(after[row["name"]], before[row["name"]])
+        else:
+            assert row["notes"] == [f"{why}: pruned by magnitude"]
+            kept = before[row["name"]].abs() > before[row["name"]].abs().median()
+            assert torch.equal(after[row["name"]], before[row["name"]] * kept)
+    others = [row for row in report.matrices if row not in scarce]
+    assert others and all("skipped" not in row and not row["notes"] for row in others)
+
+
+def test_a_layer_at_once_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="order: staged"):
+        prune(checkpoint("mixtral"), tmp_path / "out", settings(order="layer"), tiny.calibration())
+
+
+def test_a_plan_counts_what_the_router_sends(checkpoint: Make, tmp_path: Path) -> None:
+    """From the config alone, of a tiny model with the parts of DeepSeek-R1."""
+    shutil.copy(checkpoint("deepseek_v3") / "config.json", tmp_path)
+    plan = make_plan(tmp_path, PruneSettings(method="sparsegpt", reconstruct="layer"), tokens=1000, length=100)
+    latent = 48 * (24 + 20) + 24 * 48 + 16 * 64 + 32 * 48
+    mlp, expert = 3 * 48 * 80, 3 * 48 * 32
+    assert plan.weights == 3 * latent + mlp + 2 * 9 * expert
+    work = {each.name: each.flops for each in plan.work}
+    assert work["attention"] == 2 * 1000 * 100 * 32 * 3
+    assert work["forward"] == 2 * 1000 * (3 * latent + mlp + 2 * (1 + 3) * expert)  # 3 of 8 experts, and the shared one
+    triangle = {n: n * (n + 1) for n in (16, 24, 32, 48, 80)}
+    layer = triangle[48] + triangle[24] + triangle[16] + triangle[32]
+    of_all = 3 * layer + triangle[48] + triangle[80] + 2 * (triangle[48] + triangle[32])
+    assert work["Hessian"] == pytest.approx(1000 * (of_all + 2 * 3 * (triangle[48] + triangle[32])))
+    modules = [stage.modules[0] for stage in plan.stages]
+    assert modules == [
+        *("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.down_proj", "mlp.shared_experts.gate_proj", "mlp.experts.0.gate_proj"),
+        *("mlp.shared_experts.down_proj", "mlp.experts.0.down_proj"),
+    ]

@@ -1,0 +1,177 @@
+"""Source formats: block-scaled FP8 as DeepSeek publishes it, fp16 and fp32, layers that only predict further tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine import prune
+from rac_engine.errors import BadInput
+from rac_engine.models import Model
+from rac_engine.plan import make_plan
+from rac_engine.recipe import PruneSettings
+from rac_engine.verify import verify
+from tests import tiny
+
+Make = Callable[..., Path]
+FP8 = torch.float8_e4m3fn
+
+
+def quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """FP8 values and the scale of each block, one block after the other."""
+    rows, columns = (-(-size // block) for size in weight.shape)
+    values, scales = torch.empty(weight.shape, dtype=FP8), torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            here = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+            scales[i, j] = weight[here].float().abs().max() / 448
+            values[here] = (weight[here].float() / scales[i, j]).to(FP8)
+    return values, scales
+
+
+def dequantize(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    """One number after the other."""
+    out = torch.empty(values.shape, dtype=torch.bfloat16)
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            out[i, j] = values[i, j].float() * scales[i // block, j // block]
+    return out
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A DeepSeek-V3 in FP8 with a layer that predicts a further token, and the bf16 that its numbers stand for."""
+    home = tmp_path_factory.mktemp("fp8")
+    source = checkpoint("deepseek_v3", shard_size="1GB")
+    folders = [Path(shutil.copytree(source, home / name)) for name in ("fp8", "bf16")]
+    fp8 = load_file(source / "model.safetensors")
+    extra = {name.replace(".2.", ".3."): value.clone() for name, value in fp8.items() if ".layers.2.mlp.shared" in name}
+    fp8.update(extra)
+    bf16 = dict(fp8)
+    for name in list(fp8):
+        if name.startswith("model.layers.") and fp8[name].ndim == 2 and not name.endswith("gate.weight"):
+            fp8[name], scales = quantize(fp8[name], 16)
+            fp8[name + "_scale_inv"] = scales
+            bf16[name] = dequantize(fp8[name], scales, 16)
+    save_file(fp8, folders[0] / "model.safetensors", {"format": "pt"})
+    save_file(bf16, folders[1] / "model.safetensors", {"format": "pt"})
+    for folder in folders:
+        change_config(folder, num_nextn_predict_layers=1)
+    change_config(
+        folders[0],
+        quantization_config={
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [16, 16],
+        },
+    )
+    return folders[0], folders[1]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(300, 200), (128, 128), (1, 1), (129, 3)])
+def test_blocks_of_128(tmp_path: Path, rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    values, scales = quantize(torch.randn(rows, columns) * torch.rand(rows, 1).exp(), 128)
+    save_file({"a.weight": values, "a.weight_scale_inv": scales}, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint.open(tmp_path)
+    expected = dequantize(values, scales, 128)
+    assert list(checkpoint.tensors) == ["a.weight"]
+    assert (checkpoint.tensors["a.weight"].dtype, checkpoint.tensors["a.weight"].nbytes) == (
+        torch.bfloat16,
+        2 * rows * columns,
+    )
+    assert torch.equal(checkpoint.read("a.weight"), expected)
+    for first, last in ((0, rows), (rows // 3, rows), (rows // 2, rows // 2 + 1)):
+        assert torch.equal(checkpoint.read("a.weight", (first, last)), expected[first:last])
+
+
+def test_fp8_is_pruned_as_the_bf16_that_it_stands_for(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = PruneSettings(chunk_tokens=64, block_size=16)
+    reports = [prune(source, tmp_path / source.name, settings, tiny.calibration()) for source in pair]
+    out, plain = (load_file(tmp_path / source.name / "model.safetensors") for source in pair)
+    assert out.keys() == plain.keys()
+    for name, tensor in plain.items():
+        assert out[name].dtype == tensor.dtype == torch.bfloat16
+        assert torch.equal(out[name], tensor), name
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config == json.loads((pair[1] / "config.json").read_text())
+    assert reports[0].end["notes"][:2] == [
+        "weights in FP8 with a scale for each 16 × 16 were read and written as bfloat16",
+        "layer 3 predicts further tokens and was not pruned: transformers does not run it",
+    ]
+    assert reports[0].end["notes"][2].startswith("2 layers with experts: these reconstruct their own layer's output")
+    assert reports[1].end["notes"][:2] == reports[0].end["notes"][1:3]
+    assert verify(tmp_path / "fp8", pair[0]).problems == []
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
+    assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_a_plan_needs_only_the_config_of_an_fp8_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    alone = tmp_path / "model"
+    alone.mkdir()
+    shutil.copy(pair[0] / "config.json", alone)
+    plans = [make_plan(folder, tokens=1000) for folder in (alone, pair[0])]
+    assert plans[0].weights == plans[1].weights
+    assert plans[0].matrices == plans[1].matrices == 3 * 5 + 3 + 2 * (3 + 8 * 3)
+
+
+def test_scales_must_fit(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for wrong in (tensors[name + "_scale_inv"][:1], tensors[name + "_scale_inv"].half()):
+        save_file({**tensors, name + "_scale_inv": wrong.contiguous()}, folder / "model.safetensors")
+        with pytest.raises(BadInput, match="does not scale"):
+            Checkpoint.open(folder)
+    del tensors[name + "_scale_inv"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BadInput, match=f"{name}' is torch.float8"):
+        Model.open(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "said"),
+    [
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "fp8"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "fp8"),
+        ("gptq", "gptq"),
+    ],
+)
+def test_other_quantized_weights_are_refused(checkpoint: Make, tmp_path: Path, quantization: Any, said: str) -> None:
+    folder = Path(shutil.copytree(checkpoint("qwen2"), tmp_path / "model"))
+    change_config(folder, quantization_config=quantization)
+    with pytest.raises(BadInput, match=rf"quantized \({said}\).*prune the bf16 model"):
+        Model.open(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_dtypes_stay(checkpoint: Make, tmp_path: Path, dtype: torch.dtype, family: str) -> None:
+    source, out = checkpoint(family, dtype=dtype, shard_size="1GB"), tmp_path / "out"
+    prune(source, out, PruneSettings(chunk_tokens=64, block_size=16), tiny.calibration())
+    after = load_file(out / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    assert after["model.layers.0.mlp.up_proj.weight"].dtype == dtype
+    assert verify(out, source).problems == []
