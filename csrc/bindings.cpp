@@ -140,6 +140,26 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
+        "cross",
+        [](Address C, int64_t c_stride, Address X, Address Y, int dtype, int64_t tokens, int64_t n, int64_t m,
+           int64_t x_row_stride, int64_t x_column_stride, int64_t y_row_stride, int64_t y_column_stride,
+           Address weights, int threads) {
+            status(RAC_OP(cross)(pointer<float>(C), c_stride, pointer<const void>(X), pointer<const void>(Y),
+                                 static_cast<rac::DType>(dtype), tokens, n, m, x_row_stride, x_column_stride,
+                                 y_row_stride, y_column_stride, pointer<const float>(weights), threads));
+        },
+        NoGil());
+    m.def(
+        "refine_step",
+        [](Address Q, Address R, Address P, Address A, Address mask, Address inverse, Address sizes, Address done_at,
+           Address counts, int64_t rows, int64_t n, int threads) {
+            return RAC_OP(refine_step)(pointer<float>(Q), pointer<float>(R), pointer<float>(P), pointer<const float>(A),
+                                       pointer<const uint8_t>(mask), pointer<const float>(inverse),
+                                       pointer<double>(sizes), pointer<const double>(done_at), pointer<int32_t>(counts),
+                                       rows, n, threads);
+        },
+        NoGil());
+    m.def(
         "column_norm",
         [](Address s, Address X, int dtype, int64_t tokens, int64_t n, int64_t row_stride, int64_t column_stride,
            Address weights, int threads) {
@@ -186,11 +206,13 @@ PYBIND11_MODULE(_native, m) {
     m.attr("cuda_select_state") = rac_cuda_select_state();
     m.def(
         "cuda_factor_corner",
-        [](Address H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, Address inverse,
+        [](Address H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, Address pulls, int parts,
+           int64_t part_stride, int64_t pull_stride, int64_t pull_matrix_stride, Address inverse,
            int64_t inverse_stride, int64_t inverse_matrix_stride, Address status, int64_t batch, Address stream) {
-            check_cuda(rac_cuda_factor_corner(pointer<float>(H), h_stride, matrix_stride, first, size,
-                                              pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
-                                              pointer<int32_t>(status), batch, pointer<void>(stream)));
+            check_cuda(rac_cuda_factor_corner(
+                pointer<float>(H), h_stride, matrix_stride, first, size, pointer<const float>(pulls), parts, part_stride,
+                pull_stride, pull_matrix_stride, pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
+                pointer<int32_t>(status), batch, pointer<void>(stream)));
         },
         NoGil());
     m.def(

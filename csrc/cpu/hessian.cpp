@@ -1,8 +1,8 @@
-// The upper triangle of H += X^T diag(w) X: a packed, cache-blocked rank-k update.
+// The upper triangle of H += X^T diag(w) X, and all of C += X^T diag(w) Y: packed, cache-blocked rank-k updates.
 //
 // Tokens are taken in chunks. A chunk is packed into panels of kPanel columns, step after step, where a step is one
 // token in fp32 or, with AVX512-BF16, a pair of tokens side by side as VDPBF16PS wants them; either way an element is
-// four bytes. Both operands are the same panels, so one packing serves both. The triangle is cut into macro tiles of
+// four bytes. The Hessian's operands are the same panels, so one packing serves both. The result is cut into macro tiles of
 // 288 x 288; one stays in the second-level cache, beside the parts of panels it needs, while runs of kRun steps are
 // summed micro tile by micro tile of kRows x kPanel registers. Short runs are no loss, and a gain in accuracy: fp32
 // sums of squares of 8-bit mantissas meet ties that all round one way, and the error grows with the length of the
@@ -166,12 +166,29 @@ void panel_pair(float* H, int64_t h_stride, int64_t n, const float* a, const flo
     }
 }
 
+// Pack `steps` steps from `first` on of all the panels that n columns make.
+template <class Dot, class T>
+void pack(float* to, const Tokens<T>& tokens, int64_t first, int64_t steps, int64_t n, int threads) {
+    for_each_dynamic(ceil_div(n, kPanel), threads, [&](int64_t p) {
+        float* const own = to + p * steps * kPanel;
+        if (tokens.column_stride == 1)
+            pack_panel<Dot>(own, tokens, first, steps, p * kPanel, n, UnitStride{});
+        else
+            pack_panel<Dot>(own, tokens, first, steps, p * kPanel, n, AnyStride{tokens.column_stride});
+    });
+}
+
+// How many steps to pack at a time when there are that many panels: whole runs, in equal shares.
+inline int64_t chunk_steps(int64_t all_steps, int64_t panels) {
+    const int64_t runs = ceil_div(all_steps, kRun), run_bytes = panels * kPanel * kRun * sizeof(float);
+    return min_of(all_steps, ceil_div(runs, ceil_div(runs * run_bytes, kPacked)) * kRun);
+}
+
 template <class Dot, class T>
 Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens, int threads) {
     if (n == 0 || tokens.count == 0) return Status::done;
     const int64_t all_steps = ceil_div(tokens.count, Dot::kTokens), panels = ceil_div(n, kPanel);
-    const int64_t runs = ceil_div(all_steps, kRun), run_bytes = panels * kPanel * kRun * sizeof(float);
-    const int64_t chunk = min_of(all_steps, ceil_div(runs, ceil_div(runs * run_bytes, kPacked)) * kRun);
+    const int64_t chunk = chunk_steps(all_steps, panels);
     const Scratch<float> packed(panels * chunk * kPanel);
     if (!packed.data) return Status::no_memory;
     // Macro tiles as large as the cache likes, yet enough of them that no thread waits long for the last.
@@ -181,13 +198,7 @@ Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens
 
     for (int64_t first = 0; first < all_steps; first += chunk) {
         const int64_t steps = min_of(chunk, all_steps - first);
-        for_each_dynamic(panels, threads, [&](int64_t p) {
-            float* const to = packed.data + p * steps * kPanel;
-            if (tokens.column_stride == 1)
-                pack_panel<Dot>(to, tokens, first, steps, p * kPanel, n, UnitStride{});
-            else
-                pack_panel<Dot>(to, tokens, first, steps, p * kPanel, n, AnyStride{tokens.column_stride});
-        });
+        pack<Dot>(packed.data, tokens, first, steps, n, threads);
         for_each_dynamic(triangle(side), threads, [&](int64_t tile) {
             int64_t right = 0;  // tile counts down the columns of the triangle: (0, 0), (0, 1), (1, 1), (0, 2), ...
             while (tile > right) tile -= ++right;
@@ -203,43 +214,117 @@ Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens
     return Status::done;
 }
 
+template <class Dot, class T>
+Status accumulate_cross(float* C, int64_t c_stride, int64_t n, int64_t m, const Tokens<T>& X, const Tokens<T>& Y,
+                        int threads) {
+    if (n == 0 || m == 0 || X.count == 0) return Status::done;
+    const int64_t all_steps = ceil_div(X.count, Dot::kTokens);
+    const int64_t down = ceil_div(n, kPanel), across = ceil_div(m, kPanel);
+    const int64_t chunk = chunk_steps(all_steps, down + across);
+    const Scratch<float> left(down * chunk * kPanel), right(across * chunk * kPanel);
+    if (!left.data || !right.data) return Status::no_memory;
+    const auto tiles = [&](int64_t side) { return ceil_div(down, side) * ceil_div(across, side); };
+    int64_t side = min_of<int64_t>(kMacro, max_of(down, across));
+    while (side > 1 && tiles(side) < 4 * threads) side = ceil_div(side, 2);
+
+    for (int64_t first = 0; first < all_steps; first += chunk) {
+        const int64_t steps = min_of(chunk, all_steps - first);
+        pack<Dot>(left.data, X, first, steps, n, threads);
+        pack<Dot>(right.data, Y, first, steps, m, threads);
+        for_each_dynamic(tiles(side), threads, [&](int64_t tile) {
+            const int64_t bands = ceil_div(down, side), band = tile % bands, column = tile / bands;
+            for (int64_t run = 0; run < steps; run += kRun) {
+                const int64_t length = min_of<int64_t>(kRun, steps - run);
+                for (int64_t q = column * side; q < min_of(across, (column + 1) * side); ++q)
+                    for (int64_t p = band * side; p < min_of(down, (band + 1) * side); ++p) {
+                        const float* const a = left.data + (p * steps + run) * kPanel;
+                        const float* const b = right.data + (q * steps + run) * kPanel;
+                        const int64_t columns = min_of<int64_t>(kPanel, m - q * kPanel);
+                        for (int64_t r = 0; r < min_of<int64_t>(kPanel, n - p * kPanel); r += kRows) {
+                            const int64_t row = p * kPanel + r;
+                            const bool whole = n - row >= kRows && columns == kPanel;
+                            micro_tile<Dot, kVectors>(a + r, b, length, C + row * c_stride + q * kPanel, c_stride,
+                                                      whole, n - row, columns, -kRows);
+                        }
+                    }
+            }
+        });
+    }
+    return Status::done;
+}
+
 constexpr bool is_bf16(bf16) { return true; }
 template <class T>
 constexpr bool is_bf16(T) { return false; }
 
-template <class T>
-Status accumulate_weighted(float* H, int64_t h_stride, int64_t n, Tokens<T> tokens, int threads) {
-    // Tokens of weight 0 are left out, which makes masks exact; other weights need fp32 products.
-    const Scratch<int64_t> kept(tokens.weights ? tokens.count : 0);
-    if (!kept.data) return Status::no_memory;
-    if (const float* w = tokens.weights) {
-        int64_t count = 0;
+// Which tokens count. Those of weight 0 are left out, which makes masks exact; other weights need fp32 products.
+struct Kept {
+    const Scratch<int64_t> indices;
+    const float* weights;
+    int64_t count;
+
+    Kept(const float* given, int64_t tokens) : indices(given ? tokens : 0), weights(given), count(tokens) {
+        if (!given || !indices.data) return;
         bool only_ones = true;
-        for (int64_t t = 0; t < tokens.count; ++t) {
-            if (w[t] == 0) continue;
-            kept.data[count++] = t;
-            only_ones = only_ones && w[t] == 1;
+        count = 0;
+        for (int64_t t = 0; t < tokens; ++t) {
+            if (given[t] == 0) continue;
+            indices.data[count++] = t;
+            only_ones = only_ones && given[t] == 1;
         }
-        tokens.count = count;
-        tokens.kept = kept.data;
-        if (only_ones) tokens.weights = nullptr;
+        selected = indices.data;
+        if (only_ones) weights = nullptr;
     }
-#if defined(__AVX512BF16__)
-    if constexpr (is_bf16(T{}))
-        if (!tokens.weights) return accumulate<Pairs>(H, h_stride, n, tokens, threads);
-#endif
-    return accumulate<Singles>(H, h_stride, n, tokens, threads);
-}
+
+    template <class T>
+    Tokens<T> of(const void* X, int64_t row_stride, int64_t column_stride) const {
+        return {static_cast<const T*>(X), row_stride, column_stride, count, selected, weights};
+    }
+
+   private:
+    const int64_t* selected = nullptr;
+};
 
 }  // namespace
 
 rac::Status rac::RAC_ISA::hessian(float* H, int64_t h_stride, const void* X, DType dtype, int64_t tokens, int64_t n,
                                   int64_t row_stride, int64_t column_stride, const float* weights, int threads) {
+    const Kept kept(weights, tokens);
+    if (!kept.indices.data) return Status::no_memory;
     Status ended = Status::done;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Tokens<T> all{static_cast<const T*>(X), row_stride, column_stride, tokens, nullptr, weights};
-        ended = accumulate_weighted(H, h_stride, n, all, threads);
+        const Tokens<T> all = kept.of<T>(X, row_stride, column_stride);
+#if defined(__AVX512BF16__)
+        if constexpr (is_bf16(T{}))
+            if (!all.weights) {
+                ended = accumulate<Pairs>(H, h_stride, n, all, threads);
+                return;
+            }
+#endif
+        ended = accumulate<Singles>(H, h_stride, n, all, threads);
+    });
+    return ended;
+}
+
+rac::Status rac::RAC_ISA::cross(float* C, int64_t c_stride, const void* X, const void* Y, DType dtype, int64_t tokens,
+                                int64_t n, int64_t m, int64_t x_row_stride, int64_t x_column_stride,
+                                int64_t y_row_stride, int64_t y_column_stride, const float* weights, int threads) {
+    const Kept kept(weights, tokens);
+    if (!kept.indices.data) return Status::no_memory;
+    Status ended = Status::done;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const Tokens<T> left = kept.of<T>(X, x_row_stride, x_column_stride);
+        const Tokens<T> right = kept.of<T>(Y, y_row_stride, y_column_stride);
+#if defined(__AVX512BF16__)
+        if constexpr (is_bf16(T{}))
+            if (!left.weights) {
+                ended = accumulate_cross<Pairs>(C, c_stride, n, m, left, right, threads);
+                return;
+            }
+#endif
+        ended = accumulate_cross<Singles>(C, c_stride, n, m, left, right, threads);
     });
     return ended;
 }

@@ -6,6 +6,11 @@
 Status hessian(float* H, int64_t h_stride, const void* X, DType dtype, int64_t tokens, int64_t n, int64_t row_stride,
                int64_t column_stride, const float* weights, int threads);
 
+// C[i, j] += sum over t of w[t] X[t, i] Y[t, j], C [n, m]; w as above.
+Status cross(float* C, int64_t c_stride, const void* X, const void* Y, DType dtype, int64_t tokens, int64_t n, int64_t m,
+             int64_t x_row_stride, int64_t x_column_stride, int64_t y_row_stride, int64_t y_column_stride,
+             const float* weights, int threads);
+
 // s[j] += sum over t of w[t] X[t, j]^2; w as above.
 void column_norm(float* s, const void* X, DType dtype, int64_t tokens, int64_t n, int64_t row_stride,
                  int64_t column_stride, const float* weights, int threads);
@@ -26,3 +31,9 @@ Status factor(float* H, int64_t n, int64_t h_stride, int threads);
 // Copies the strictly upper triangle of H onto the lower one, or (`down` false) the lower one onto the upper.
 // not_finite if what is copied, or the diagonal, holds NaN or infinity.
 Status mirror(float* H, int64_t n, int64_t h_stride, bool down, int threads);
+
+// One step of conjugate gradients on every row. Q, R, P, A [rows, n], A = P H; mask [rows, n], inverse [n] >= 0.
+// sizes [rows] is <R, inverse R>, 0 for rows that are done; done_at [rows] when to stop; counts [rows] += steps made.
+// Returns the rows that go on.
+int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t* mask, const float* inverse,
+                    double* sizes, const double* done_at, int32_t* counts, int64_t rows, int64_t n, int threads);

@@ -56,4 +56,68 @@ Kth kth_smallest_key(int64_t count, int64_t k, int64_t* counts, int threads, con
     return found;
 }
 
+// Keys in the bracket [low, high] in `from[0 .. count - 1]`, copied to `to`, which has room for a vector more; `below`
+// grows by the number of keys that are smaller. How many were copied.
+inline int64_t collect(const int32_t* from, int64_t count, int32_t low, int32_t high, int32_t* to, int64_t& below) {
+    int64_t found = 0, i = 0;
+#if defined(__AVX512F__)
+    const __m512i lowest = _mm512_set1_epi32(low), highest = _mm512_set1_epi32(high);
+    for (; i + 16 <= count; i += 16) {
+        const __m512i x = _mm512_loadu_si512(from + i);
+        const __mmask16 small = _mm512_cmplt_epi32_mask(x, lowest);
+        const __mmask16 inside = _mm512_cmple_epi32_mask(x, highest) & static_cast<__mmask16>(~small);
+        _mm512_storeu_si512(to + found, _mm512_maskz_compress_epi32(inside, x));
+        below += __builtin_popcount(small);
+        found += __builtin_popcount(inside);
+    }
+#endif
+    for (; i < count; ++i) {
+        to[found] = from[i];
+        below += from[i] < low;
+        found += from[i] >= low && from[i] <= high;
+    }
+    return found;
+}
+
+constexpr int64_t kSample = 4096, kShares = 64;
+constexpr int64_t kVector = 16;
+
+// Of what kth_smallest_score needs for itself, in elements.
+inline int64_t collect_scratch(int64_t count, int threads) { return count + 2 * threads * kVector + kSample; }
+
+// As kth_smallest_key, of numbers that are not negative. Of many only those are sorted out that a sample says are near;
+// where it misled, all of them. keys: collect_scratch(count, threads) elements.
+inline Kth kth_smallest_score(const int32_t* scores, int64_t count, int64_t k, int64_t* counts, int32_t* keys,
+                              int threads) {
+    const auto smallest = [&](const int32_t* from, int64_t of, int64_t rank, int team) {
+        return kth_smallest_key(of, rank, counts, team, [&](int64_t i) { return static_cast<uint32_t>(from[i]); });
+    };
+    if (count < 16 * kSample) return smallest(scores, count, k, threads);
+    int32_t* sample = keys + count + 2 * threads * kVector;
+    const int64_t stride = count / kSample | 1;  // odd: no multiple of a tile's rows
+    int64_t sampled = 0;
+    for (int64_t i = 0; i < count && sampled < kSample; i += stride) sample[sampled++] = scores[i];
+    // Four standard deviations of the sample's quantile to either side.
+    const int64_t middle = static_cast<int64_t>(static_cast<double>(k) / count * sampled), margin = 4 * 32;
+    const int32_t low = middle <= margin ? 0 : static_cast<int32_t>(smallest(sample, sampled, middle - margin, 1).key);
+    const int32_t high = middle + margin >= sampled
+                             ? 0x7fffffff
+                             : static_cast<int32_t>(smallest(sample, sampled, middle + margin, 1).key);
+    // Each thread's share lies one after the other in `keys`, closed up below.
+    int64_t below = 0, total = 0, share[kShares] = {};
+    const int64_t each = round_up(ceil_div(count, min_of<int64_t>(threads, kShares)), kVector);
+    for_each_dynamic(ceil_div(count, each), threads, [&](int64_t part) {
+        int64_t mine = 0;
+        share[part] = collect(scores + part * each, min_of(each, count - part * each), low, high,
+                              keys + part * (each + kVector), mine);
+        __atomic_fetch_add(&below, mine, __ATOMIC_RELAXED);
+    });
+    for (int64_t part = 0; part * each < count; total += share[part++])
+        memmove(keys + total, keys + part * (each + kVector), share[part] * sizeof *keys);
+    if (k <= below || k > below + total) return smallest(scores, count, k, threads);
+    Kth found = smallest(keys, total, k - below, 1);
+    found.below += below;
+    return found;
+}
+
 }  // namespace

@@ -2,9 +2,9 @@
 // mathematics. The blocks of a matrix follow each other, so what counts here is latency: n/128 of these stand in a row.
 //
 // One thread block a matrix, everything in shared memory, in sub-blocks of 32 by 32 from the last to the first. Warp 0
-// factors and inverts the sub-block on the diagonal in its registers, a lane a row, and that is the chain of dependent steps
-// that sets the time. The other warps meanwhile do every product that does not need it: the updates of earlier sub-blocks
-// (right-looking) and the sums behind the inverse. Both triangles pad to whole sub-blocks with the identity.
+// factors and inverts the sub-block on the diagonal in its registers, a lane a row, and that is the chain of dependent
+// steps that sets the time. The other warps meanwhile do every product that does not need it: the updates of earlier
+// sub-blocks (right-looking) and the sums behind the inverse. Both triangles pad to whole sub-blocks with the identity.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 
@@ -77,10 +77,10 @@ __device__ __forceinline__ void take_off(float* rows, const float (&sum)[kStrip]
 
 // One warp: D -> U with D = U U^T (zeros below the diagonal), V = inv(U). Returns 0 or 1 + the first column that fails.
 //
-// Lane r keeps, for row r of D and column r of V, the sums to be taken off. Column c of U, once there, goes into both alike:
-// d[k] += U[r][c] U[k][c] and, the back substitution by columns, v[k] += V[c][r] U[k][c]. Sums that start from zero round less
-// than elements that lose a bit at every column. The next pivot does not wait for this to go through shared memory: a
-// shuffle carries the one element that it needs.
+// Lane r keeps, for row r of D and column r of V, the sums to be taken off. Column c of U, once there, goes into both
+// alike: d[k] += U[r][c] U[k][c] and, the back substitution by columns, v[k] += V[c][r] U[k][c]. Sums that start from
+// zero round less than elements that lose a bit at every column. The next pivot does not wait for this to go through
+// shared memory: a shuffle carries the one element that it needs.
 __device__ __forceinline__ int factor_and_invert(float* D, float* V, float (&columns)[2][kSide], int lane) {
     float d[kSide] = {}, v[kSide] = {};
     float* row = D + lane * kStride;
@@ -88,11 +88,11 @@ __device__ __forceinline__ int factor_and_invert(float* D, float* V, float (&col
 #pragma unroll
     for (int c = kSide - 1; c >= 0; --c) {
         // Division by the pivot's root, as good as rounding allows: the hardware's 1 / root errs by 2 units in the last
-        // place, and a Newton step takes that off the root and off each quotient. A pivot that is not positive and finite
-        // gives NaN here, and that goes on into every column that follows.
+        // place, and a Newton step takes that off the root and off each quotient. A pivot that is not positive and
+        // finite gives NaN here, and that goes on into every column that follows.
         const float inverse = rsqrtf(pivot);
         const float dividend = lane <= c ? row[c] - d[c] : 0;
-        const float other = lane == c ? 1 : -v[c];  // as a choice: (lane == c) - v[c] has 32 constants kept in registers
+        const float other = lane == c ? 1 : -v[c];  // (lane == c) - v[c] would have 32 constants kept in registers
         float root = pivot * inverse;
         root += 0.5f * inverse * (pivot - root * root);
         float u = dividend * inverse, x = other * inverse;
@@ -100,8 +100,8 @@ __device__ __forceinline__ int factor_and_invert(float* D, float* V, float (&col
         x += inverse * (other - x * root);
         row[c] = u;
         V[c * kStride + lane] = x;
-        // Looking now and then is enough for stopping early. It also keeps the compiler from putting off updates, with all
-        // that they need in registers, to the far end of one long stretch of code.
+        // Looking now and then is enough for stopping early. It also keeps the compiler from putting off updates, with
+        // all that they need in registers, to the far end of one long stretch of code.
         if (c == 0 || (c % 8 == 0 && !(root > 0))) break;
         const float next = __shfl_sync(kAllLanes, u, c - 1);
         pivot = D[(c - 1) * (kStride + 1)] - (__shfl_sync(kAllLanes, d[c - 1], c - 1) + next * next);
@@ -126,8 +126,8 @@ __device__ __forceinline__ int factor_and_invert(float* D, float* V, float (&col
 
 // What can be done while sub-block b on the diagonal is being factored; helper counts from 0 to kHelpers - 1.
 //   V[b][j] = sum of U[b][k] V[k][j] over b < k <= j, which times -inv(U[b][b]) is the inverse's sub-block
-//   U[i][k] -= U[i][b + 1] U[k][b + 1]^T for i <= k <= b: column b + 1 comes off all that is left, except [b][b], which has
-//   been seen to
+//   U[i][k] -= U[i][b + 1] U[k][b + 1]^T for i <= k <= b: column b + 1 comes off all that is left, except [b][b], which
+//   has been seen to
 __device__ __forceinline__ void work_ahead(Shared& shared, int b, int blocks, int helper, int lane) {
     const int sums = blocks - 1 - b;
     const int updates = sums ? slot(b, b) : 0;
@@ -152,8 +152,8 @@ __device__ __forceinline__ void work_ahead(Shared& shared, int b, int blocks, in
     }
 }
 
-// With sub-block b factored: U[i][b] = U[i][b] inv(U[b][b])^T for i < b and V[b][j] = -inv(U[b][b]) V[b][j] for j > b. Both are
-// in place and other warps read the same sub-blocks, so results wait in registers until all are there.
+// With sub-block b factored: U[i][b] = U[i][b] inv(U[b][b])^T for i < b and V[b][j] = -inv(U[b][b]) V[b][j] for j > b.
+// Both are in place and other warps read the same sub-blocks, so results wait in registers until all are there.
 __device__ __forceinline__ void finish_row_and_column(Shared& shared, int b, int blocks, int warp, int lane) {
     const int other = warp / kStrips, strip = warp % kStrips * kStrip * kStride;
     const float* inverse = shared.V[slot(b, b)];
@@ -176,7 +176,8 @@ __device__ __forceinline__ void finish_row_and_column(Shared& shared, int b, int
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, float* inverse,
+    factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, const float* pulls,
+                  int parts, int64_t part_stride, int64_t pull_stride, int64_t pull_matrix_stride, float* inverse,
                   int64_t inverse_stride, int64_t inverse_matrix_stride, int32_t* status) {
     RAC_SHARED(Shared, memory);
     Shared& shared = memory[0];
@@ -185,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
     if (status[blockIdx.x]) return;
     H += blockIdx.x * matrix_stride + first * (h_stride + 1);
+    pulls += blockIdx.x * pull_matrix_stride + first * pull_stride;
     inverse += blockIdx.x * inverse_matrix_stride;
 
     // All loads before the first use: one trip to memory, not one a row. Below the diagonal nothing of H is read.
@@ -196,6 +198,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             const int row = i * kWarps + warp, column = j * kSide + lane;
             loaded[i][j] = row <= column && column < size ? H[row * h_stride + column] : row == column;
         }
+    for (int part = 0; part < parts; ++part, pulls += part_stride)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = i * kWarps / kSide; j < kBlocks; ++j) {
+                const int row = i * kWarps + warp, column = j * kSide + lane;
+                if (row <= column && column < size) loaded[i][j] -= pulls[row * pull_stride + column];
+            }
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -248,14 +258,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 const char* rac_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-int rac_cuda_factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size, float* inverse,
-                           int64_t inverse_stride, int64_t inverse_matrix_stride, int32_t* status, int64_t batch,
-                           void* stream) {
+int rac_cuda_factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size,
+                           const float* pulls, int parts, int64_t part_stride, int64_t pull_stride,
+                           int64_t pull_matrix_stride, float* inverse, int64_t inverse_stride,
+                           int64_t inverse_matrix_stride, int32_t* status, int64_t batch, void* stream) {
     if (size == 0 || batch == 0) return cudaSuccess;
     // More than 48 KiB has to be asked for, on each device; asking again costs less than remembering.
     const cudaError_t error =
         cudaFuncSetAttribute(factor_corner, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
     if (error != cudaSuccess) return error;
     return launch(factor_corner, Blocks::independent, batch, kThreads, sizeof(Shared), stream, H, h_stride,
-                  matrix_stride, first, size, inverse, inverse_stride, inverse_matrix_stride, status);
+                  matrix_stride, first, size, pulls, parts, part_stride, pull_stride, pull_matrix_stride, inverse,
+                  inverse_stride, inverse_matrix_stride, status);
 }

@@ -1,11 +1,11 @@
-// Exact selection of the k smallest scores of each group, by radix on their bit patterns: non-negative floats are ordered
-// as their bits are. Three passes take 11, 10 and 10 bits (the sign is clear), each counting the scores that share the bits
-// found so far.
+// Exact selection of the k smallest scores of each group, by radix on their bit patterns: non-negative floats are
+// ordered as their bits are. Three passes take 11, 10 and 10 bits (the sign is clear), each counting the scores that
+// share the bits found so far.
 //
-// A group is the work of a team of blocks. A pass ends with the team's counts in one histogram in global memory; all blocks
-// meet there, and each works out for itself where the k-th falls: meeting once a pass is all that they have to say to each
-// other. One launch does it all, so nothing waits for the host. Whatever order the blocks count in, sums of integers are the
-// same, so the result is too.
+// A group is the work of a team of blocks. A pass ends with the team's counts in one histogram in global memory; all
+// blocks meet there, and each works out for itself where the k-th falls: meeting once a pass is all that they have to
+// say to each other. One launch does it all, so nothing waits for the host. Whatever order the blocks count in, sums of
+// integers are the same, so the result is too.
 #include <cuda/atomic>
 
 #include "cuda/common.cuh"
@@ -23,7 +23,7 @@ constexpr int kMaxBlocks = 1024;       // in a team
 constexpr int kMaxGroups = 64;         // in a launch
 constexpr int kLoads = 16;             // under way in a thread
 
-// Of a group, in global memory: all zero between launches, except `equal`.
+// Of a group, in global memory: all zero between launches, except `equal`, which is written before it is read.
 struct State {
     uint32_t histogram[kPasses][kBins];
     uint32_t arrived;            // at meetings, all of them together
@@ -107,8 +107,8 @@ __device__ void find(Shared& shared, uint32_t* histogram, int bins, uint32_t wan
     __syncthreads();
 }
 
-// The whole block: the position of the wanted-th (from 1) of scores[0] .. scores[count - 1] whose key is `key`; one thread
-// passes it to `tell`.
+// The whole block: the position of the wanted-th (from 1) of scores[0] .. scores[count - 1] whose key is `key`; one
+// thread passes it to `tell`.
 template <class Tell>
 __device__ void locate(Shared& shared, const float* scores, int64_t count, uint32_t key, uint32_t wanted, Tell tell) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -216,7 +216,7 @@ int rac_cuda_select(const float* scores, int64_t groups, const int64_t* counts, 
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    const int64_t resident = kPerMultiprocessor * multiprocessors;  // what launch bounds and shared memory allow anywhere
+    const int64_t resident = kPerMultiprocessor * multiprocessors;  // as launch bounds and shared memory allow
     int64_t begin = 0;
     for (int64_t done = 0; done < groups && error == cudaSuccess;) {
         Teams teams{};

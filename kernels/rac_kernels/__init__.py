@@ -7,23 +7,36 @@ imported here, once.
 from __future__ import annotations
 
 from rac_kernels import native, roofline
+from rac_kernels.admm import admm, admm_short
 from rac_kernels.column_norm import column_norm_accumulate_
+from rac_kernels.cross import cross_accumulate_
 from rac_kernels.factor import Factor, FactorError, factor_
-from rac_kernels.hessian import hessian_accumulate_, symmetrize_
-from rac_kernels.objective import objective
+from rac_kernels.hessian import hessian_accumulate_
+from rac_kernels.matching import matched_target, output_cross
+from rac_kernels.mirror import symmetrize_
+from rac_kernels.objective import objective, reconstruction_error
+from rac_kernels.refine import RefineResult, refine
 from rac_kernels.select import kth_smallest, mask_by_score
 from rac_kernels.sweep import sweep
 
 __all__ = [
     "Factor",
     "FactorError",
+    "RefineResult",
+    "admm",
+    "admm_short",
     "column_norm_accumulate_",
+    "cross_accumulate_",
     "factor_",
     "hessian_accumulate_",
     "kth_smallest",
     "mask_by_score",
+    "matched_target",
     "native",
     "objective",
+    "output_cross",
+    "reconstruction_error",
+    "refine",
     "roofline",
     "sweep",
     "symmetrize_",

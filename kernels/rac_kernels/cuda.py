@@ -29,24 +29,27 @@ def available() -> bool:
     return not why_missing()
 
 
-def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor) -> None:
+def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor, pulls: Tensor | None = None) -> None:
     """H[..., lo:hi, lo:hi] = U Uᵀ with U upper triangular, in place in that corner's upper triangle alone.
 
     H: [n, n] or [matrices, n, n] fp32 with contiguous rows; what lies below the diagonal is neither read nor written.
-    0 <= lo <= hi <= n, at most 128 apart. inverse: [hi - lo, hi - lo] fp32 for each matrix, contiguous rows; becomes
-    inv(U), with zeros below the diagonal. status: int32, contiguous, one element for each matrix; where it is not 0,
-    the matrix is left as it is, and a pivot that is not positive and finite makes it 1 + the number of its column and
-    leaves the corner as it was. So a whole factorization can be queued with one status, to be looked at once.
+    0 <= lo <= hi <= n, at most 128 apart. pulls, if any: [parts, at least hi, at least hi - lo] fp32 for each matrix,
+    contiguous rows; pulls[..., part, lo:hi, :hi - lo] of every part is taken off the corner first. inverse:
+    [hi - lo, hi - lo] fp32 for each matrix, contiguous rows; becomes inv(U), with zeros below the diagonal.
+
+    status: int32, contiguous, an element for each matrix. Where it is not 0, the matrix is left as it is; a pivot that
+    is not positive and finite makes it 1 + the number of its column and leaves the corner as it was. So a whole
+    factorization can be queued with one status, to be looked at once.
 
     The matrices are factored at the same time, a thread block each. Raises ValueError for arguments that do not fit,
     NativeMissing without the kernels, RuntimeError if CUDA refuses the launch.
     """
     matrices, size = H.shape[:-2], hi - lo
-    if H.ndim not in (2, 3) or H.shape[-1] != H.shape[-2] or H.dtype != torch.float32 or H.stride(-1) != 1:
+    if H.ndim not in (2, 3) or H.shape[-1] != H.shape[-2] or H.dtype != torch.float32 or not _rows(H):
         raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
     if not 0 <= lo <= hi <= H.shape[-1] or size > CORNER:
         raise ValueError(f"the corner {lo}:{hi} must lie in H {list(H.shape)} and be at most {CORNER} wide")
-    if inverse.shape != (*matrices, size, size) or inverse.dtype != torch.float32 or (size and inverse.stride(-1) != 1):
+    if inverse.shape != (*matrices, size, size) or inverse.dtype != torch.float32 or not _rows(inverse):
         raise ValueError(
             f"inverse must be fp32 {[*matrices, size, size]} with contiguous rows, "
             f"not {inverse.dtype} {list(inverse.shape)}"
@@ -55,7 +58,13 @@ def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor)
         raise ValueError(
             f"status must be int32 with an element for each matrix, not {status.dtype} {list(status.shape)}"
         )
-    library = _library(H, inverse, status)
+    if pulls is None:
+        pulls = H.new_empty(*matrices, 0, hi, size)
+    if pulls.shape[:-3] != matrices or pulls.ndim != H.ndim + 1 or pulls.shape[-2] < hi or pulls.shape[-1] < size:
+        raise ValueError(f"pulls must be at least {[*matrices, 'parts', hi, size]}, not {list(pulls.shape)}")
+    if pulls.dtype != torch.float32 or not _rows(pulls):
+        raise ValueError(f"pulls must be fp32 with contiguous rows, not {pulls.dtype} with strides {pulls.stride()}")
+    library = _library(H, inverse, status, pulls)
     with torch.cuda.device(H.device):
         library.cuda_factor_corner(
             H.data_ptr(),
@@ -63,6 +72,11 @@ def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor)
             H.stride(0) if matrices else 0,
             lo,
             size,
+            pulls.data_ptr(),
+            pulls.shape[-3],
+            pulls.stride(-3),
+            pulls.stride(-2),
+            pulls.stride(0) if matrices else 0,
             inverse.data_ptr(),
             inverse.stride(-2),
             inverse.stride(0) if matrices else 0,
@@ -73,8 +87,13 @@ def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor)
 
 
 def selection_state(groups: int, device: torch.device) -> Tensor:
-    """What `select_thresholds` works in: zeros, and zeros again after each call. For one stream at a time."""
+    """What `select_thresholds` works in, again and again, on one stream at a time."""
     return torch.zeros(_state_bytes(groups), dtype=torch.uint8, device=device)
+
+
+def _rows(tensor: Tensor) -> bool:
+    """Whether its rows are contiguous."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
 
 
 def _state_bytes(groups: int) -> int:

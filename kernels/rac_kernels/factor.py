@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_kernels import gpu, native
+from rac_kernels import cuda, gpu, native
 from rac_kernels.backend import choose
 from rac_kernels.gpu import tl
+from rac_kernels.mirror import mirror
 from rac_kernels.product import COLUMNS, invert, product
 
 BLOCK = 128  # columns the reference factors at a time; the rest of the work is one product a block
 # Up to this n the CPU factors in fp64: it costs little there, and rounding in an fp32 factor tips near-ties between
 # scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
 EXACT = 4096
-MIRROR = 1024  # side of the squares it copies from one triangle to the other
 FIRST_STEP = 1e-6  # where escalation goes from no damping at all
 
 
@@ -84,7 +84,7 @@ def _raised(damping: float) -> float:
 def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns H's diagonal [n], the dead columns [n] and (damping, λ) that did it [2] fp64."""
     n = H.shape[0]
-    mirror_ = _mirror_native_ if backend == "native" else _mirror_
+    mirror_ = mirror(backend)
     cholesky_ = {"native": _cholesky_native_, "triton": _cholesky_triton_}.get(backend, _cholesky_)
     if H.device.type == "cpu" and backend != "triton" and n <= EXACT:
         cholesky_ = _cholesky_exact_
@@ -128,27 +128,8 @@ def _check_gram(H: Tensor, diagonal: Tensor, dead: Tensor) -> None:
         raise FactorError(f"H [{n}, {n}] is no Gram matrix: column {int(coupled[0])} is zero only on the diagonal")
 
 
-def _mirror_native_(H: Tensor, down: bool) -> bool:
-    return native.library().mirror(H.data_ptr(), H.shape[0], H.stride(0), down, native.threads()) == native.DONE
-
-
 def _cholesky_native_(H: Tensor) -> bool:
     return native.library().factor(H.data_ptr(), H.shape[0], H.stride(0), native.threads()) == native.DONE
-
-
-def _mirror_(H: Tensor, down: bool) -> bool:
-    """Copies the strictly upper triangle onto the lower one, or back. False: what is copied is not finite."""
-    source = H if down else H.T
-    n = H.shape[0]
-    finite = True
-    for lo in range(0, n, MIRROR):
-        hi = min(lo + MIRROR, n)
-        corner, rows = source[lo:hi, lo:hi], source[lo:hi, hi:]
-        upper = corner.triu()
-        corner.copy_(upper + upper.triu(1).T)
-        source[hi:, lo:hi] = rows.T
-        finite = finite and bool(upper.isfinite().all() and rows.isfinite().all())
-    return finite
 
 
 def _cholesky_exact_(H: Tensor) -> bool:
@@ -237,9 +218,11 @@ PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
 
 
 def _cholesky_triton_(H: Tensor) -> bool:
-    """As `_cholesky_`, without waiting for the device: what is not positive definite ends in NaN."""
+    """As `_cholesky_`, but the device is asked only at the end. Corners are a CUDA kernel's work where there is one."""
+    cuda_corners = H.is_cuda and cuda.available()
     hi = H.shape[0]
-    inverse = torch.empty(1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
+    inverse = torch.zeros(COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
+    status = torch.zeros(1, dtype=torch.int32, device=H.device)
     fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
     with torch.cuda.device_of(H):
         while hi:
@@ -247,9 +230,12 @@ def _cholesky_triton_(H: Tensor) -> bool:
             width = hi - lo
             pulls = product(H[:hi, hi:], H[lo:hi, hi:].T)
             taken = (H, H.stride(0), pulls, len(pulls), hi)
-            corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
-            invert(H[lo:hi, lo:hi], inverse, width)
+            if cuda_corners:
+                cuda.factor_corner_(H, lo, hi, inverse[:width, :width], status, pulls)
+            else:
+                corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
+                invert(H[lo:hi, lo:hi], inverse[None], width)
             if lo:
                 panel_kernel[(-(-lo // PANEL["ROWS"]),)](*taken, inverse, lo, width, **PANEL, **fixed)
             hi = lo
-    return True
+    return not status.item()

@@ -279,7 +279,7 @@ def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
     shared = tiles - whole
     part_tokens = -(-tokens // (parts * chosen.step)) * chosen.step
     partial = torch.empty(shared * parts * chosen.block**2, dtype=torch.float32, device=H.device)
-    X = _aligned(X)
+    X = aligned(X)
     with torch.cuda.device_of(H):
         hessian_kernel[(whole + shared * parts,)](
             H,
@@ -320,7 +320,7 @@ def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
             )
 
 
-def _aligned(X: Tensor) -> Tensor:
+def aligned(X: Tensor) -> Tensor:
     """X itself if its rows can be loaded in whole vectors, else a copy that can, with zeros to the right."""
     tokens, n = X.shape
     if X.stride(1) == 1 and not (n % ALIGNED or X.stride(0) % ALIGNED or X.data_ptr() % ALIGNED):
@@ -328,15 +328,3 @@ def _aligned(X: Tensor) -> Tensor:
     copy = X.new_zeros(tokens, -(-n // ALIGNED) * ALIGNED)
     copy[:, :n] = X
     return copy
-
-
-def symmetrize_(H: Tensor) -> Tensor:
-    """Copy the upper triangle of the square matrix H onto the lower one, in place; returns H."""
-    if H.ndim != 2 or H.shape[0] != H.shape[1]:
-        raise ValueError(f"H must be square, not {list(H.shape)}")
-    for lo in range(0, H.shape[0], _SIDE):
-        hi = lo + _SIDE
-        corner = H[lo:hi, lo:hi]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        H[hi:, lo:hi] = H[lo:hi, hi:].T
-    return H

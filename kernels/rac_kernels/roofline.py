@@ -58,6 +58,31 @@ def column_norm_bytes(tokens: int, n: int, itemsize: int = 2) -> float:
     return float(tokens) * n * itemsize
 
 
+def cross_flops(tokens: int, n: int, m: int) -> float:
+    """All of Xᵀ Y."""
+    return 2.0 * tokens * n * m
+
+
+def cross_bytes(tokens: int, n: int, m: int, itemsize: int = 2) -> float:
+    """X and Y read; the fp32 sum read and written."""
+    return float(tokens) * (n + m) * itemsize + n * m * 8.0
+
+
+def refine_flops(rows: int, n: int, iterations: int) -> float:
+    """A product with H an iteration, and one before and after them to measure."""
+    return 2.0 * rows * n * n * (iterations + 2)
+
+
+def refine_bytes(rows: int, n: int, iterations: int) -> float:
+    """Each iteration reads H, Q, R, P and their product with it and writes those four, in fp32."""
+    return (iterations + 2) * (n * n * 4.0 + rows * n * 4.0 * 8)
+
+
+def select_bytes(count: int) -> float:
+    """The fp32 scores read."""
+    return count * 4.0
+
+
 def measure_peaks(device: torch.device | str = "cpu", seconds: float = 0.5) -> Peaks:
     """Measure `Peaks` on a device: the best of several square matrix products for each dtype, and of several copies.
 

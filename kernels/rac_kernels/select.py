@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rac_kernels import gpu, native
+from rac_kernels import cuda, gpu, native
 from rac_kernels.backend import choose
 from rac_kernels.gpu import tl
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern
@@ -188,17 +188,25 @@ def _group_table(counts: tuple[int, ...], ks: tuple[int, ...], device: torch.dev
 
 
 class Selection:
-    """The k smallest scores of several groups at once, on a GPU, without waiting for it."""
+    """The k smallest scores of several groups at once, on a GPU, without waiting for it: in one CUDA launch where the
+    extension has the kernel, else in four of Triton's."""
 
     def __init__(self, groups: int, device: torch.device) -> None:
         self.thresholds = torch.empty(groups, dtype=torch.float32, device=device)
         self.last = torch.empty(groups, dtype=torch.int64, device=device)
-        self._state = torch.zeros(groups, LEVELS, BINS, dtype=torch.int32, device=device)
+        self._cuda = device.type == "cuda" and cuda.available()
+        if self._cuda:
+            self._state = cuda.selection_state(groups, device)
+        else:
+            self._state = torch.zeros(groups, LEVELS, BINS, dtype=torch.int32, device=device)
 
     def run(self, scores: Tensor, counts: Sequence[int], ks: Sequence[int]) -> None:
         """scores: fp32, >= 0 and not NaN, the groups' one after the other, `counts` elements each. What goes of group
         g, the first ks[g] in the order of score and position, is < thresholds[g], or == it at a position within the
         group <= last[g]."""
+        if self._cuda:
+            cuda.select_thresholds(scores, counts, ks, self._state, (self.thresholds, self.last))
+            return
         table = _group_table(tuple(counts), tuple(ks), scores.device)
         grid = (max(-(-max(counts) // PROGRAM_SCORES), 1), len(counts))
         for level in range(LEVELS):

@@ -66,13 +66,18 @@ class Factored:
     said: str
 
 
-def factor_corner(program: Program, H: Tensor, lo: int, hi: int, status: list[int] | None = None) -> Factored:
+def factor_corner(
+    program: Program, H: Tensor, lo: int, hi: int, status: list[int] | None = None, pulls: Tensor | None = None
+) -> Factored:
     """`rac_cuda_factor_corner` on H [matrices, n, n or more], its inverses amid NaN."""
     matrices, size = len(H), hi - lo
+    pulls = torch.empty(matrices, 0, hi, size) if pulls is None else pulls
     inverse = torch.full((matrices, size + 1, size + 3), torch.nan)
     before = torch.tensor(status or [0] * matrices, dtype=torch.int32)
-    layout = (H.numel(), H.stride(1), H.stride(0), lo, size, inverse.numel(), inverse.stride(1), inverse.stride(0))
-    out, said = program.run("factor", *layout, matrices, arrays=[H, inverse, before])
+    layout = [H.numel(), H.stride(1), H.stride(0), lo, size]
+    layout += [pulls.numel(), pulls.shape[1], pulls.stride(1), pulls.stride(2), pulls.stride(0)]
+    layout += [inverse.numel(), inverse.stride(1), inverse.stride(0)]
+    out, said = program.run("factor", *layout, matrices, arrays=[H, pulls, inverse, before])
     if not out:
         return Factored(H, inverse, [], said)
     floats = torch.frombuffer(bytearray(out[: -4 * matrices]), dtype=torch.float32)

@@ -28,11 +28,13 @@ int main(int argc, char** argv) {
     std::vector<int64_t> n;
     for (int i = 2; i < argc; ++i) n.push_back(atoll(argv[i]));
     if (argv[1] == std::string("factor")) {
-        // H's elements, its strides, the corner, the inverse's elements and strides, and how many matrices
-        auto H = read<float>(n[0]), inverse = read<float>(n[5]);
-        auto status = read<int32_t>(n[8]);
-        const int error = rac_cuda_factor_corner(H.data(), n[1], n[2], n[3], static_cast<int>(n[4]), inverse.data(), n[6],
-                                                 n[7], status.data(), n[8], nullptr);
+        // H's elements, its strides, the corner; the pulls' elements, parts and strides; the inverse's elements and
+        // strides; and how many matrices
+        auto H = read<float>(n[0]), pulls = read<float>(n[5]), inverse = read<float>(n[10]);
+        auto status = read<int32_t>(n[13]);
+        const int error = rac_cuda_factor_corner(
+            H.data(), n[1], n[2], n[3], static_cast<int>(n[4]), pulls.data(), static_cast<int>(n[6]), n[7], n[8], n[9],
+            inverse.data(), n[11], n[12], status.data(), n[13], nullptr);
         write(H), write(inverse), write(status);
         return error;
     }

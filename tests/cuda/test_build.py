@@ -62,7 +62,7 @@ def test_info_says_how_or_why_not() -> None:
 def test_without_a_driver_a_launch_is_refused() -> None:
     library = native.library()
     with pytest.raises(RuntimeError, match="CUDA: "):
-        library.cuda_factor_corner(0, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0)
+        library.cuda_factor_corner(0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0)
     with pytest.raises(RuntimeError, match="CUDA: "):
         library.cuda_select(0, [1], [1], 0, 0, 0, 0)
 
@@ -80,6 +80,13 @@ def test_arguments_that_do_not_fit() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             cuda.factor_corner_(*arguments)
+    for message, pulls in {
+        "pulls must be at least": torch.empty(2, 3, 4),
+        "pulls must be fp32": torch.empty(2, 4, 4, dtype=torch.half),
+        "on one GPU": torch.empty(2, 4, 4),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            cuda.factor_corner_(H, 0, 4, inverse, status, pulls)
     scores = torch.ones(10)
     for message, scored in {
         "scores must be": (scores, [8, 4], [1, 1]),

@@ -60,6 +60,21 @@ def test_factor_and_inverse(program: Program, size: int) -> None:
         assert error_of_inverse(V) <= 2 * error_of_inverse(plain) + 1e-6
 
 
+def test_pulls_are_taken_off_first(program: Program) -> None:
+    """Of three parts, with NaN where they have no say; bit for bit what comes of taking them off beforehand."""
+    size, lo = 70, 4
+    matrices = [damped("plain", size, seed) for seed in range(2)]
+    pulls = torch.full((2, 3, lo + size + 1, size + 2), torch.nan)
+    off = 0.05 * torch.stack([matrices[1] / scale for scale in (2, 3, 5)])
+    pulls[:, :, lo : lo + size, :size] = torch.where(torch.ones(size, size, dtype=torch.bool).triu(), off, torch.nan)
+    done = factor_corner(program, placed(matrices, lo), lo, lo + size, pulls=pulls)
+    less = [matrix - off[0] - off[1] - off[2] for matrix in matrices]
+    wanted = factor_corner(program, placed(less, lo), lo, lo + size)
+    assert not done.said and done.status == wanted.status == [0, 0]
+    assert torch.equal(done.H.nan_to_num(-7), wanted.H.nan_to_num(-7))
+    assert torch.equal(done.inverse.nan_to_num(-7), wanted.inverse.nan_to_num(-7))
+
+
 def spoil(H: Tensor, column: int, value: float) -> Tensor:
     H = H.clone()
     H[column, column] = value

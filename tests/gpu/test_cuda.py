@@ -26,10 +26,9 @@ def blocked_(H: Tensor, status: Tensor) -> None:
     while hi:
         lo = (hi - 1) // cuda.CORNER * cuda.CORNER
         inverse = H.new_empty(len(H), hi - lo, hi - lo)
-        cuda.factor_corner_(H, lo, hi, inverse, status)
-        panel = H[:, :lo, lo:hi] @ inverse.mT
-        H[:, :lo, lo:hi] = panel
-        H[:, :lo, :lo] -= panel @ panel.mT
+        pulls = (H[:, :hi, hi:] @ H[:, lo:hi, hi:].mT)[:, None]
+        cuda.factor_corner_(H, lo, hi, inverse, status, pulls)
+        H[:, :lo, lo:hi] = (H[:, :lo, lo:hi] - pulls[:, 0, :lo]) @ inverse.mT
         hi = lo
 
 

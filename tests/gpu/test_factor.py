@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import Factor, FactorError, factor_
+from rac_kernels import Factor, FactorError, cuda, factor_
 from tests.kernels.gram import KINDS, gram
 
 GPU = torch.cuda.is_available()
@@ -68,3 +68,11 @@ def test_not_finite_is_refused():
     H[3, 139] = torch.inf
     with pytest.raises(FactorError, match="infinities or NaN"):
         factor_(H, backend="triton")
+
+
+@pytest.mark.skipif(not GPU or not cuda.available(), reason="needs a GPU and the CUDA kernels")
+def test_cuda_and_triton_corners_agree(monkeypatch):
+    H = gram("correlated", 700).cuda()
+    by_cuda = factor_(H.clone()).U
+    monkeypatch.setattr(cuda, "available", lambda: False)
+    torch.testing.assert_close(factor_(H.clone()).U.triu(), by_cuda.triu(), rtol=1e-4, atol=1e-4)

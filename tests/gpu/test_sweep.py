@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import factor_, objective, sweep
+from rac_kernels import cuda, factor_, objective, sweep
 from rac_kernels.select import Selection
 from tests.kernels.gram import gram
 
@@ -81,9 +81,11 @@ def test_strides_and_poison():
         sweep(store_w, torch.eye(100, device=DEVICE), backend="triton")
 
 
+@pytest.mark.parametrize("by", ["cuda", "triton"] if GPU and cuda.available() else ["triton"])
 @pytest.mark.parametrize("counts", [[1], [3000, 0, 9_000, 3]])
 @pytest.mark.parametrize("values", ["random", "few", "zeros", "extremes"])
-def test_selection(counts, values):
+def test_selection(counts, values, by, monkeypatch):
+    monkeypatch.setattr(cuda, "available", lambda: by == "cuda")
     g = torch.Generator().manual_seed(0)
     scores = torch.rand(sum(counts), generator=g)
     if values == "few":

@@ -14,7 +14,7 @@ from tests.kernels.gram import gram
 @pytest.mark.parametrize("rows, n", [(1, 1), (3, 40), (70, 33), (20, 130)])
 def test_against_the_activations_themselves(rows, n, monkeypatch):
     module = sys.modules[objective.__module__]
-    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "ROWS_BYTES", 2048)
     monkeypatch.setattr(module, "COLUMNS", 32)
     X = torch.randn(50, n).double()
     W, Q = torch.randn(rows, n).double(), torch.randn(rows, n).double()

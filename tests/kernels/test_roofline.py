@@ -18,6 +18,11 @@ def test_counts() -> None:
     assert roofline.sweep_bytes(rows, n, itemsize=2) == rows * n * (2 + 4) + 4 * len(triangle)
     # A Cholesky of n takes off a product of k columns for the k-th: the sum over k of k (n - k) multiply-adds.
     assert roofline.factor_flops(1000) == pytest.approx(sum(2 * k * (1000 - k) for k in range(1000)), rel=1e-3)
+    assert roofline.cross_flops(tokens, n, rows) == 2 * tokens * n * rows
+    assert roofline.cross_bytes(tokens, n, rows) == 2 * tokens * (n + rows) + 2 * 4 * n * rows
+    assert roofline.refine_flops(rows, n, 3) == 5 * 2 * rows * n * n
+    assert roofline.refine_bytes(rows, n, 3) == 5 * 4 * (n * n + 8 * rows * n)
+    assert roofline.select_bytes(100) == 400
     assert roofline.column_norm_flops(tokens, n) == 2 * tokens * n
     assert roofline.column_norm_bytes(tokens, n) == 2 * tokens * n
 

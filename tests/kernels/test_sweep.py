@@ -255,14 +255,51 @@ def test_any_pattern(rows, groups, pattern, block, kind, seed):
     assert as_good(Q, W, H, 0.5, pattern, max(block // pattern[1], 1) * pattern[1])
 
 
+def added_by_rounding(Q: Tensor, W: Tensor, U: Tensor) -> float:
+    """The share of ‖(W − Q) U‖² that is in weights that stay: without rounding they are where nothing is left."""
+    left = ((W.double() - Q.double()) @ U.triu().double()).square()
+    return float(left[Q != 0].sum() / left.sum())
+
+
+@pytest.mark.skipif("avx512bf16" not in native.info().get("isas", []), reason="needs AVX512-BF16")
+@pytest.mark.parametrize(
+    "kind, damping, pattern, block",
+    [(kind, 0.01, None, 128) for kind in KINDS]
+    + [("low-rank plus noise", 1e-5, None, 128), ("plain", 0.01, (2, 4), 128), ("plain", 0.01, None, 77)],
+)
+def test_bf16_products_add_no_more_than_they_may(kind, damping, pattern, block):
+    W = weights(1100, 600)
+    factor = factor_(gram(kind, 600), damping)
+    W[:, factor.dead] = 0
+    with native.use_isa("avx512bf16"):
+        Q = sweep(W, factor.U, 0.5, pattern, block)
+    with native.use_isa("avx512"):
+        fp32 = sweep(W, factor.U, 0.5, pattern, block)
+    assert added_by_rounding(Q, W, factor.U) < 1e-4
+    assert added_by_rounding(fp32, W, factor.U) < 1e-10
+    if kind == "plain":  # where all of the product may go through bf16
+        assert added_by_rounding(Q, W, factor.U) > 1e-7
+        H = gram(kind, 600)
+        assert objective(W, Q, H) <= 1.001 * objective(W, fp32, H)
+
+
+@pytest.mark.skipif("avx512bf16" not in native.info().get("isas", []), reason="needs AVX512-BF16")
+def test_row_groups_keep_accounts_of_their_own():
+    U = factor_(gram("low-rank plus noise", 600)).U
+    W = torch.cat([weights(900, 600), 1e-3 * weights(70, 600, 1), 1e3 * weights(1000, 600, 2)])
+    stacked = sweep(W, U, 0.5, row_groups=[900, 70, 1000])
+    assert torch.equal(stacked, torch.cat([sweep(part, U, 0.5) for part in W.split([900, 70, 1000])]))
+
+
 @pytest.mark.skipif(not native.available(), reason="needs the native extension")
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_threads_do_not_change_a_bit(pattern):
-    W, U = weights(500, 256), factor_(gram("correlated", 256)).U
+@pytest.mark.parametrize("groups, n", [([90, 410], 256), ([1100, 90], 500)])
+def test_threads_do_not_change_a_bit(pattern, groups, n):
+    W, U = weights(sum(groups), n), factor_(gram("correlated", n)).U
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(sweep(W, U, 0.5, pattern, row_groups=[90, 410]))
+        found.append(sweep(W, U, 0.5, pattern, row_groups=groups))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

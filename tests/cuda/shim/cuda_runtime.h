@@ -1,6 +1,7 @@
 // Enough of CUDA for a host compiler (C++20) to run csrc/cuda as it stands: a thread of a block is a std::thread,
-// __syncthreads and the warp's operations are barriers, shared memory is one buffer a block, atomics are std::atomic_ref. Blocks run one after the other, those of a cooperative launch at once. So sanitizers see, as they would
-// in any program, what the memory model of C++ (CUDA's is built on it) allows and what it does not.
+// __syncthreads and the warp's operations are barriers, shared memory is one buffer a block, atomics are
+// std::atomic_ref. Blocks run one after the other, those of a cooperative launch at once. So sanitizers see, as they
+// would in any program, what the memory model of C++ (CUDA's is built on it) allows and what it does not.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -63,9 +64,9 @@ struct Warp {
 };
 
 struct Block {
-    Block(int threads, size_t bytes) : barrier(threads), shared(bytes ? aligned_alloc(128, (bytes + 127) / 128 * 128) : nullptr) {
+    Block(int threads, size_t bytes) : barrier(threads), shared(aligned_alloc(128, (bytes + 127) / 128 * 128)) {
         memset(shared, 0xff, bytes);  // NaN, and not what another block left
-        for (int first = 0; first < threads; first += 32) warps.push_back(std::make_unique<Warp>(std::min(32, threads - first)));
+        for (int first = 0; first < threads; first += 32) warps.push_back(std::make_unique<Warp>(32));
     }
     Block(const Block&) = delete;
     ~Block() { free(shared); }
@@ -155,15 +156,17 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
     const int threads = static_cast<int>(config->blockDim.x);
     const bool together = config->numAttrs && config->attrs->val.cooperative;
-    if (!config->gridDim.x || config->stream) return cudaErrorInvalidValue;
+    if (!config->gridDim.x || threads % 32 || config->stream) return cudaErrorInvalidValue;
     for (unsigned b = 0; b < config->gridDim.x;) {
         std::vector<std::unique_ptr<shim::Block>> blocks;
         std::vector<std::jthread> running;
         do {
-            shim::Block* block = blocks.emplace_back(std::make_unique<shim::Block>(threads, config->dynamicSmemBytes)).get();
+            blocks.push_back(std::make_unique<shim::Block>(threads, config->dynamicSmemBytes));
+            shim::Block* block = blocks.back().get();
             for (int t = 0; t < threads; ++t)
                 running.emplace_back([=] {
                     shim::block = block;

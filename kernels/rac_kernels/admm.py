@@ -1,0 +1,125 @@
+"""ADMM for the best mask: min tr((Q − W) H (Q − W)ᵀ) with at most k of Q's weights, or N in M, not zero.
+
+Two copies of the weights, V free and Q on a mask, are drawn together by a penalty ρ with multipliers L:
+
+    V ← (H + ρI)⁻¹ (H Wᵀ − Lᵀ + ρ Qᵀ),   Q ← the k largest of V + L/ρ,   L ← L + ρ (V − Q).
+
+H is scaled to a unit diagonal first, so that one ρ suits all columns. ρ starts low, where the mask moves freely, and
+rises faster the more of the mask has moved since the last check; the mask that no longer moves is the result. One
+eigendecomposition of H serves every ρ.
+
+Reference: Meng et al., "ALPS" (NeurIPS 2024, arXiv 2406.07831): ρ from 0.1, a check every 3 steps, ρ times 1.3, 1.2 or
+1.1 where at least 10%, 0.5% or one of k positions changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rac_kernels.pattern import Pattern, parse_pattern
+from rac_kernels.select import mask_by_score
+
+FIRST_PENALTY = 0.1
+CHECK = 3
+SHORT_RANGE = 1.3**9  # of the penalty, from the first to the last step of a short run
+RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
+
+
+def admm(
+    weights: Sequence[Tensor],
+    H: Tensor,
+    sparsity: float = 0.5,
+    pattern: str | Pattern | None = None,
+    steps: int = 300,
+) -> Iterator[tuple[Tensor, int]]:
+    """For each of the `weights` [rows, n], any float dtype, in turn: Q [rows, n] fp32 and the steps it took.
+
+    H: [n, n] fp32 or fp64, full, symmetric and positive definite (damped); read only. Exactly
+    floor(sparsity · rows · n) of each Q are +0.0, compared within the whole matrix, or M − N in each group of M columns
+    with a pattern "N:M". Ends after `steps`, or when no position changed between two checks.
+
+    Raises ValueError for shapes, sparsity or pattern that do not fit.
+    """
+    n = H.shape[0]
+    if H.shape != (n, n) or any(W.ndim != 2 or W.shape[1] != n for W in weights):
+        raise ValueError(f"H {list(H.shape)} must be square and fit weights {[list(W.shape) for W in weights]}")
+    pattern = parse_pattern(pattern)
+    scale = H.diagonal().sqrt()
+    scaled = H / scale / scale[:, None]
+    values, vectors = torch.linalg.eigh(scaled)
+    for W in weights:
+        Q, took = _one(W.to(H.dtype) * scale, scaled, values, vectors, sparsity, pattern, steps)
+        yield (Q / scale).add_(0.0), took
+
+
+def admm_short(
+    W: Tensor,
+    H: Tensor,
+    sparsity: float = 0.5,
+    pattern: str | Pattern | None = None,
+    steps: int = 30,
+    row_groups: Sequence[int] | None = None,
+) -> Tensor:
+    """Q [rows, n] fp32 as by `admm`, by a fixed number of steps and a penalty that rises at a fixed pace.
+
+    ρ grows from 0.1 by 1.3 every 3 steps (at 30 steps; to the same end in fewer), and H + ρI is inverted anew each
+    time, n³ FLOP, so that a step is one product with it and no eigenvectors are needed. ``row_groups``: row counts of
+    matrices stacked in W, each with its own zeros to reach. Other arguments as for `admm`.
+    """
+    n = H.shape[0]
+    if H.shape != (n, n) or W.ndim != 2 or W.shape[1] != n or steps < 1:
+        raise ValueError(f"H {list(H.shape)} must be square and fit W {list(W.shape)}, steps {steps} be at least 1")
+    pattern = parse_pattern(pattern)
+    scale = H.diagonal().sqrt()
+    scaled = H / scale / scale[:, None]
+    W = W.to(H.dtype) * scale
+    groups = [len(W)] if row_groups is None else list(row_groups)
+    pull, penalty = W @ scaled, FIRST_PENALTY
+    growth = SHORT_RANGE ** (1 / max(-(-steps // CHECK) - 1, 1))
+    Q, L = W, torch.zeros_like(W)
+    inverse = torch.empty_like(scaled)
+    for step in range(steps):
+        if step % CHECK == 0:
+            penalty *= growth if step else 1.0
+            inverse.copy_(scaled)
+            inverse.diagonal().add_(penalty)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+        V = (pull - L).add_(Q, alpha=penalty) @ inverse
+        Q = V.add(L, alpha=1 / penalty)
+        for part in Q.split(groups):
+            part.masked_fill_(mask_by_score(part.abs(), sparsity, pattern, per="matrix"), 0)
+        L.add_(V.sub_(Q), alpha=penalty)
+    return (Q / scale).add_(0.0)
+
+
+def _one(
+    W: Tensor, H: Tensor, values: Tensor, vectors: Tensor, sparsity: float, pattern: Pattern | None, steps: int
+) -> tuple[Tensor, int]:
+    def goes(weights: Tensor) -> Tensor:
+        return mask_by_score(weights.abs(), sparsity, pattern, per="matrix")
+
+    pull, penalty = W @ H, FIRST_PENALTY
+    Q, L = W, torch.zeros_like(W)
+    mask = goes(W)
+    kept = max(mask.numel() - int(mask.sum()), 1)
+    for step in range(1, steps + 1):
+        V = _solve(pull - L + penalty * Q, values, vectors, penalty)
+        Q = V + L / penalty
+        new = goes(Q)
+        Q = Q.masked_fill(new, 0)
+        L = L + penalty * (V - Q)
+        if step % CHECK == 0:
+            moved = int((new != mask).sum())
+            if not moved:
+                return Q, step
+            mask = new
+            penalty *= next(factor for share, factor in RAISES if moved >= share * kept)
+    return Q, steps
+
+
+def _solve(A: Tensor, values: Tensor, vectors: Tensor, penalty: float) -> Tensor:
+    """A (H + ρI)⁻¹ by H's eigenvalues and eigenvectors."""
+    return ((A @ vectors) / (values + penalty)) @ vectors.T

@@ -1,0 +1,111 @@
+"""A symmetric matrix from its triangle: what lies above the diagonal copied below it, or back, in place.
+
+The engine keeps one triangle of H; who wants all of it asks here. Bound by memory: a triangle read, one written. On a
+GPU a program transposes one tile, so that both sides are read and written in whole lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rac_kernels import gpu, native
+from rac_kernels.backend import choose
+from rac_kernels.gpu import tl
+
+SIDE = 1024  # of the squares that the reference copies at a time
+
+
+def symmetrize_(H: Tensor, backend: str = "auto") -> Tensor:
+    """Copies the upper triangle of H onto the lower one, in place; returns H.
+
+    H: [n, n], of any dtype and strides for the reference, else fp32 with contiguous rows ("auto" knows). ``backend`` as
+    in `rac_kernels.backend.choose`. Raises ValueError if H is not square or the backend does not take it.
+    """
+    if H.ndim != 2 or H.shape[0] != H.shape[1]:
+        raise ValueError(f"H must be square, not {list(H.shape)}")
+    plain = H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1)
+    if plain and backend not in ("auto", "reference"):
+        raise ValueError(f"backend {backend!r} needs an fp32 H with contiguous rows, not {H.dtype} of {H.stride()}")
+    _mirror_op(H, "reference" if plain else choose(backend, H.device, triton=True))
+    return H
+
+
+@torch.library.custom_op("rac::symmetrize_", mutates_args=("H",))
+def _mirror_op(H: Tensor, backend: str) -> None:
+    mirror(backend)(H, True)
+
+
+@_mirror_op.register_fake
+def _(H: Tensor, backend: str) -> None:
+    return None
+
+
+def mirror(backend: str) -> Callable[[Tensor, bool], bool]:
+    """The backend's f(H, down) -> finite: copies the strictly upper triangle onto the lower one, or (``down`` False)
+    back; False if what is copied, or the diagonal, holds NaN or infinity."""
+    return {"native": mirror_native_, "triton": mirror_triton_}.get(backend, mirror_reference_)
+
+
+def mirror_reference_(H: Tensor, down: bool) -> bool:
+    """In plain torch, for any device, dtype and strides."""
+    source = H if down else H.T
+    n = H.shape[0]
+    finite = True
+    for lo in range(0, n, SIDE):
+        hi = min(lo + SIDE, n)
+        corner, rows = source[lo:hi, lo:hi], source[lo:hi, hi:]
+        upper = corner.triu()
+        corner.copy_(upper + upper.triu(1).T)
+        source[hi:, lo:hi] = rows.T
+        finite = finite and bool(upper.isfinite().all() and rows.isfinite().all())
+    return finite
+
+
+def mirror_native_(H: Tensor, down: bool) -> bool:
+    return native.library().mirror(H.data_ptr(), H.shape[0], H.stride(0), down, native.threads()) == native.DONE
+
+
+@gpu.jit("n")
+def mirror_kernel(H, h_stride, spoilt, n, DOWN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile: transposed onto its opposite. spoilt becomes 1 if it holds NaN or infinity."""
+    row = tl.program_id(0)
+    column = tl.program_id(1)
+    h_stride = tl.cast(h_stride, tl.int64)
+    if row <= column:
+        inside = tl.arange(0, BLOCK)
+        i = row * BLOCK + inside
+        j = column * BLOCK + inside
+        exists = (i < n)[:, None] & (j < n)[None, :]
+        if DOWN:
+            upper = exists & (i[:, None] <= j[None, :])
+            tile = tl.load(H + i[:, None] * h_stride + j[None, :], mask=upper, other=0.0)
+            lower = tl.trans(exists & (i[:, None] < j[None, :]))
+            tl.store(H + j[:, None] * h_stride + i[None, :], tl.trans(tile), mask=lower)
+        else:
+            lower = tl.trans(exists & (i[:, None] <= j[None, :]))
+            tile = tl.load(H + j[:, None] * h_stride + i[None, :], mask=lower, other=0.0)
+            upper = exists & (i[:, None] < j[None, :])
+            tl.store(H + i[:, None] * h_stride + j[None, :], tl.trans(tile), mask=upper)
+        bad = tl.max(tl.max((tl.abs(tile) < float("inf")).to(tl.int32) ^ 1, 1), 0)  # NaN fails every comparison
+        if bad > 0:
+            tl.store(spoilt, 1)
+
+
+BLOCK, WARPS = 64, 8
+
+
+def mirror_triton_(H: Tensor, down: bool) -> bool:
+    """Waits for the device once, to say whether H is finite; not while a CUDA graph is captured, which says True."""
+    spoilt = torch.zeros(1, dtype=torch.int32, device=H.device)
+    tiles = -(-H.shape[0] // BLOCK)
+    if tiles:
+        with torch.cuda.device_of(H):
+            mirror_kernel[(tiles, tiles)](
+                H, H.stride(0), spoilt, H.shape[0], DOWN=down, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )
+    if H.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return not spoilt.item()

@@ -1,0 +1,59 @@
+"""Every kernel once on small odd shapes, for compute-sanitizer: python tests/gpu/small.py
+
+Results are not looked at here; the tests do that. Each tensor is an allocation of its own (torch's cache is turned
+off), so that a read or write beyond one is seen.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
+import torch
+
+from rac_kernels import (
+    column_norm_accumulate_,
+    cross_accumulate_,
+    factor_,
+    hessian_accumulate_,
+    kth_smallest,
+    refine,
+    sweep,
+    symmetrize_,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def main(
+    device: str = "cuda",
+    backend: str = "auto",
+    n: int = 150,
+    tokens: int = 1100,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
+    """On a CPU with backend="triton" Triton's interpreter runs it."""
+    g = torch.Generator(device).manual_seed(0)
+    for dtype in dtypes:
+        X = torch.randn(tokens, n, device=device, generator=g).to(dtype)
+        Y = torch.randn(tokens, n // 2, device=device, generator=g).to(dtype)
+        for weights in (None, torch.rand(tokens, device=device, generator=g)):
+            H = torch.zeros(n, n, device=device)
+            hessian_accumulate_(H, X, weights, backend=backend)
+            cross_accumulate_(torch.zeros(n, n // 2, device=device), X, Y, weights, backend=backend)
+            column_norm_accumulate_(torch.zeros(n, device=device), X, weights, backend=backend)
+    full = symmetrize_(H.clone(), backend=backend)
+    W = torch.randn(37, n, device=device, generator=g)
+    factor = factor_(H, backend=backend)
+    for sparsity, pattern in ((0.5, None), (0.5, "1:3")):
+        Q = sweep(W, factor.U, sparsity, pattern, row_groups=[30, 7], backend=backend)
+        refine(Q, full, W, backend=backend, iterations=3)
+    if backend == "auto":
+        kth_smallest(W.abs().flatten(), 100)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

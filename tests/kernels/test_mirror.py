@@ -1,0 +1,80 @@
+"""symmetrize_: every backend, strides, what lies around; what it refuses; and H's way through torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rac_kernels import cross_accumulate_, hessian_accumulate_, native, refine, symmetrize_
+from rac_kernels.mirror import mirror
+from tests.kernels.backends import CPU_FP32, running
+
+
+@pytest.mark.parametrize("name", CPU_FP32)
+@pytest.mark.parametrize("n", [0, 1, 5, 129, 1100])
+@pytest.mark.parametrize("down", [True, False], ids=["down", "up"])
+def test_mirror(name: str, n: int, down: bool) -> None:
+    whole = torch.full((n + 2, n + 3), torch.nan)
+    H = whole[1 : n + 1, 1 : n + 1].copy_(torch.randn(n, n))
+    kept = H.triu() if down else H.tril()
+    with running(name) as backend:
+        assert mirror(backend)(H, down)
+    assert torch.equal(H, H.T) and torch.equal(H.triu() if down else H.tril(), kept)
+    H.fill_(torch.nan)
+    assert whole.isnan().all()
+
+
+@pytest.mark.parametrize("name", CPU_FP32)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_says_what_is_not_finite(name: str, value: float) -> None:
+    with running(name) as backend:
+        for i, j in ((0, 0), (3, 140), (139, 140)):
+            H = torch.ones(150, 150)
+            H[i, j] = value
+            assert mirror(backend)(H.T.contiguous(), True) == (i != j)
+            assert not mirror(backend)(H, True)
+
+
+def test_any_dtype_and_stride() -> None:
+    H = torch.randn(40, 80, dtype=torch.float64)[:, ::2]
+    upper = H.triu()
+    assert symmetrize_(H) is H and torch.equal(H, upper + upper.triu(1).T)
+
+
+@pytest.mark.parametrize(
+    ("H", "backend", "message"),
+    [
+        (torch.zeros(4, 5), "auto", "square"),
+        (torch.zeros(4), "auto", "square"),
+        (torch.zeros(4, 4).half(), "native", "needs an fp32 H"),
+        (torch.zeros(4, 8)[:, ::2], "triton", "needs an fp32 H"),
+    ],
+)
+def test_refuses(H: Tensor, backend: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        symmetrize_(H, backend)
+
+
+def test_registered_with_torch() -> None:
+    for backend in ("reference", "native") if native.available() else ("reference",):
+        torch.library.opcheck(torch.ops.rac.symmetrize_.default, (torch.randn(5, 5), backend))
+
+
+def test_ops_compose_with_torch_compile() -> None:
+    def calibrate(X: Tensor, Y: Tensor, H: Tensor, C: Tensor) -> Tensor:
+        hessian_accumulate_(H, X * 2)
+        cross_accumulate_(C, X, Y + 1)
+        return symmetrize_(H) @ C
+
+    compiled = torch.compile(calibrate, backend="aot_eager", fullgraph=True)
+    X, Y = torch.randn(30, 12), torch.randn(30, 7)
+    H, C = torch.zeros(12, 12), torch.zeros(12, 7)
+    wanted_H, wanted_C = H.clone(), C.clone()
+    wanted = calibrate(X, Y, wanted_H, wanted_C)
+    torch.testing.assert_close(compiled(X, Y, H, C), wanted)
+    assert torch.equal(H, wanted_H) and torch.equal(C, wanted_C)
+    mask = torch.rand(5, 12) < 0.5
+    solve = torch.compile(lambda T: refine(T * mask, H, T, mask)[0] + 1, backend="aot_eager")
+    T = torch.randn(5, 12)
+    torch.testing.assert_close(solve(T), refine(T * mask, H, T, mask)[0] + 1)

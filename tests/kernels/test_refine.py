@@ -1,0 +1,234 @@
+"""refine: the optimum on the mask, exact or by gradients; nothing ever worse; layouts, storages, edges, refusals."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rac_kernels import factor_, native, objective, refine
+from rac_kernels.pattern import parse_pattern
+from tests.kernels.backends import CPU_FP32, running
+from tests.kernels.gram import KINDS, gram
+
+ROWS, N = 17, 48
+SOLVABLE = [kind for kind in KINDS if kind not in ("rank-deficient", "low-rank plus noise")]
+
+
+@pytest.fixture(params=CPU_FP32)
+def backend(request):
+    with running(request.param) as name:
+        yield name
+
+
+def problem(kind: str, rows: int = ROWS, n: int = N, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """H [n, n], a target [rows, n] and a mask that keeps half of it, in row 3 nothing."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, n, generator=g) < 0.5
+    mask[3:4] = False
+    return gram(kind, n), torch.randn(rows, n, generator=g), mask
+
+
+def best(T: Tensor, mask: Tensor, H: Tensor) -> Tensor:
+    """The optimum of each row in fp64, by least squares on its own equations scaled to a unit diagonal."""
+    Q = torch.zeros(T.shape, dtype=torch.float64)
+    H = H.double()
+    for row, (kept, t) in enumerate(zip(mask, T.double(), strict=True)):
+        S = (kept & (H.diagonal() > 0)).nonzero().flatten()
+        if len(S):
+            scale = H.diagonal()[S].rsqrt()
+            A = scale[:, None] * H[S][:, S] * scale
+            Q[row, S] = scale * torch.linalg.lstsq(A, scale * (t @ H[:, S]), driver="gelsd").solution
+    return Q
+
+
+def row_objectives(T: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    D = T.double() - Q.double()
+    return ((D @ H.double()) * D).sum(1)
+
+
+@pytest.mark.parametrize("method", ["gradients", "exact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_reaches_the_optimum(backend: str, kind: str, method: str) -> None:
+    H, T, mask = problem(kind)
+    Q, how = refine(T * mask, H, T, mask, iterations=300, tolerance=1e-6, method=method, backend=backend)
+    wanted = objective(T, best(T, mask, H), H)
+    slack = 1e-6 if kind in SOLVABLE else 1e-4  # what fp32's products of H leave where H is close to singular
+    assert objective(T, Q, H) <= wanted * (1 + slack) + 1e-6 * objective(T, torch.zeros_like(T), H)
+    assert (Q[~mask] == 0).all() and not (Q.signbit() & (Q == 0)).any()
+    assert how.method == method
+    assert how.after == pytest.approx(objective(T, Q, H), rel=1e-4, abs=1e-6 * how.before)
+    assert how.before == pytest.approx(objective(T, T * mask, H), rel=1e-5)
+    if method == "gradients" and kind in SOLVABLE:
+        assert 1 <= how.iterations < 100 and how.residual < 1e-3
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
+def test_patterns(backend: str, pattern: str) -> None:
+    H, T, _ = problem("correlated")
+    keep, group = parse_pattern(pattern) or (0, 0)
+    mask = torch.zeros(T.shape, dtype=torch.bool).view(ROWS, -1, group)
+    mask.scatter_(2, T.abs().view(ROWS, -1, group).topk(keep).indices, True)
+    mask = mask.view(T.shape)
+    for method in ("gradients", "exact"):
+        Q, _ = refine(T * mask, H, T, method=method, iterations=100, tolerance=1e-6, backend=backend)
+        assert objective(T, Q, H) == pytest.approx(objective(T, best(T, mask, H), H), rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(CPU_FP32),
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(0, 9),
+    n=st.integers(1, 70),
+    iterations=st.integers(0, 12),
+    method=st.sampled_from(["auto", "gradients", "exact"]),
+    start=st.sampled_from(["target", "zero", "noise", "optimum"]),
+)
+def test_never_worse_in_any_row(name, kind, rows, n, iterations, method, start):
+    H, T, mask = problem(kind, rows, n, seed=rows * 100 + n)
+    Q0 = {"target": T, "zero": torch.zeros_like(T), "noise": torch.randn_like(T)}.get(start)
+    Q0 = (best(T, mask, H).float() if Q0 is None else Q0) * mask
+    with running(name) as backend:
+        Q, how = refine(Q0, H, T, mask, iterations=iterations, method=method, tolerance=0, backend=backend)
+    before, after = row_objectives(T, Q0, H), row_objectives(T, Q, H)
+    whole = row_objectives(T, torch.zeros_like(T), H) + before
+    assert (after <= before + 2e-7 * whole).all()
+    assert how.iterations <= iterations and 0 <= how.kept <= rows
+    assert (Q[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("triangle", ["upper", "lower"])
+def test_a_triangle_does_with_the_rest_poisoned(backend: str, triangle: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["rac_kernels.refine"], "SIDE", 20)  # several bands
+    H, T, mask = problem("correlated")
+    nan = torch.full_like(H, torch.nan)
+    poisoned = torch.where(torch.ones(N, N).triu(1).bool(), H, nan)
+    if triangle == "lower":
+        poisoned = torch.where(torch.ones(N, N).tril(-1).bool(), H, nan)
+    arguments: dict[str, Any] = {"triangle": triangle, "diagonal": H.diagonal(), "iterations": 50, "tolerance": 1e-6}
+    for method in ("gradients", "exact"):
+        Q, how = refine(T * mask, poisoned, T, mask, method=method, backend=backend, **arguments)
+        assert how.kept == 1  # the row without weights
+        assert objective(T, Q, H) == pytest.approx(objective(T, best(T, mask, H), H), rel=1e-6)
+
+
+def test_after_the_factor(backend: str) -> None:
+    H, T, mask = problem("dead")
+    factor = factor_(H.clone())
+    Q, _ = refine(
+        T * mask, factor.U, T, mask, triangle="lower", diagonal=factor.diagonal, iterations=60, backend=backend
+    )
+    assert objective(T, Q, H) == pytest.approx(objective(T, best(T, mask, H), H), rel=1e-5)
+    ridge = factor.diagonal + factor.ridge
+    Q, _ = refine(T * mask, factor.U, T, mask, triangle="lower", diagonal=ridge, iterations=60, backend=backend)
+    damped = H + factor.ridge * torch.eye(N)
+    assert objective(T, Q, damped) == pytest.approx(objective(T, best(T, mask, damped), damped), rel=1e-5)
+
+
+def test_dead_columns_keep_their_weights(backend: str) -> None:
+    H, T, mask = problem("dead")
+    dead = H.diagonal() == 0
+    for method in ("gradients", "exact"):
+        Q, _ = refine(T * mask, H, T, mask, method=method, backend=backend)
+        assert dead.any() and torch.equal(Q[:, dead], (T * mask)[:, dead])
+
+
+def test_layouts_and_dtypes(backend: str) -> None:
+    H, T, mask = problem("plain")
+    wanted, _ = refine((T * mask).half(), H, T.bfloat16(), mask, backend=backend)
+
+    def strided(M: Tensor) -> Tensor:
+        whole = torch.full((2 * len(M) + 1, 3 * M.shape[1]), 0, dtype=M.dtype)
+        return whole[1::2, ::3].copy_(M)
+
+    around = torch.full((N + 2, N + 5), torch.nan)
+    view = around[1 : N + 1, 2 : N + 2].copy_(H)
+    before = (T * mask).half()
+    Q0 = strided(before)
+    Q, _ = refine(Q0, view, strided(T.bfloat16()), mask.T.contiguous().T, backend=backend)
+    torch.testing.assert_close(Q, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(Q0, before) and Q.dtype == torch.float32
+
+
+def test_rows_that_meet_nan_keep_what_they_had(backend: str) -> None:
+    H, T, mask = problem("plain")
+    spoilt = T.clone()
+    spoilt[5, 7] = torch.nan
+    for method in ("gradients", "exact"):
+        Q, how = refine(T * mask, H, spoilt, mask, method=method, backend=backend)
+        assert torch.equal(Q[5], (T * mask)[5]) and how.kept == 2
+        others = torch.arange(ROWS) != 5
+        assert (row_objectives(T, Q, H)[others] <= row_objectives(T, T * mask, H)[others]).all()
+
+
+def test_an_indefinite_matrix_does_no_harm(backend: str) -> None:
+    _, T, mask = problem("plain")
+    A = torch.randn(N, N)
+    H = A + A.T
+    Q, _ = refine(T * mask, H, T, mask, iterations=30, backend=backend)
+    assert Q.isfinite().all()
+    assert (row_objectives(T, Q, H) <= row_objectives(T, T * mask, H) + 1e-3).all()
+
+
+def test_stops_when_the_residual_says_so(backend: str) -> None:
+    H, T, mask = problem("correlated")
+    taken = []
+    for tolerance in (1e-1, 1e-2, 1e-4):
+        _, how = refine(T * mask, H, T, mask, iterations=100, tolerance=tolerance, method="gradients", backend=backend)
+        assert how.residual <= 1.05 * tolerance
+        taken.append(how.iterations)
+    assert taken == sorted(set(taken))
+    optimum, _ = refine(T * mask, H, T, mask, iterations=100, tolerance=1e-7, backend=backend)
+    _, how = refine(optimum, H, T, mask, iterations=500, tolerance=0, method="gradients", backend=backend)
+    assert how.iterations < 100  # rounding is not chased
+
+
+def test_the_reference_in_fp64_is_exact() -> None:
+    H, T, mask = problem("correlated")
+    Q, how = refine((T * mask).double(), H.double(), T.double(), mask, iterations=200, tolerance=1e-13)
+    assert Q.dtype == torch.float64
+    torch.testing.assert_close(Q, best(T, mask, H), rtol=1e-9, atol=1e-9)
+    assert how.after < how.before
+
+
+def test_empty(backend: str) -> None:
+    for rows, n in ((0, 5), (3, 0), (0, 0)):
+        Q, how = refine(torch.zeros(rows, n), torch.zeros(n, n), torch.zeros(rows, n), backend=backend)
+        assert Q.shape == (rows, n) and how.before == how.after == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"H": torch.zeros(4, 5)}, "square fp32"),
+        ({"H": torch.zeros(4, 4).half()}, "square fp32"),
+        ({"Q": torch.zeros(3, 5)}, r"\[rows, 4\]"),
+        ({"target": torch.zeros(2, 4)}, r"\[rows, 4\]"),
+        ({"Q": torch.zeros(3, 4).int()}, "floating point"),
+        ({"mask": torch.ones(3, 4)}, "bool"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "bool"),
+        ({"diagonal": torch.ones(3)}, r"diagonal must be \[4\]"),
+        ({"triangle": "left"}, "full, upper, lower"),
+        ({"method": "magic"}, "auto, gradients, exact"),
+        ({"iterations": -1}, "at least 0"),
+        ({"tolerance": torch.nan}, "at least 0"),
+        ({"target": torch.zeros(3, 4, device="meta")}, "H's device"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = {"Q": torch.zeros(3, 4), "H": torch.eye(4), "target": torch.zeros(3, 4)} | change
+    with pytest.raises(ValueError, match=message):
+        refine(**arguments)
+
+
+def test_registered_with_torch() -> None:
+    H, T, mask = problem("plain", 5, 9)
+    for backend in ("reference", "native") if native.available() else ("reference",):
+        arguments = (T * mask, H, T, mask, "lower", H.diagonal().clone(), 5, 1e-3, "gradients", backend)
+        torch.library.opcheck(torch.ops.rac.refine.default, arguments)

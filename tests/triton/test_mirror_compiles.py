@@ -1,0 +1,27 @@
+"""The mirror's kernel compiled for every GPU generation: no spills."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from rac_kernels import mirror
+from tests.triton.compiled import CAPABILITIES, compile_for
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("down", [True, False])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_mirror(aligned: bool, down: bool, capability: int) -> None:
+    found = compile_for(
+        capability,
+        mirror.mirror_kernel,
+        {"H": "*fp32", "h_stride": "i32", "spoilt": "*i32", "n": "i32"},
+        {"DOWN": down, "BLOCK": mirror.BLOCK},
+        ("H", "spoilt", *(("h_stride",) if aligned else ())),
+        num_warps=mirror.WARPS,
+        enable_fp_fusion=True,
+    )
+    assert found.stack == 0
+    assert found.registers * 32 * mirror.WARPS * 4 <= 65536
