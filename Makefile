@@ -10,10 +10,11 @@ PEERS := .venv-peers
 # On a machine with a GPU: the Python that has its PyTorch and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test soak lint bench gpu clean
 help:
 	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
 	@echo "make test    lint, types and the test suite"
+	@echo "make soak    every kill point, random kills and 100,000 hostile inputs: an hour or so"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
 	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
@@ -48,6 +49,9 @@ lint: $(VENV)/.dev
 test: lint
 	$(BIN)/python -m pytest -q
 
+soak: $(VENV)/.dev
+	RAC_SOAK=1 $(BIN)/python -m pytest -q -s tests/faults tests/fuzz
+
 # llm-compressor pins other versions of what the engine uses: it gets a folder of its own.
 $(PEERS)/.ready: $(VENV)/.runtime
 	$(PYTHON) -m venv $(PEERS)
@@ -56,13 +60,10 @@ $(PEERS)/.ready: $(VENV)/.runtime
 	@touch $@
 
 bench: $(PEERS)/.ready
-	PYTHONPATH=kernels $(PEERS)/bin/python benchmarks/kernels.py --out benchmarks/results/kernels-cpu.json
+	PYTHONPATH=kernels $(PEERS)/bin/python benchmarks/kernels.py --record
 
 gpu:
-	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index -e .
-	$(GPU_PYTHON) -m pytest -q --confcutdir=tests/gpu tests/gpu
-	$(GPU_PYTHON) benchmarks/kernels.py --device cuda --columns 3584 8192 18944 --shapes 3584x18944 18944x3584 \
-		--out benchmarks/results/kernels-gpu.json
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(PEERS) build demo-out *.egg-info
