@@ -206,6 +206,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b).sum(1)
 
 
+def _size(a: Tensor, diagonal: Tensor) -> Tensor:
+    """√(Σ a_j² H_jj), row by row, in fp64: [rows]."""
+    return (a.double().square_() @ diagonal.double()).sqrt()
+
+
 def _rows(
     Q: Tensor,
     found: Tensor,
@@ -251,8 +256,12 @@ def _rows(
     symmetric_product(error, system, work)
     after = _dot(error, work)
     R = torch.where(mask, work, 0)
-    # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉.
-    better = _dot(Q - start, first + R) > 0
+    # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉. It has
+    # to exceed what rounding makes of it, each element of r being a sum of n products, |H_ij| ≤ √(H_ii H_jj).
+    moved = Q - start
+    fall = _dot(moved, first + R)
+    spread = _size(moved, system.diagonal) * (_size(target - start, system.diagonal) + _size(error, system.diagonal))
+    better = fall > torch.finfo(Q.dtype).eps * spread
     Q.copy_(torch.where(better[:, None], Q, start))
     R = torch.where(better[:, None], R, first)
     found[:, 0] = counts

@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# The CUDA kernels are no Triton: tests/cuda runs them on the host.
-FILES = sorted(set((ROOT / "tests" / "gpu").glob("test_*.py")) - {ROOT / "tests" / "gpu" / "test_cuda.py"})
+# What is no Triton: the CUDA kernels, which tests/cuda runs on the host, and the driver's streams and pinned memory.
+OTHER = {"test_cuda", "test_activations"}
+FILES = sorted(file for file in (ROOT / "tests" / "gpu").glob("test_*.py") if file.stem not in OTHER)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs on the GPU itself")
