@@ -8,7 +8,7 @@ always the same chunks, so that the same weights give the same bytes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,25 @@ from rac_kernels import column_norm_accumulate_, cross_accumulate_, hessian_accu
 KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
 
+def usable(weights: Tensor | None, *parts: Tensor) -> tuple[list[Tensor], Tensor | None, int]:
+    """The tokens, rows of all `parts` [tokens, …], that count and are finite in each of them.
+
+    Returns their rows of each part, their weights [tokens] fp32 (None: 1 each), and how many others would have counted
+    but hold NaN or Inf somewhere.
+    """
+    good = torch.stack([part.isfinite().all(-1) for part in parts]).all(0)
+    counted = torch.ones_like(good) if weights is None else weights > 0
+    good &= counted
+    count = int(good.sum())
+    dropped = int(counted.sum()) - count
+    if count < len(good):
+        parts = tuple(part[good] for part in parts)
+        weights = None if weights is None else weights[good]
+    if weights is not None and bool((weights == 1).all()):
+        weights = None
+    return list(parts), weights, dropped
+
+
 class Statistic:
     """What a solver wants to know about an input: H = Σ w x xᵀ, or its diagonal only.
 
@@ -39,14 +58,23 @@ class Statistic:
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
         """Count tokens x [tokens, columns], with weights [tokens] fp32 or 1 each."""
-        if weights is not None:
-            counted = weights > 0
-            x, weights = x[counted], weights[counted]
-            weights = None if bool((weights == 1).all()) else weights
-        finite = x.isfinite().all(-1)
-        if not bool(finite.all()):
-            self.dropped += len(x) - int(finite.sum())
-            x, weights = x[finite], None if weights is None else weights[finite]
+        self._count(*usable(weights, x))
+
+    def add_beside(
+        self, match: DenseInputs | DenseOutputs, given: Tensor, others: Sequence[Tensor], weights: Tensor | None
+    ) -> None:
+        """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
+
+        What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either
+        model counts in neither.
+        """
+        (given, *others), weights, dropped = usable(weights, given, *others)
+        self._count([given], weights, dropped)
+        match.add(given, *others, weights=weights)
+
+    def _count(self, parts: Sequence[Tensor], weights: Tensor | None, dropped: int) -> None:
+        (x,) = parts
+        self.dropped += dropped
         self.tokens += len(x)
         if len(x):
             self._accumulate(self.value, x, weights)
@@ -66,8 +94,8 @@ class DenseInputs:
         self.cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.gram = torch.zeros_like(self.cross)
 
-    def add(self, given: Tensor, dense: Tensor, weights: Tensor | None) -> None:
-        """Count tokens: inputs [tokens, columns] of the pruned model and of the dense one."""
+    def add(self, given: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
+        """Count tokens, all of them `usable`: inputs [tokens, columns] of the pruned model and of the dense one."""
         cross_accumulate_(self.cross, given, dense, weights)
         hessian_accumulate_(self.gram, dense, weights)
 
@@ -90,8 +118,8 @@ class DenseOutputs:
     def dense(self) -> float:
         return float(self._squares[1])
 
-    def add(self, given: Tensor, wanted: Tensor, dense: Tensor, weights: Tensor | None) -> None:
-        """Count tokens: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
+    def add(self, given: Tensor, wanted: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
+        """Count tokens, all of them `usable`: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
         cross_accumulate_(self.cross, given, wanted, weights)
         for place, outputs in enumerate((wanted, dense)):
             squares = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).square().double()
@@ -216,21 +244,20 @@ class Stream:
                 block.look(x, chunk, taps)
             else:
                 kept.write(chunk.start, block.inner(x, chunk, taps))
-            for name, statistic in statistics.items():
-                statistic.add(given[name], weights)
             last = matches.get(block.last or "")
             between = _keeping(dense, [name for name in matches if name != block.last])
+            others = dict[str, list[Tensor]]()
             if isinstance(last, DenseOutputs):
                 output = beside.block.output(beside.block.inner(theirs, chunk, between))
                 own = output if beside.block.bias is None else output - beside.block.bias
                 drift = block.missing(original, hidden) if residual else None
-                last.add(given[block.last or ""], own if drift is None else own + drift, own, weights)
+                others[block.last or ""] = [own if drift is None else own + drift, own]
                 beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
             else:
                 beside.block.look(theirs, chunk, between)
-            for name, match in matches.items():
-                if isinstance(match, DenseInputs):
-                    match.add(given[name], dense[name], weights)
+            others |= {name: [x] for name, x in dense.items()}
+            for name, statistic in statistics.items():
+                statistic.add_beside(matches[name], given[name], others[name], weights)
         return kept
 
     def observe_sample(self, block: Block, experts: Mapping[int, tuple[Statistic, float]], count: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from rac_engine.recipe import PruneSettings
 from rac_engine.solve import MatrixResult, Target, prune_matrices
 from rac_engine.solve.matrices import Outputs
 from rac_engine.solve.method import Solution, find_method
+from rac_engine.traces import Sequence
 from rac_engine.verify import verify
 from tests import tiny
 
@@ -179,3 +181,34 @@ def test_few_tokens_are_said_in_the_report(checkpoint: Callable[..., Path], tmp_
     report = prune(checkpoint("qwen2"), tmp_path / "out", wanted, tiny.calibration([1]))
     assert report.matrices[0]["notes"][0] == "1 tokens for 48 inputs: damping alone makes H definite"
     assert verify(tmp_path / "out", checkpoint("qwen2")).problems == []
+
+
+@pytest.mark.parametrize("reconstruct", ["dense", "residual"])
+def test_a_token_that_is_not_finite_counts_nowhere(
+    checkpoint: Callable[..., Path], tmp_path: Path, reconstruct: Any
+) -> None:
+    """Its embedding is Inf, in sequences that no other token is in: all else is as if these were not there."""
+    folder = shutil.copytree(checkpoint("qwen2", dtype=torch.float32), tmp_path / "model")
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"][7, 3] = torch.inf
+            save_file(tensors, file, {"format": "pt"})
+    clean = tiny.calibration((40, 30, 22))
+    ids = [np.where(sequence.token_ids == 7, 8, sequence.token_ids) for sequence in clean.sequences]
+    settings = PruneSettings(method="rac", reconstruct=reconstruct, nonfinite="dense", chunk_tokens=64)
+    found = {}
+    for name in ("without", "counted", "weightless"):
+        weights = np.zeros(1, np.float32) if name == "weightless" else None
+        spoilt = [] if name == "without" else [Sequence(np.array([7]), 0, weights)] * 3
+        sequences = [replace(sequence, token_ids=own) for sequence, own in zip(clean.sequences, ids, strict=True)]
+        sequences += spoilt
+        report = prune(folder, tmp_path / name, settings, replace(clean, sequences=sequences))
+        found[name] = [row for row in report.matrices if "skipped" not in row]
+    assert len(found["without"]) == 21
+    for name in ("counted", "weightless"):
+        for row, expected in zip(found[name], found["without"], strict=True):
+            assert row["objective"] == pytest.approx(expected["objective"], rel=1e-3), row["name"]
+            dropped = [note for note in row["notes"] if "NaN or Inf" in note]
+            assert dropped == (["3 tokens hold NaN or Inf and were left out"] if name == "counted" else [])
+            assert not any("not matched" in note for note in row["notes"])
