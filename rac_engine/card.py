@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from rac_engine.results import Metrics, figure, percent
+from rac_engine.results import Metrics, figure, percent, rule_text
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -19,11 +19,6 @@ METHODS = {
     "wanda": "Wanda",
     "magnitude": "magnitude pruning",
 }
-
-
-def pattern_text(settings: dict[str, Any]) -> str:
-    """`2:4`, or `50% unstructured`."""
-    return settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
 
 
 def code(text: object) -> str:
@@ -49,7 +44,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
         bytes=format_bytes,
         count=format_count,
         seconds=format_seconds,
-        pattern=pattern_text,
+        pattern=rule_text,
         code=code,
         capitalize_first=lambda text: text[:1].upper() + text[1:],
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),

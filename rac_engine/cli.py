@@ -156,8 +156,8 @@ def _fields(parser: argparse.ArgumentParser, title: str, model: type[BaseModel],
     for name in names:
         field = model.model_fields[name]
         kind = _kind(field.annotation)
-        if hasattr(field.default, "model_fields_set"):
-            continue  # a section of its own, in recipes only
+        if hasattr(field.default, "model_fields_set") or hasattr(kind, "model_fields"):
+            continue  # sections of their own, in recipes only
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)

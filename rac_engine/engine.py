@@ -150,6 +150,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
     if settings.order == "layer" and any(model.is_mixture(layer) for layer in range(model.layers)):
         raise BadInput("order: layer is for dense models; a mixture of experts is pruned with order: staged")
     unused, skipped = set(settings.dense), {}
+    unfit = list(settings.overrides)
 
     def naming(*names: str) -> list[str]:
         found = [entry for entry in settings.dense if any(re.fullmatch(entry, name) for name in names)]
@@ -159,18 +160,32 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
     for name in (model.family.embedding, model.family.head):
         naming(name.removesuffix(".weight"))  # dense in any case
     for matrix in (matrix for layer in range(model.layers) for matrix in model.matrices(layer)):
+        own = settings.of(matrix.path, matrix.module)
+        unfit = [override for override in unfit if not override.names(matrix.path, matrix.module)]
         if found := naming(matrix.path, matrix.module):
             skipped[matrix.name] = f"left dense by {found[0]!r}"
-        elif settings.pattern is None and settings.sparsity == 0:
+        elif own.pattern is None and own.sparsity == 0:
             skipped[matrix.name] = "sparsity 0"
-        elif settings.pattern is not None and matrix.columns % parse_pattern(settings.pattern)[1]:
+        elif own.pattern is not None and matrix.columns % parse_pattern(own.pattern)[1]:
             raise BadInput(
-                f"{matrix.path}: its {matrix.columns} columns are no whole groups for pattern {settings.pattern}; "
+                f"{matrix.path}: its {matrix.columns} columns are no whole groups for pattern {own.pattern}; "
                 "choose another pattern, or name the matrix under `dense`"
             )
     if unused:
         raise BadInput(f"dense: {min(unused)!r} names no matrix of this model; `rac plan` lists their names")
+    if unfit:
+        number = settings.overrides.index(unfit[0])
+        raise BadInput(
+            f"overrides.{number}: {', '.join(map(repr, unfit[0].modules))} names no matrix of this model; "
+            "`rac plan` lists their names"
+        )
     return skipped
+
+
+def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
+    """What the settings, overrides included, ask of a matrix."""
+    own = settings.of(matrix.path, matrix.module)
+    return Target(own.sparsity, own.pattern, own.damping, own.block_size)
 
 
 def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
@@ -240,7 +255,6 @@ class _Job:
         self.partial, self.journal, self.progress = partial, journal, progress
         self.memory, self.begun = memory, begun
         self.dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        self.target = Target(settings.sparsity, settings.pattern, settings.damping, settings.block_size)
         self.hessians: int | None = None
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
         self.clock, self.timeline = _Clock(), Timeline()
@@ -407,6 +421,10 @@ class _Job:
         return [
             f"{len(mixtures)} layers with experts: these reconstruct their own layer's output, not the dense model's"
         ]
+
+    def target(self, matrix: Matrix) -> Target:
+        """What is asked of a matrix."""
+        return target_of(self.settings, matrix)
 
     def _wants(self, matrix: Matrix) -> bool:
         return matrix.name not in self.skipped
@@ -589,7 +607,8 @@ class _Layer:
                         outputs = Outputs.of_inputs(match.cross, match.gram, weights)
                     elif match is not None:
                         outputs = Outputs(match.cross, [match.wanted], [match.dense])
-                    results = prune_matrices(weights, known, method, job.target, settings.unseen, outputs)
+                    targets = [job.target(matrix) for matrix in group]
+                    results = prune_matrices(weights, known, method, targets, settings.unseen, outputs)
             except FactorError as error:
                 raise FactorError(f"{group[0].path}: {error}") from None
         seconds = time.monotonic() - began
@@ -652,6 +671,9 @@ class _Layer:
             "seconds": seconds,
             "notes": result.notes,
         }
+        if result.skipped is None:
+            target = self.job.target(matrix)
+            row["target"] = {"sparsity": target.sparsity, "pattern": target.pattern}
         if matrix.group.expert is not None:
             row["expert"] = matrix.group.expert
         if matrix.tensor != matrix.name:

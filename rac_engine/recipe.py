@@ -150,6 +150,35 @@ class ExpertSettings(Settings):
     )
 
 
+class Override(Settings):
+    """What is asked of some matrices otherwise than of the others. A sparsity lifts the pattern, and a pattern sets
+    the sparsity; what is not given stays as it is elsewhere."""
+
+    modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    pattern: Pattern | None = None
+    damping: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("modules"), str):
+            return {**data, "modules": [data["modules"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.sparsity is None and self.pattern is None and self.damping is None:
+            raise ValueError("give a sparsity, a pattern or a damping")
+        if self.pattern is not None and self.sparsity is not None:
+            raise ValueError("a pattern sets the sparsity; give one of them")
+        return self
+
+    def names(self, *names: str) -> bool:
+        """Whether it is for the matrix that is called any of these."""
+        return any(re.fullmatch(entry, name) for entry in self.modules for name in names)
+
+
 class PruneSettings(Settings):
     """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
 
@@ -176,6 +205,9 @@ class PruneSettings(Settings):
     )
     dense: list[ModuleName] = Field(
         default=[], description="modules left dense, by name or regular expression; may be repeated"
+    )
+    overrides: list[Override] = Field(
+        default=[], description="other sparsities, patterns or dampings by module; of several that fit, the last wins"
     )
     unseen: Literal["dense", "magnitude"] = Field(
         default="dense", description="what becomes of a matrix that saw no calibration token"
@@ -216,6 +248,21 @@ class PruneSettings(Settings):
             if self.method in ("wanda", "magnitude"):
                 raise ValueError(f"reconstruct: {self.reconstruct} needs a method with a Hessian, not {self.method}")
         return self
+
+    def of(self, *names: str) -> PruneSettings:
+        """The settings for the matrix that is called any of these, by the overrides."""
+        changed: dict[str, Any] = {}
+        for override in self.overrides:
+            if not override.names(*names):
+                continue
+            if override.sparsity is not None:
+                changed |= {"sparsity": override.sparsity, "pattern": None}
+            elif override.pattern is not None:
+                n, m = parse_pattern(override.pattern)
+                changed |= {"sparsity": 1 - n / m, "pattern": override.pattern}
+            if override.damping is not None:
+                changed["damping"] = override.damping
+        return self.model_copy(update=changed) if changed else self
 
     @property
     def reconstructs(self) -> Literal["residual", "dense", "layer"]:

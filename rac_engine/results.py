@@ -36,6 +36,13 @@ def figure(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def rule_text(settings: dict[str, Any]) -> str:
+    """`2:4`, or `50% unstructured`, and whether some matrices are pruned by another rule."""
+    rule = settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
+    count = len(settings.get("overrides") or ())
+    return rule + (f", {count} override{'s' if count > 1 else ''}" if count else "")
+
+
 @dataclass(frozen=True)
 class Metrics:
     """metrics.jsonl: the run (versions, model, calibration, settings), an object a matrix, and how it ended."""

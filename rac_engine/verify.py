@@ -18,7 +18,7 @@ from rac_engine.errors import BadInput
 from rac_engine.journal import records_of
 from rac_engine.models import Model
 from rac_engine.recipe import load_recipe, parse_pattern
-from rac_engine.results import JOURNAL, MANIFEST, RAC, Metrics, load_metrics, percent, read_json
+from rac_engine.results import JOURNAL, MANIFEST, RAC, Metrics, load_metrics, percent, read_json, rule_text
 
 # What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
@@ -170,14 +170,20 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
             result.problems.append(f"{matrix.name}: pruned, though the recipe leaves it dense")
         elif not named and str(row.get("skipped", "")).startswith("left dense by"):
             result.problems.append(f"{matrix.name}: left dense, though the recipe does not name it")
+        elif "target" in row:
+            own, asked = recipe.prune.of(matrix.path, matrix.module), target_of(row, settings)
+            if asked != {"sparsity": own.sparsity, "pattern": own.pattern}:
+                result.problems.append(
+                    f"{matrix.name}: pruned to {rule_text(asked)}, the recipe says "
+                    f"{rule_text(own.model_dump(include={'sparsity', 'pattern'}))}"
+                )
 
 
 def _check_tensors(
     checkpoint: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
 ) -> None:
     settings = metrics.run.get("settings", {})
-    pattern = settings.get("pattern")
-    result.rule = pattern or f"{percent(settings.get('sparsity'))} unstructured"
+    result.rule = rule_text(settings)
     pruned: dict[str, list[dict[str, Any]]] = {}
     for matrix in metrics.pruned:
         pruned.setdefault(matrix.get("tensor", matrix["name"]), []).append(matrix)
@@ -194,7 +200,8 @@ def _check_tensors(
         result.tensors += 1
         matrices = pruned.get(name, [])
         stacked = [matrix for matrix in matrices if "tensor" in matrix]
-        tally, finite, digest = _Tally(pattern), True, hashlib.sha256()
+        asked = [target_of(matrix, settings) for matrix in matrices]
+        tally, finite, digest = _Tally(asked[0]["pattern"] if asked else None), True, hashlib.sha256()
         for piece in _pieces(checkpoint, info):
             digest.update(_bits(piece).numpy().data)
             if info.dtype.is_floating_point:
@@ -205,11 +212,12 @@ def _check_tensors(
             result.problems.append(f"{name}: its SHA-256 is not the journal's: it is not what the job wrote")
         if not finite and (matrices or not dense):
             result.problems.append(f"{name}: holds NaN or Inf")
-        for matrix in matrices:
+        for matrix, target in zip(matrices, asked, strict=True):
             if stacked:  # in one tensor with those of other experts, the other way about
-                expert, tally = int(matrix["expert"]), _Tally(pattern)
+                expert, tally = int(matrix["expert"]), _Tally(target["pattern"])
                 tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
-            _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, settings, result)
+            block_size = int(settings.get("block_size", matrix["columns"]))
+            _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, target, block_size, result)
 
 
 @dataclass
@@ -229,7 +237,12 @@ class _Tally:
 
 
 def _check_matrix(
-    shape: tuple[int, ...], matrix: dict[str, Any], tally: _Tally, settings: dict[str, Any], result: Verification
+    shape: tuple[int, ...],
+    matrix: dict[str, Any],
+    tally: _Tally,
+    target: dict[str, Any],
+    block_size: int,
+    result: Verification,
 ) -> None:
     name, rows, columns = matrix["name"], matrix["rows"], matrix["columns"]
     result.matrices += 1
@@ -244,17 +257,22 @@ def _check_matrix(
         result.problems.append(f"{name}: has −0.0 among its zeros")
     if not tally.fits:
         result.problems.append(f"{name}: breaks the pattern {tally.pattern}")
-    if tally.zeros < _least_zeros(settings, rows, columns):
+    if tally.zeros < _least_zeros(target, block_size, rows, columns):
         result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
 
 
-def _least_zeros(settings: dict[str, Any], rows: int, columns: int) -> int:
-    """Zeros that the recipe leads to at least: solvers round down, by row or by block of columns."""
-    if settings.get("pattern"):
-        n, m = parse_pattern(settings["pattern"])
+def target_of(matrix: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Sparsity and pattern asked of a matrix, by its row of metrics.jsonl."""
+    found = matrix.get("target") or settings
+    return {"sparsity": float(found.get("sparsity") or 0), "pattern": found.get("pattern")}
+
+
+def _least_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int) -> int:
+    """Zeros that the target leads to at least: solvers round down, by row or by block of columns."""
+    if target["pattern"]:
+        n, m = parse_pattern(target["pattern"])
         return rows * (columns // m) * (m - n)
-    blocks = -(-columns // int(settings.get("block_size", columns)))
-    return int(float(settings.get("sparsity", 0)) * rows * columns) - max(rows, blocks)
+    return int(target["sparsity"] * rows * columns) - max(rows, -(-columns // block_size))
 
 
 def _fits(piece: torch.Tensor, n: int, m: int) -> bool:

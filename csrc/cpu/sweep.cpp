@@ -402,6 +402,15 @@ struct Rounded {
 };
 #endif
 
+// How many of `count` weights go: the largest whole number whose share of them, as a double, is within the sparsity
+// (rac_kernels.pattern.zeros_of has the same rule).
+inline int64_t zeros_of(double sparsity, int64_t count) {
+    const double all = static_cast<double>(count);
+    const int64_t k = min_of(max_of<int64_t>(static_cast<int64_t>(sparsity * all), 0), count);
+    if (k < count && static_cast<double>(k + 1) / all <= sparsity) return k + 1;
+    return k && static_cast<double>(k) / all > sparsity ? k - 1 : k;
+}
+
 }  // namespace
 
 rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n, int64_t w_stride, const float* U, int64_t u_stride,
@@ -503,7 +512,7 @@ rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n,
         });
         for (int64_t g = 0, t = 0; g < row_group_count; ++g) {
             const int64_t own_tiles = ceil_div(row_groups[g], kTile), weights = row_groups[g] * width;
-            const int64_t k = static_cast<int64_t>(sparsity * static_cast<double>(weights));
+            const int64_t k = zeros_of(sparsity, weights);
             const int32_t* from = scores.data + t * width * kTile;
             int32_t* left = budget.data + t * kTile;
             bounds.data[g] = -1;

@@ -33,6 +33,18 @@ def check_pattern_fits(pattern: Pattern, columns: int) -> None:
         )
 
 
+def zeros_of(sparsity: float, count: int) -> int:
+    """How many of `count` weights go: the largest whole number whose share of them, as a double, is within `sparsity`.
+
+    That is floor(sparsity · count) of the number that was written: of .29 the product with 100 is 28.999…, but 29 go.
+    For a share k/count that was worked out before it is k again.
+    """
+    k = min(max(int(sparsity * count), 0), count)
+    if k < count and (k + 1) / count <= sparsity:
+        return k + 1
+    return k - 1 if k and k / count > sparsity else k
+
+
 def check_sparsity(sparsity: float) -> None:
     """Raises ValueError unless 0 <= sparsity <= 1 (NaN included)."""
     if not 0 <= sparsity <= 1:

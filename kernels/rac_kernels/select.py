@@ -11,7 +11,7 @@ from torch import Tensor
 from rac_kernels import cuda, gpu, native
 from rac_kernels.backend import choose
 from rac_kernels.gpu import tl
-from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern
+from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 
 
 def kth_smallest(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
@@ -95,8 +95,8 @@ def mask_by_score(
         check_pattern_fits(parsed, n)
         return smallest_per_group(scores, parsed)
     if per == "row":
-        return smallest_per_row(scores, int(sparsity * n))
-    return smallest(scores, int(sparsity * scores.numel()))
+        return smallest_per_row(scores, zeros_of(sparsity, n))
+    return smallest(scores, zeros_of(sparsity, scores.numel()))
 
 
 # Selection on a GPU, for the sweep: radix on the bit patterns, which for non-negative floats are in the floats' order.

@@ -22,7 +22,7 @@ from torch import Tensor
 from rac_kernels import gpu, native
 from rac_kernels.backend import choose
 from rac_kernels.gpu import tl
-from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern
+from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 from rac_kernels.product import COLUMNS, invert, product
 from rac_kernels.select import Selection, smallest, smallest_per_group
 
@@ -181,7 +181,7 @@ def _reference(
         if not group:
             scores = _scores(block, pull, corner)
             for some, mask in zip(scores.split(row_groups), prune.split(row_groups), strict=True):
-                mask.copy_(smallest(some, int(sparsity * some.numel())))
+                mask.copy_(smallest(some, zeros_of(sparsity, some.numel())))
         for j in range(hi - lo):
             if group and j % group == 0:
                 now = slice(j, j + group)
@@ -418,7 +418,7 @@ def _triton(
                 continue
             score_kernel[(tiles,)](D, Q, *moved, scores, *block, len(pulls), STEP=STEP, **TILE, **fixed)
             counts = [count * width for count in row_groups]
-            selection.run(scores, counts, [int(sparsity * count) for count in counts])
+            selection.run(scores, counts, [zeros_of(sparsity, count) for count in counts])
             found = (selection.thresholds, selection.last)
             threshold_kernel[(walks,)](D, Q, inverse, scores, *found, *tables, *block, **WALK, **fixed)
     return Q

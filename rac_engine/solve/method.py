@@ -40,7 +40,9 @@ class Gram:
         """H + λI = U Uᵀ, U in the upper triangle and H in the strictly lower one (see `rac_kernels.Factor`)."""
         if self._factor is None or self._asked != damping:
             if self._factor is not None:
-                self._H = self.upper().contiguous()
+                self.upper()
+            # What `upper` has left is transposed: its rows are no longer contiguous.
+            self._H = self._H.contiguous()
             self._factor, self._asked = factor_(self._H, damping), damping
         return self._factor
 

@@ -298,6 +298,11 @@ def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
     [
         ({"pattern": "1:3", "block_size": 126}, r"layers\.0\.mlp\.down_proj: its 80 columns are no whole groups"),
         ({"dense": ["self_atn.*"]}, "'self_atn.*' names no matrix"),
+        (
+            {"overrides": [{"modules": "mlp.*", "sparsity": 0.6}, {"modules": ["mlp_.*"], "damping": 0.1}]},
+            r"overrides\.1: 'mlp_",
+        ),
+        ({"overrides": [{"modules": "mlp.*", "pattern": "1:7"}]}, "no whole groups for pattern 1:7"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(
@@ -306,6 +311,34 @@ def test_settings_that_do_not_fit_the_model(
     with pytest.raises(BadInput, match=message):
         prune(checkpoint("qwen2"), tmp_path / "out", settings(**changes), tiny.calibration())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["rac", "sparsegpt", "wanda", "magnitude"])
+def test_overrides_prune_some_matrices_otherwise(checkpoint: Make, tmp_path: Path, method: str) -> None:
+    """Of those that share an input too; the last that fits a matrix wins."""
+    overrides = [
+        {"modules": ".*(q|down)_proj", "sparsity": 0.75},
+        {"modules": ["self_attn.v_proj"], "pattern": "2:4"},
+        {"modules": r".*layers\.1\.mlp\.down_proj", "sparsity": 0.25, "damping": 0.1},
+        {"modules": r".*layers\.2\.self_attn.*", "sparsity": 0},
+    ]
+    wanted = settings(method=method, sparsity=0.5, overrides=overrides)
+    report = prune(checkpoint("qwen2"), tmp_path / "out", wanted, tiny.calibration())
+    for row in report.matrices:
+        layer, module = row["layer"], row["module"]
+        if layer == 2 and module.startswith("self_attn"):
+            assert row["skipped"] == "sparsity 0"
+            continue
+        share = 0.75 if module.endswith(("q_proj", "down_proj")) else 0.5
+        if layer == 1 and module == "mlp.down_proj":
+            share = 0.25
+        assert row["sparsity"] == pytest.approx(share, abs=0.01)
+        assert row["target"] == {"sparsity": share, "pattern": "2:4" if module == "self_attn.v_proj" else None}
+        if method in ("rac", "sparsegpt"):
+            assert row["damping"] == (0.1 if share == 0.25 else 0.01)
+    assert verify(tmp_path / "out", checkpoint("qwen2")).problems == []
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "50% unstructured, 4 overrides" in card
 
 
 def test_dense_may_name_what_is_dense_anyway(checkpoint: Make, tmp_path: Path) -> None:

@@ -164,3 +164,36 @@ def test_any_structure_is_a_recipe_or_a_one_line_error(tmp_path_factory, value):
         assert isinstance(load_recipe(path), Recipe)
     except BadInput as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"modules": "mlp.*"}, "give a sparsity, a pattern or a damping"),
+        ({"modules": "mlp.*", "sparsity": 0.3, "pattern": "2:4"}, "a pattern sets the sparsity"),
+        ({"modules": "(", "sparsity": 0.3}, "not a valid regular expression"),
+        ({"modules": [], "sparsity": 0.3}, "at least 1"),
+        ({"modules": "mlp.*", "sparsity": 1.0}, "less than 1"),
+        ({"modules": "mlp.*", "sparsety": 0.3}, "did you mean 'sparsity'"),
+    ],
+)
+def test_an_override_that_means_nothing_is_one_line(override, said):
+    with pytest.raises(BadInput, match=said) as caught:
+        build(PruneSettings, {"overrides": [override]})
+    assert str(caught.value).startswith("overrides.0")
+
+
+def test_of_several_overrides_the_last_wins():
+    settings = build(
+        PruneSettings,
+        {
+            "pattern": "2:4",
+            "overrides": [
+                {"modules": "a.*", "sparsity": 0.3, "damping": 0.5},
+                {"modules": ["x", "ab"], "pattern": "1:4"},
+            ],
+        },
+    )
+    assert (settings.of("b").pattern, settings.of("b").sparsity) == ("2:4", 0.5)
+    assert (settings.of("a").pattern, settings.of("a").sparsity) == (None, 0.3)
+    assert (settings.of("ab").pattern, settings.of("ab").sparsity, settings.of("ab").damping) == ("1:4", 0.75, 0.5)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_engine.errors import BadInput
-from rac_engine.solve import METHODS, Target, prune_matrices, prune_matrix
+from rac_engine.solve import METHODS, Gram, Target, prune_matrices, prune_matrix
 
 
 @pytest.fixture
@@ -139,3 +139,26 @@ def test_what_does_not_fit_is_refused(problem: tuple[Tensor, Tensor]) -> None:
         prune_matrix(W, H, pattern="2:5")
     with pytest.raises(ValueError, match="sparsity"):
         prune_matrix(W, H, sparsity=1.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("damping", [0.01, 0.2])
+def test_matrices_of_one_input_may_each_have_a_target_of_their_own(
+    problem: tuple[Tensor, Tensor], method: str, damping: float
+) -> None:
+    W, H = problem
+    parts = [W[:10], W[10:14], W[14:]]
+    targets = [Target(0.6), Target(0.5, "2:4", damping), Target(0.6)]
+    statistic = {"hessian": H.clone(), "norms": H.diagonal().clone(), "nothing": None}[METHODS[method].needs]
+    together = prune_matrices(parts, statistic, method, targets)
+    for part, target, result in zip(parts, targets, together, strict=True):
+        alone = prune_matrix(part, H, method, target.sparsity, target.pattern, target.damping)
+        assert result.zeros == alone.zeros
+        torch.testing.assert_close(result.weight, alone.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_factor_can_be_made_again_of_what_was_given_back(problem: tuple[Tensor, Tensor]) -> None:
+    gram = Gram(problem[1].clone())
+    first = gram.factor(0.01).U.triu().clone()
+    assert torch.allclose(gram.upper().triu(), problem[1].triu())
+    assert torch.allclose(gram.factor(0.01).U.triu(), first)

@@ -13,7 +13,7 @@ import torch
 from rac_engine.checkpoint import INDEX, Checkpoint, write_manifest
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput
-from rac_engine.recipe import PruneSettings
+from rac_engine.recipe import Override, PruneSettings
 from rac_engine.verify import _fits, verify
 from tests import tiny
 
@@ -184,12 +184,24 @@ def test_a_folder_that_is_no_output_is_bad_input(checkpoint):
         PruneSettings(method="wanda", pattern="4:8"),
         PruneSettings(method="magnitude", sparsity=0.05),
         PruneSettings(sparsity=0.0),
+        PruneSettings(
+            overrides=[Override(modules=["mlp.*"], pattern="1:4"), Override(modules=[".*up_proj"], sparsity=0.1)]
+        ),
     ],
     ids=lambda settings: f"{settings.method}-{settings.pattern or settings.sparsity}",
 )
 def test_what_every_method_makes_passes(checkpoint, tmp_path, settings):
     made = prune(checkpoint(), tmp_path / "out", settings, tiny.calibration([40, 30, 20])).out
     assert verify(made, checkpoint()).problems == []
+
+
+def test_a_target_that_the_recipe_does_not_ask_for_is_named(out):
+    def change(line):
+        if line.get("name") == "model.layers.0.mlp.up_proj.weight":
+            line["target"]["pattern"] = "3:4"
+
+    _metrics(out, change)
+    assert any("pruned to 3:4, the recipe says 2:4" in problem for problem in verify(out).problems)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rac_kernels import kth_smallest, mask_by_score
+from rac_kernels.pattern import zeros_of
 from tests.kernels.backends import CPU_FP32, running
 
 
@@ -73,7 +74,7 @@ def test_masks_hold_the_smallest_and_the_first(values, sparsity, per):
     scores = torch.from_numpy(values)
     mask = mask_by_score(scores, sparsity, per=per)
     flat = scores.reshape(1, -1) if per == "matrix" else scores
-    k = int(sparsity * flat.shape[1])
+    k = zeros_of(sparsity, flat.shape[1])
     expected = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.sort(dim=1, stable=True).indices[:, :k], True)
     assert torch.equal(mask, expected.view_as(scores))
 
@@ -126,3 +127,17 @@ def test_arguments_that_cannot_be_meant(arguments, message):
         mask_by_score(torch.zeros(2, 8), **arguments)
     with pytest.raises(ValueError, match="NaN"):
         mask_by_score(torch.full((2, 8), torch.nan))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 1 << 40), st.data())
+def test_a_share_gives_back_the_count_it_was_made_of(count, data):
+    k = data.draw(st.integers(0, count))
+    assert zeros_of(k / count, count) == k
+
+
+@pytest.mark.parametrize("count", [100, 1000, 49_152])
+def test_counts_are_of_the_decimal_number_that_was_written(count):
+    """int(.29 * 100) is 28."""
+    for hundredths in range(101):
+        assert zeros_of(hundredths / 100, count) == hundredths * count // 100

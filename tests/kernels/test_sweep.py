@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_kernels import factor_, native, objective, sweep
-from tests.kernels.backends import CPU_FP32, running
+from tests.kernels.backends import CPU, CPU_FP32, running
 from tests.kernels.gram import KINDS, gram
 from tests.kernels.textbook import sparsegpt
 
@@ -307,3 +307,11 @@ def test_registered_op():
     torch.library.opcheck(
         torch.ops.rac.sweep, (weights(9, 20), factor_(gram("plain", 20)).U, None, 0.5, 0, 0, 128, [9], "reference")
     )
+
+
+def test_floors_are_of_the_number_that_was_written():
+    """.29 of 100 weights are 29, though .29 · 100 is 28.999… in floating point."""
+    W, U = torch.randn(10, 10, generator=torch.Generator().manual_seed(0)), torch.eye(10)
+    for backend in CPU:
+        with running(backend) as name:
+            assert int((sweep(W, U, 0.29, block_size=10, backend=name) == 0).sum()) == 29
