@@ -24,12 +24,14 @@ from rac_engine.decode import Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, held
-from rac_engine.prompts import Messages, messages_of, read_jsonl, render
+from rac_engine.prompts import Messages, question_of, read_jsonl, render
 from rac_engine.recipe import EvalSettings
+from rac_engine.results import load_evaluation
 
 _GROUP = 256  # answers between two entries of the journal, at least
 
-_MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?\s*:)\s*(.+)", re.IGNORECASE)
+_MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?[\s*]*:)[\s*]*(.+)", re.IGNORECASE)
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
 
 
@@ -69,7 +71,7 @@ def load_problems(path: Path) -> list[Problem]:
         ids.add(name)
         kind = record.get("kind")
         problems.append(
-            Problem(name, messages_of(record, where), str(answer).strip(), None if kind is None else str(kind))
+            Problem(name, question_of(record, where), str(answer).strip(), None if kind is None else str(kind))
         )
     if not problems:
         raise BadInput(f"{path}: holds no problem")
@@ -83,7 +85,7 @@ def extract_answer(text: str) -> str | None:
     if boxed is not None:
         return boxed
     marked = _MARKED.findall(said)
-    return marked[-1].strip().rstrip(".") if marked else None
+    return marked[-1].strip("* \t\r").rstrip(".* ") if marked else None
 
 
 def same_answer(expected: str, given: str | None) -> bool:
@@ -135,7 +137,8 @@ def evaluate(
     if out.exists():
         raise BadInput(f"{out}: exists; choose another file, or remove it")
     problems = load_problems(settings.problems)[: settings.limit]
-    earlier = None if baseline is None else _load_results(Path(baseline))
+    digest = _digest(problems)
+    earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
     decoder = Decoder(model, device)
     asked = [(problem, sample) for problem in problems for sample in range(settings.samples)]
     requests = [
@@ -167,7 +170,7 @@ def evaluate(
         summary = summarize(rows) | {"seconds": seconds}
         comparison = None if earlier is None else compare(rows, earlier, str(baseline))
         result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
-        text = json.dumps({**result, "model": str(model), "rows": rows}, indent=1) + "\n"
+        text = json.dumps({**result, "model": str(model), "problems_sha256": digest, "rows": rows}, indent=1) + "\n"
         with disk_errors(out):
             replace_file(out, text.encode())
             faults.unlink(partial)
@@ -193,7 +196,9 @@ def _answers(
             part = requests[first : first + group]
             done = list(decoder.decode(part, sampling, settings.batch_size, progress))
             for (problem, _), completion in zip(asked[first : first + group], done, strict=True):
-                text = decoder.tokenizer.decode(completion.token_ids, skip_special_tokens=False)
+                # The token that stopped it is no part of what was said; the other special ones, such as </think>, are.
+                said = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
+                text = decoder.tokenizer.decode(said, skip_special_tokens=False)
                 rows.append(_row(problem, text, len(completion.token_ids), completion.finish))
             spent = time.monotonic() - began
             seconds += spent
@@ -227,8 +232,6 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """These answers against `earlier` ones to the same problems: who solved what the other did not, and lengths."""
-    if [(row["id"], row["answer"]) for row in rows] != [(row.get("id"), row.get("answer")) for row in earlier]:
-        raise BadInput(f"{name}: answers other problems than these; evaluate both models on the same file and settings")
     lost = sum(old["correct"] and not new["correct"] for new, old in zip(rows, earlier, strict=True))
     gained = sum(new["correct"] and not old["correct"] for new, old in zip(rows, earlier, strict=True))
     return {
@@ -254,30 +257,43 @@ def _row(problem: Problem, text: str, tokens: int, finish: str | None) -> dict[s
     }
 
 
-def _load_results(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_bytes())["rows"]
-        if all(isinstance(row["tokens"], int) and isinstance(row["correct"], bool) for row in rows):
-            return list(rows)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; give the file that `rac eval --out` wrote") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise BadInput(f"{path}: no results of `rac eval`")
+def _digest(problems: list[Problem]) -> str:
+    """SHA-256 of what is asked, and of what the right answers are."""
+    asked = [(problem.id, problem.messages, problem.answer) for problem in problems]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str, Any]]:
+    """The answers in a file of results. Raises `BadInput` unless they were sampled as these are going to be.
+
+    The number of answers decoded together changes none of them.
+    """
+    found = load_evaluation(path)
+    if found.get("problems_sha256") != digest:
+        raise BadInput(f"{path}: answers other problems than these; evaluate both models on the same problems")
+    then, now = found.get("settings", {}), settings.model_dump(mode="json")
+    for name in ("samples", "max_new_tokens", "temperature", "top_p", "seed"):
+        if then.get(name) != now[name]:
+            raise BadInput(
+                f"{path}: was sampled with another {name}: {then.get(name)!r}, now {now[name]!r}; evaluate both models "
+                "with the same settings"
+            )
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
 
 
 def _last_boxed(text: str) -> str | None:
     """What the last complete `\\boxed{…}` holds, braces within it balanced."""
-    found, at = None, 0
-    while (at := text.find("\\boxed{", at)) >= 0:
-        at += len("\\boxed{")
-        depth = 1
-        for end in range(at, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                found = text[at:end].strip()
-                break
-    return found
+    begun: list[int] = []  # where the braces that are open here begin to hold something, boxes among them
+    boxes, last = set[int](), (-1, -1)
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            begun.append(brace.end())
+            if len(brace[0]) > 1:
+                boxes.add(brace.end())
+        elif begun and (start := begun.pop()) in boxes and start > last[0]:
+            last = start, brace.start()
+    return None if last[0] < 0 else text[slice(*last)].strip()
 
 
 def _number(text: str) -> Fraction | None:

@@ -42,11 +42,27 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise BadInput(f"{path}: {error.strerror}; give a JSONL file") from None
 
 
+def question_of(record: dict[str, Any], where: str) -> Messages:
+    """The conversation that a model is to answer: `problem` or `prompt`, else `messages` up to the last user's turn.
+
+    A record may hold the answer too (OpenR1-Math-220k gives `problem`, `answer`, and `messages` with a solution): the
+    model must not be shown it. Raises `BadInput` for a conversation of which nothing else is left.
+    """
+    if record.get("problem") is not None or record.get("prompt") is not None:
+        record = {key: record.get(key) for key in ("problem", "prompt")}
+    messages = messages_of(record, where)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise BadInput(f"{where}: the conversation asks nothing: all of it is the assistant's; give a user's message")
+    return messages
+
+
 def messages_of(record: dict[str, Any], where: str) -> Messages:
     """The conversation that a record asks to continue: its `messages`, else its `problem` or `prompt` as the user's."""
     messages = record.get("messages")
     if messages is None:
-        text = record.get("problem", record.get("prompt"))
+        text = record["problem"] if record.get("problem") is not None else record.get("prompt")
         if isinstance(text, list):
             messages = text
         elif isinstance(text, str) and text.strip():

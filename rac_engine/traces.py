@@ -38,7 +38,15 @@ from rac_engine.decode import Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal
-from rac_engine.prompts import Messages, messages_of, read_jsonl, render, template_sha256, tokenizer_sha256
+from rac_engine.prompts import (
+    Messages,
+    messages_of,
+    question_of,
+    read_jsonl,
+    render,
+    template_sha256,
+    tokenizer_sha256,
+)
 from rac_engine.recipe import TEXT_PREFIX, TraceSettings
 from rac_engine.sizes import format_bytes, format_count
 
@@ -139,7 +147,7 @@ def load_prompts(path: Path) -> list[Prompt]:
         if name in ids:
             raise BadInput(f"{where}: id {name!r} is there twice")
         ids.add(name)
-        prompts.append(Prompt(name, messages_of(record, where)))
+        prompts.append(Prompt(name, question_of(record, where)))
     if not prompts:
         raise BadInput(f"{path}: holds no prompt")
     return prompts

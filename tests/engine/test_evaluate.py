@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rac_engine.decode import Completion, Decoder
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.evaluate import evaluate, extract_answer, load_problems, mcnemar, same_answer, summarize, wilson
 from rac_engine.recipe import EvalSettings
@@ -27,6 +31,11 @@ PROBLEMS = ABACUS.parent / "problems/evaluation.jsonl"
         ("Answer: x\nanswer: y", "y"),
         (r"<think>\boxed{1}</think>no idea", None),
         ("", None),
+        ("**Answer:** 12", "12"),
+        ("**Answer**: **12**", "12"),
+        ("The answer is:\n12.\n", "12"),
+        (r"\boxed{a \boxed{b} {c}} }", "b"),
+        (r"} \boxed{{1} {2}", None),
     ],
 )
 def test_extract_answer(text: str, answer: str | None) -> None:
@@ -51,6 +60,25 @@ def test_extract_answer(text: str, answer: str | None) -> None:
 )
 def test_same_answer(expected: str, given: str | None, same: bool) -> None:
     assert same_answer(expected, given) is same
+
+
+def test_boxes_that_are_never_closed_take_one_pass() -> None:
+    began = time.process_time()
+    assert extract_answer("\\boxed{" * 50_000) is None
+    assert extract_answer("\\boxed{3}" + "\\boxed{{" * 50_000) == "3"
+    assert time.process_time() - began < 5
+
+
+def test_the_token_that_stops_an_answer_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(decoder: Decoder, requests: Sequence[Any], *_: Any) -> list[Completion]:
+        ids = decoder.tokenizer("<think>1</think>#### 42", add_special_tokens=False)["input_ids"]
+        return [Completion([*ids, min(decoder.stops)], "stop") for _ in requests]
+
+    monkeypatch.setattr(Decoder, "decode", said)
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": "a", "answer": "42"}\n')
+    result = evaluate(ABACUS, settings(tmp_path, problems=file), tmp_path / "r.json")
+    assert result.rows[0]["predicted"] == "42" and result.rows[0]["correct"]
 
 
 def test_intervals_and_paired_test() -> None:
@@ -130,10 +158,31 @@ def test_broken_problems(line: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None:
-    other = {"rows": [{"id": "x", "answer": "1", "tokens": 1, "correct": True}]}
-    (tmp_path / "b.json").write_text(json.dumps(other))
+    wanted, number = settings(tmp_path, max_new_tokens=2, limit=2), itertools.count()
+    evaluate(ABACUS, wanted, tmp_path / "b.json")
+
+    def against_it(**changes: Any) -> None:
+        asked, out = wanted.model_copy(update=changes), tmp_path / f"{next(number)}.json"
+        try:
+            evaluate(ABACUS, asked, out, baseline=tmp_path / "b.json")
+        finally:
+            assert not changes or not list(tmp_path.glob(f"{out.name}*"))
+
+    against_it()
+    for changes in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 3}, {"samples": 2}):
+        with pytest.raises(BadInput, match=f"another {next(iter(changes))}"):
+            against_it(**changes)
     with pytest.raises(BadInput, match="other problems"):
-        evaluate(ABACUS, settings(tmp_path, max_new_tokens=2), tmp_path / "r.json", baseline=tmp_path / "b.json")
-    (tmp_path / "b.json").write_text("{}")
-    with pytest.raises(BadInput, match="no results"):
+        against_it(limit=1)
+    same_answers = wanted.problems.read_text().replace('"problem": "', '"problem": "Please: ')
+    (tmp_path / "q.jsonl").write_text(same_answers)
+    with pytest.raises(BadInput, match="other problems"):
+        against_it(problems=tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"rows": "x"}', '{"rows": [], "rows": []}', '{"rows": [{"id": "x"}]}'])
+def test_a_baseline_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(BadInput, match=r"b\.json"):
         evaluate(ABACUS, settings(tmp_path), tmp_path / "r2.json", baseline=tmp_path / "b.json")
+    assert not list(tmp_path.glob("r2*"))

@@ -139,8 +139,25 @@ def test_text_is_cut_into_sequences(tmp_path: Path, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"problem": "ab", "answer": "c"},
+        {"prompt": "ab"},
+        {"problem": "ab", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "c"}]},
+        {"problem": None, "prompt": [{"role": "user", "content": "ab"}]},
+        {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]},
+    ],
+    ids=lambda record: "+".join(record),
+)
+def test_a_prompt_never_shows_its_answer(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    assert load_prompts(tmp_path / "p.jsonl")[0].messages == [{"role": "user", "content": "ab"}]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"messages": [{"role": "assistant", "content": "c"}]}\n', r"p\.jsonl:1: .*asks nothing"),
         ('{"problem": "a"}\n{"problem": \n', r"p\.jsonl:2:12: not valid JSON"),
         ('{"problem": "a"}\n[1]\n', r"p\.jsonl:2: should be a JSON object"),
         ('{"question": "a"}\n', r"p\.jsonl:1: needs `problem`"),
