@@ -44,7 +44,7 @@ from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal
 from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, plan_memory
 from rac_engine.models import Block, Matrix, Model
-from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe, parse_pattern
+from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
 from rac_engine.sizes import format_seconds
 from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
 from rac_engine.timeline import Timeline
@@ -122,7 +122,7 @@ def prune(
                 job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
                 job.hessians = hessians or memory.choice.hessians
                 job.run()
-                report = job.report(out, run, dump(recipe))
+                report = job.report(out, run, dump(absolute(recipe)))
                 finish(partial)
                 _read_back(partial, source, progress)
             publish(partial, out)

@@ -573,6 +573,12 @@ class Model:
                 f"{where}: model_type {kind!r} is not known; known are {', '.join(sorted(FAMILIES))} "
                 "(docs/families.md says how to add one)"
             )
+        for key in ("sparsity_config", "compression_config", "compression"):
+            if key in checkpoint.config:
+                raise BadInput(
+                    f"{where}: {key} is set, so the weights are compressed, or would be taken for it; prune the model "
+                    "that it was made from, or remove the key if the weights are plain"
+                )
         block, quantization = fp8_block(checkpoint.config), checkpoint.config.get("quantization_config")
         if block is None and "quantization_config" in checkpoint.config:
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization

@@ -192,7 +192,9 @@ class PruneSettings(Settings):
         default=None,
         description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
     )
-    damping: float = Field(default=0.01, gt=0, description="added to the Hessian's diagonal, relative to its mean")
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
+    )
     block_size: Count = Field(default=128, description="columns that share a threshold")
     reconstruct: Literal["auto", "residual", "dense", "layer"] = Field(
         default="auto",
@@ -378,6 +380,24 @@ def load_recipe(path: str | Path) -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; loading it gives an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with every path absolute, so that its file means the same wherever it lies and is read from."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, CalibrationSettings) and value.source is not None:
+            prefix = TEXT_PREFIX if value.source.startswith(TEXT_PREFIX) else ""
+            source = prefix + str(Path(value.source.removeprefix(prefix)).absolute())
+            return value.model_copy(update={"source": source})
+        if isinstance(value, Settings):
+            return value.model_copy(update={name: resolved(getattr(value, name)) for name in value.model_fields_set})
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return value.absolute() if isinstance(value, Path) else value
+
+    made: Recipe = resolved(recipe)
+    return made
 
 
 M = TypeVar("M", bound=BaseModel)

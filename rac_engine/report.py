@@ -16,7 +16,7 @@ from rac_engine.card import environment
 from rac_engine.checkpoint import disk_errors, replace_file
 from rac_engine.errors import BadInput
 from rac_engine.recipe import Recipe, load_recipe
-from rac_engine.results import RAC, Metrics, Row, evaluations, figure, load_metrics, percent, step_times
+from rac_engine.results import RAC, TRACES, Metrics, Row, evaluations, figure, load_metrics, percent, step_times
 
 REPORT = "report.html"
 
@@ -25,6 +25,7 @@ _AMBERS = ("#fdf5e8", "#fae0b8", "#f4c279", "#e59a3f", "#c66d1c", "#954611", "#5
 _SHOWN_TRACES = 2
 _SHOWN_CHANGES = 8
 _CLIP = 1200
+_TRACE_COLUMNS = ["id", "text", "finish_reason", "completion_token_ids"]
 
 
 @dataclass(frozen=True)
@@ -86,24 +87,21 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
         of = metrics if name == "pruned" else None
         if (out / RAC / "variants" / name).is_dir():
             of = load_metrics(out / RAC / "variants" / name)
-        try:
-            figures = evaluation["summary"]
-            rows.append(
-                Row(
-                    name=label,
-                    calibration=((of.run.get("calibration") or {}).get("description", "none") if of else ""),
-                    sparsity=of.sparsity if of else 0.0 if name == "dense" else None,
-                    accuracy=float(figures["accuracy"]),
-                    ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),
-                    mean_tokens=float(figures["mean_tokens"]),
-                    p95_tokens=float(figures["p95_tokens"]),
-                    cut_off_share=float(figures["cut_off_share"]),
-                    problems=int(figures["problems"]),
-                    main=name == "pruned",
-                )
+        figures = evaluation["summary"]
+        rows.append(
+            Row(
+                name=label,
+                calibration=((of.run.get("calibration") or {}).get("description", "none") if of else ""),
+                sparsity=of.sparsity if of else 0.0 if name == "dense" else None,
+                accuracy=float(figures["accuracy"]),
+                ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),
+                mean_tokens=float(figures["mean_tokens"]),
+                p95_tokens=float(figures["p95_tokens"]),
+                cut_off_share=float(figures["cut_off_share"]),
+                problems=int(figures["problems"]),
+                main=name == "pruned",
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise BadInput(f"{out / RAC / 'eval' / name}.json: not a result of `rac eval` ({error!r})") from None
+        )
     return rows
 
 
@@ -143,7 +141,7 @@ def render(out: Path) -> str:
             lengths=_lengths(results, {name: row.name for name, row in labels.items()}),
             kinds=_kinds(results, {name: row.name for name, row in labels.items()}),
             changes=_changes(results),
-            traces=_traces(out),
+            traces=_traces(out) if _calibrated_on_own_traces(metrics) else [],
             times=_times(step_times(out), metrics),
             notes=_notes(metrics),
             recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
@@ -304,14 +302,22 @@ def _changes(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     return {"lost": lost[:_SHOWN_CHANGES], "lost_count": len(lost), "gained_count": gained, "pairs": len(pairs)}
 
 
+def _calibrated_on_own_traces(metrics: Metrics) -> bool:
+    return (metrics.run.get("calibration") or {}).get("source") == f"{RAC}/{TRACES}"
+
+
 def _traces(out: Path) -> list[dict[str, str]]:
     """The first traces as text, clipped."""
-    files = sorted((out / RAC / "traces").glob("*.parquet"))
+    files = sorted((out / RAC / TRACES).glob("*.parquet"))
     if not files:
         return []
     import pyarrow.parquet
 
-    rows = next(pyarrow.parquet.ParquetFile(files[0]).iter_batches(_SHOWN_TRACES), None)
+    try:
+        with pyarrow.parquet.ParquetFile(files[0]) as reader:
+            rows = next(reader.iter_batches(_SHOWN_TRACES, columns=_TRACE_COLUMNS), None)
+    except Exception as error:  # whatever Arrow finds wrong with a file
+        raise BadInput(f"{files[0]}: not a file of traces ({' '.join(str(error).split())[:200]})") from None
     return [
         {
             "id": str(row.get("id", "")),

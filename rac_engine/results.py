@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rac_engine.errors import BadInput
 
@@ -15,6 +17,7 @@ METRICS = "metrics.jsonl"
 STEPS = "steps.jsonl"
 MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
+TRACES = "traces"
 
 
 def percent(share: float | None, digits: int = 1, strip: bool = True) -> str:
@@ -103,10 +106,126 @@ class Row:
     main: bool = False
 
 
+class _Stored(BaseModel):
+    """What has to be so in a file that this program wrote; whatever else stands there is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+_Size = Annotated[int, Field(ge=1)]
+_Natural = Annotated[int, Field(ge=0)]
+_Object = dict[str, Any]
+
+
+class _StoredModel(_Stored):
+    path: str = ""
+    sha256: str | None = None
+    parameters: int | None = None
+
+
+class _StoredSettings(_Stored):
+    method: str = ""
+    sparsity: float | None = None
+    pattern: str | None = None
+    block_size: _Size = 128
+
+
+class _StoredCalibration(_Stored):
+    description: str
+    source: str
+    part: str
+    sequences: int
+    tokens: int
+
+
+class _StoredRun(_Stored):
+    model: _StoredModel = _StoredModel()
+    settings: _StoredSettings = _StoredSettings()
+    calibration: _StoredCalibration | None = None
+    versions: _Object = {}
+    machine: _Object = {}
+
+
+class _StoredMatrix(_Stored):
+    layer: int
+    module: str
+    name: str
+    rows: _Size
+    columns: _Size
+    zeros: _Natural = 0
+    sparsity: float | None = None
+    relative_error: float | None = None
+    tensor: str | None = None
+    expert: _Natural | None = None
+    skipped: str | None = None
+    notes: list[str] = []
+
+
+class _StoredEnd(_Stored):
+    seconds: float = 0.0
+    phases: dict[str, float] = {}
+    notes: list[str] = []
+
+
+class _StoredAnswer(_Stored):
+    id: str
+    kind: str | None
+    answer: str
+    predicted: str | None
+    correct: bool
+    tokens: _Natural
+    finish_reason: str | None
+
+
+class _StoredSummary(_Stored):
+    problems: int
+    accuracy: float
+    ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
+    mean_tokens: float
+    p95_tokens: float
+    cut_off_share: float
+
+
+class _StoredEvalSettings(_Stored):
+    max_new_tokens: _Natural = 0
+
+
+class _StoredEvaluation(_Stored):
+    summary: _StoredSummary
+    rows: Annotated[list[_StoredAnswer], Field(min_length=1)]
+    settings: _StoredEvalSettings = _StoredEvalSettings()
+
+
+_ENTRIES: dict[str, type[BaseModel]] = {"run": _StoredRun, "matrix": _StoredMatrix, "end": _StoredEnd}
+
+
+def _mistake(value: Any, wanted: type[BaseModel]) -> str | None:
+    """The first thing in `value` that is not as `wanted` has it, in words."""
+    try:
+        wanted.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        return f"{place}: {first['msg']}" if place else first["msg"]
+    return None
+
+
+def loads(text: bytes | str) -> Any:
+    """JSON in which no object gives a key twice. Raises `ValueError` for other text."""
+
+    def once(pairs: list[tuple[str, Any]]) -> _Object:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key is given twice")
+        return made
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path: Path) -> Any:
     """The JSON in `path`; `BadInput` if it is missing or broken."""
     try:
-        return json.loads(path.read_bytes())
+        return loads(path.read_bytes())
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -124,17 +243,31 @@ def load_metrics(folder: Path) -> Metrics:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = loads(line)
                 kind = entry["type"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise BadInput(f"{path}:{number}: not a metrics entry; run `rac verify` on the folder") from None
-            if kind == "run":
-                run = entry
-            elif kind == "end":
-                end = entry
-            else:
+                mistake = _mistake(entry, _ENTRIES[kind])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                mistake = str(error) if isinstance(error, ValueError) else "its `type` should be run, matrix or end"
+            if mistake is not None:
+                raise BadInput(f"{path}:{number}: not a metrics entry ({mistake}); the file is damaged") from None
+            if kind == "matrix":
                 matrices.append(entry)
+            elif kind == "run":
+                run = entry
+            else:
+                end = entry
+    if not run:
+        raise BadInput(f"{path}: says nothing of the run; the file is damaged")
     return Metrics(run, matrices, end)
+
+
+def load_evaluation(path: Path) -> dict[str, Any]:
+    """The results that `rac eval` wrote to `path`. Raises `BadInput` for a file that is missing, damaged or another."""
+    found = read_json(path)
+    if mistake := _mistake(found, _StoredEvaluation):
+        raise BadInput(f"{path}: not a result of `rac eval` ({mistake})")
+    made: dict[str, Any] = found
+    return made
 
 
 def step_times(out: Path) -> dict[str, float]:
@@ -142,9 +275,9 @@ def step_times(out: Path) -> dict[str, float]:
     path = out / RAC / STEPS
     lines = path.read_bytes().splitlines()[1:] if path.is_file() else []
     try:
-        records = [json.loads(line.partition(b" ")[2]) for line in lines]
+        records = [loads(line.partition(b" ")[2]) for line in lines]
         return {str(record["step"]): float(record["seconds"]) for record in records}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not the journal of a run ({error!r})") from None
 
 
@@ -153,7 +286,7 @@ def evaluations(out: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any
     found = {path.stem: path for path in sorted((out / RAC / "eval").glob("*.json"))}
     order = [name for name in ("dense", "pruned", *names) if name in found]
     order += [name for name in found if name not in order]
-    return {name: read_json(found[name]) for name in order}
+    return {name: load_evaluation(found[name]) for name in order}
 
 
 def table(rows: list[Row]) -> str:

@@ -35,16 +35,15 @@ from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.evaluate import evaluate, load_problems
 from rac_engine.journal import Journal, claimed, open_journal
 from rac_engine.models import Model
-from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, dump
+from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
 from rac_engine.report import REPORT, comparison, write_report
-from rac_engine.results import METRICS, RAC, STEPS, Row, load_metrics, percent, read_json, step_times
+from rac_engine.results import METRICS, RAC, STEPS, TRACES, Row, load_metrics, percent, read_json, step_times
 from rac_engine.solve import METHODS
 from rac_engine.traces import SUMMARY, Calibration, generate, load_prompts
 from rac_engine.verify import verify
 
 _WORK = "work"
 _MAIN = "pruned"
-_TRACES = "traces"
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def run(
 
 def _worth_keeping(folder: Path) -> bool:
     """Whether a run that cannot go on has something that took time: traces, or a finished step."""
-    return any((folder / RAC).glob(f"{_TRACES}*/*.parquet")) or bool(step_times(folder))
+    return any((folder / RAC).glob(f"{TRACES}*/*.parquet")) or bool(step_times(folder))
 
 
 def _check(recipe: Recipe) -> dict[str, str]:
@@ -156,7 +155,7 @@ class _Job:
         """Write what says how it went, remove what was only for the work, and return the comparison."""
         shutil.rmtree(self.work, ignore_errors=True)
         with disk_errors(self.folder):
-            write_file(self.rac / "recipe.yaml", dump(self.recipe).encode())
+            write_file(self.rac / "recipe.yaml", dump(absolute(self.recipe)).encode())
             rows = comparison(self.folder)
             metrics = load_metrics(self.rac)
             card = {**metrics.run, "matrices": metrics.matrices, "evaluation": [asdict(row) for row in rows]}
@@ -183,7 +182,7 @@ class _Job:
 
     def _trace(self) -> None:
         assert self.recipe.trace
-        out = self.rac / _TRACES
+        out = self.rac / TRACES
         if not (out / SUMMARY).exists():
             model, trace = self.recipe.model, self.recipe.trace
             report = generate(model, trace, out, device=self.device, progress=self.console.progress)
@@ -222,8 +221,8 @@ class _Job:
         """The calibration of a recipe, in which no source means this job's traces."""
         if recipe.calibration.source is not None:
             return calibration_of(recipe)
-        here = recipe.calibration.model_copy(update={"source": str(self.rac / _TRACES)})
-        return replace(calibration_of(recipe.model_copy(update={"calibration": here})), source=f"{RAC}/{_TRACES}")
+        here = recipe.calibration.model_copy(update={"source": str(self.rac / TRACES)})
+        return replace(calibration_of(recipe.model_copy(update={"calibration": here})), source=f"{RAC}/{TRACES}")
 
     def _home(self, name: str) -> Path:
         """Where the metrics of a model are kept."""

@@ -34,7 +34,7 @@ def metrics_lines(
             "model": {"path": "/models/abacus", "sha256": "a1" * 32, "model_type": "qwen2", "parameters": 2_300_000},
             "calibration": {
                 "description": description,
-                "source": "traces",
+                "source": "rac/traces",
                 "sha256": "b2" * 32,
                 "part": "all",
                 "sequences": 240,

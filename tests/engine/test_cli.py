@@ -25,6 +25,7 @@ from rac_engine import cli, engine, faults
 from rac_engine.cli import main
 from rac_engine.console import Console
 from rac_engine.errors import Interrupted
+from tests.tiny import save_tokenizer
 
 ABACUS = Path(__file__).parents[2] / "examples" / "abacus"
 COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor")
@@ -107,6 +108,7 @@ def test_the_version(rac):
         (["prune"], "MODEL, OUT"),
         (["prune", "m", "o", "--sparsity", "1.5"], "--sparsity: should be less than 1, got 1.5"),
         (["prune", "m", "o", "--sparsity", "half"], "--sparsity"),
+        (["prune", "m", "o", "--damping", "5"], "--damping: should be less than or equal to 1, got 5"),
         (["prune", "m", "o", "--sparsity", "nan"], "--sparsity"),
         (["prune", "m", "o", "--pattern", "5:4"], "--pattern: pattern 5:4"),
         (["prune", "m", "o", "--pattern", "2:4", "--sparsity", "0.7"], "pattern 2:4 means sparsity 0.5, not 0.7"),
@@ -205,7 +207,7 @@ def test_traces_and_answers_from_the_command_line(rac, tmp_path):
     assert outcome.out.startswith("traces: 3 traces, 60 tokens (")
     asked = ["eval", ABACUS, "--problems", "p.jsonl", "--max-new-tokens", "6"]
     assert rac(*asked, "--out", "a.json").code == 0
-    outcome = rac(*asked, "--out", "b.json", "--baseline", "a.json", "--temperature", "0")
+    outcome = rac(*asked, "--out", "b.json", "--baseline", "a.json")
     assert outcome.code == 0, outcome.err
     first, against, results = outcome.out.splitlines()
     assert "0% of 2 right [0%, 65.8%]" in first and "100% cut off" in first
@@ -272,6 +274,22 @@ def test_a_recipe_is_taken_and_options_win(rac, tmp_path, checkpoint, text):
     recipe = (tmp_path / "out" / "rac" / "recipe.yaml").read_text()
     assert "sparsity: 0.25" in recipe and "pattern: null" in recipe and "method: magnitude" in recipe
     assert f"model: {checkpoint()}" in recipe and "tokens: 500" in recipe
+
+
+def test_the_recipe_left_behind_means_the_same_from_another_folder(rac, tmp_path, checkpoint, monkeypatch):
+    shutil.copytree(checkpoint(), tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
+    options = ("--method", "sparsegpt", "--sparsity", "0.25")
+    assert rac("-q", "prune", "m", "out", "--calibration", "t.jsonl", *options).code == 0
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    saved = tmp_path / "out" / "rac" / "recipe.yaml"
+    assert main(["-q", "prune", "../m", "../again", "--recipe", str(saved)]) == 0
+    assert main(["-q", "run", str(saved), "../run"]) == 0
+    for name in ("again", "run"):
+        for file in (tmp_path / "out").glob("*.safetensors"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(rac, tmp_path, checkpoint):

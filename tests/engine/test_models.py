@@ -218,6 +218,15 @@ def test_config_and_tensors_must_fit(checkpoint: Make, tmp_path: Path, changes: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["sparsity_config", "compression_config", "compression"])
+def test_keys_of_compression_are_refused_at_once(checkpoint: Make, tmp_path: Path, key: str) -> None:
+    shutil.copytree(checkpoint(), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, key: {"format": "dense"}}))
+    with pytest.raises(BadInput, match=f"{key} is set"):
+        Model.open(Checkpoint.open(tmp_path / "m"))
+
+
 def test_weights_in_eight_bits_are_refused_by_name(checkpoint: Make, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("qwen2", shard_size="1GB"), tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")

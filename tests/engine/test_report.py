@@ -193,15 +193,36 @@ def test_a_job_without_evaluation_still_has_its_page(tmp_path):
     [
         ("metrics.jsonl", "{}\n", "metrics.jsonl:1"),
         ("metrics.jsonl", "nonsense", "metrics.jsonl:1"),
+        ("metrics.jsonl", '{"type": "run", "type": "end"}\n', "metrics.jsonl:1.*twice"),
+        ("metrics.jsonl", '{"type": "end"}\n', "nothing of the run"),
+        ("metrics.jsonl", '{"type": "run", "model": "x"}\n', "metrics.jsonl:1.*model"),
+        ("metrics.jsonl", '{"type": "run", "settings": []}\n', "metrics.jsonl:1.*settings"),
+        ("metrics.jsonl", '{"type": "run", "settings": {"pattern": 5}}\n', "metrics.jsonl:1.*pattern"),
+        ("metrics.jsonl", '{"type": "matrix", "layer": 0, "module": "m", "columns": 4}\n', "metrics.jsonl:1.*name"),
+        (
+            "metrics.jsonl",
+            '{"type": "matrix", "layer": 0, "module": "m", "name": "n", "rows": "x", "columns": 4}\n',
+            "metrics.jsonl:1.*rows",
+        ),
+        ("eval/dense.json", '{"summary": {}}', "not a result of `rac eval`"),
+        ("traces/a.parquet", "PAR1 not really PAR1", "a.parquet: not a file of traces"),
         ("eval/dense.json", "{", "not valid JSON"),
         ("eval/dense.json", '{"summary": {}, "rows": []}', "not a result of `rac eval`"),
     ],
 )
 def test_a_broken_output_is_named(out, file, content, said):
+    (out / "rac" / "traces").mkdir()
     (out / "rac" / file).write_text(content)
     with pytest.raises(BadInput, match=said):
         write_report(out)
     assert not (out / "rac" / "report.html").exists()
+
+
+def test_traces_are_shown_only_where_they_calibrated_the_model(hostile):
+    assert "What it was calibrated on" in _write(hostile).text
+    for calibration in (None, metrics_lines()[0]["calibration"] | {"source": "text:english.txt"}):
+        write_lines(hostile / "rac" / "metrics.jsonl", metrics_lines(layers=2, calibration=calibration))
+        assert "What it was calibrated on" not in _write(hostile).text
 
 
 def test_a_folder_that_is_no_output_is_refused(tmp_path):
