@@ -19,7 +19,7 @@ import stat
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -403,8 +403,13 @@ def write_file(file: Path, data: bytes) -> None:
 def replace_file(file: Path, data: bytes) -> None:
     """Let a small file appear, or take the place of an earlier one, whole: by one rename, once it is on the disk."""
     staged = file.with_name(f"{file.name}.tmp")
-    write_file(staged, data)
-    faults.rename(staged, file)
+    try:
+        write_file(staged, data)
+        faults.rename(staged, file)
+    except OSError:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
     sync(file.absolute().parent)
 
 

@@ -23,7 +23,7 @@ from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require
 from rac_engine.decode import Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.journal import Journal, held
+from rac_engine.journal import Journal, held, records_of, remove_empty
 from rac_engine.prompts import Messages, question_of, read_jsonl, render
 from rac_engine.recipe import EvalSettings
 from rac_engine.results import load_evaluation
@@ -162,11 +162,21 @@ def evaluate(
     with held(partial, out):
         if out.exists():
             raise BadInput(f"{out}: another process has just finished it")
-        journal = Journal(partial)
-        if restart:
-            journal.cut(0)
-        journal.identify(identity)
-        rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
+        try:
+            journal = Journal(partial)
+            if restart:
+                journal.cut(0)
+            journal.identify(identity)
+        except BaseException:
+            if not records_of(partial):  # a disk may be full at the first record
+                remove_empty(partial, partial)
+            raise
+        try:
+            rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
+        except BaseException:
+            if len(journal.records) < 2:  # nothing worth going on with
+                remove_empty(partial, partial)
+            raise
         summary = summarize(rows) | {"seconds": seconds}
         comparison = None if earlier is None else compare(rows, earlier, str(baseline))
         result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}

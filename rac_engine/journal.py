@@ -102,15 +102,30 @@ def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: 
     path = folder / name
     if not path.exists() and any(not entry.is_dir() for entry in folder.rglob("*")):
         raise BadInput(f"{folder}: not empty, and no unfinished job; remove it or choose another output folder")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(path)
-        if restart:
-            journal.cut(0)
-        if not journal.records:
-            _clear(folder, path)
-    journal.identify(identity)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            journal = Journal(path)
+            if restart:
+                journal.cut(0)
+            if not journal.records:
+                _clear(folder, path)
+        journal.identify(identity)
+    except BaseException:
+        if not records_of(path):  # a disk may be full at the first record
+            remove_empty(path, folder)
+        raise
     return journal
+
+
+def remove_empty(path: Path, folder: Path) -> None:
+    """Remove a journal that says nothing, and the folders that it was made in, up to `folder`, that hold nothing."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        for above in path.parents:
+            if not above.is_relative_to(folder):
+                break
+            above.rmdir()
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +146,12 @@ def claimed(out: Path) -> Iterator[Path]:
     with disk_errors(partial):
         partial.mkdir(exist_ok=True)
     with held(partial, out):
-        yield partial
+        try:
+            yield partial
+        except BaseException:
+            with suppress(OSError):
+                partial.rmdir()  # if nothing came of it
+            raise
 
 
 @contextmanager

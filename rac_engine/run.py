@@ -79,7 +79,7 @@ def run(
             publish(folder, out)
         except KeyboardInterrupt:
             raise Interrupted("stopped between two steps") from None
-        except BadInput:
+        except (BadInput, OSError):
             if fresh and not _worth_keeping(folder):
                 shutil.rmtree(folder)
             raise

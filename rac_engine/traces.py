@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
@@ -188,8 +189,12 @@ def generate(
     }
     with claimed(out) as partial:
         journal = open_journal(partial, _JOURNAL, identity, restart)
-        report = _generate(decoder, str(model), prompts, settings, identity, out, partial, journal, progress)
-        publish(partial, out)
+        try:
+            report = _generate(decoder, str(model), prompts, settings, identity, out, partial, journal, progress)
+            publish(partial, out)
+        finally:
+            if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
+                shutil.rmtree(partial)
     return report
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -235,6 +236,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(rac, tmp_path, checkpoint, m
     monkeypatch.setattr(faults, "reserve", full)
     outcome = rac("-q", "prune", checkpoint(), "out", "--method", "magnitude")
     assert_one_line(outcome, os.strerror(code), "free some space")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+@pytest.mark.parametrize("command", ["prune", "trace", "eval", "run"])
+def test_a_disk_that_is_full_from_the_first_write_leaves_nothing(
+    rac, tmp_path, tmp_path_factory, monkeypatch, command, allowed
+):
+    given = tmp_path_factory.mktemp("given")
+    (given / "p.jsonl").write_text('{"problem": "Add 2 and 2.", "answer": "4"}\n')
+    sections = "prune: {method: magnitude}\ntrace: {prompts: p.jsonl, tokens: 20, max_new_tokens: 4}"
+    (given / "r.yaml").write_text(f"model: {ABACUS}\n{sections}\n")
+    words: dict[str, list[object]] = {
+        "prune": [ABACUS, "out", "--method", "magnitude"],
+        "trace": [ABACUS, "--out", "out", "--prompts", given / "p.jsonl", "--max-new-tokens", "4"],
+        "eval": [ABACUS, "--out", "out", "--problems", given / "p.jsonl", "--max-new-tokens", "4"],
+        "run": [given / "r.yaml", "out"],
+    }
+    done, real = 0, faults.pwrite
+
+    def full(*write: Any) -> int:
+        nonlocal done
+        done += 1
+        if done > allowed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*write)
+
+    monkeypatch.setattr(faults, "pwrite", full)
+    assert_one_line(rac("-q", command, *words[command]), "free some space")
+    assert done > allowed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traces_of_a_model_without_a_chat_template_leave_nothing(rac, tmp_path, tmp_path_factory):
+    model = shutil.copytree(ABACUS, tmp_path_factory.mktemp("given") / "m")
+    (model / "chat_template.jinja").unlink()
+    outcome = rac("-q", "trace", model, "--out", "t", "--prompts", ABACUS.parent / "problems" / "calibration.jsonl")
+    assert_one_line(outcome, "has no chat template")
     assert list(tmp_path.iterdir()) == []
 
 
