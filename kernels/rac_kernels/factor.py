@@ -60,8 +60,10 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
     value tried. Scaling H, or any of its columns with its row, scales U and costs no accuracy, so nothing is scaled
     here; H_ii may range from 1e-30 to 1e30.
 
-    Raises FactorError if H is not finite, has a negative diagonal element or a dead column that couples to others (no
-    XᵀX has), or is not positive definite within the limit; ValueError for arguments that cannot be meant. After an
+    Where H_ii is 0 and the rest of row i is not (as where x² underflows), that row and column are set to zero.
+
+    Raises FactorError if H is not finite, has a negative diagonal element (no XᵀX has), or is not positive definite
+    within the limit; ValueError for arguments that cannot be meant. After an
     error H's contents are lost.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
@@ -92,7 +94,12 @@ def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> t
         raise FactorError(f"H [{n}, {n}] holds infinities or NaN")
     diagonal = H.diagonal().clone()
     dead = diagonal == 0
-    _check_gram(H, diagonal, dead)
+    if (diagonal < 0).any():
+        i = int((diagonal < 0).nonzero()[0])
+        raise FactorError(f"H [{n}, {n}] is no Gram matrix: its diagonal element {i} is negative")
+    # Where all x² underflowed, products with other columns need not have: nothing can be told from them alone.
+    nearly = dead.nonzero().flatten()
+    H.index_fill_(0, nearly, 0.0).index_fill_(1, nearly, 0.0)
     live = diagonal[~dead].double()
     mean = float(live.mean()) if live.numel() else 0.0
     tried = []
@@ -114,18 +121,6 @@ def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> t
 def _(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     n = H.shape[0]
     return H.new_empty(n), H.new_empty(n, dtype=torch.bool), torch.empty(2, dtype=torch.float64)
-
-
-def _check_gram(H: Tensor, diagonal: Tensor, dead: Tensor) -> None:
-    """Refuses what no sum of x xᵀ can be. H is symmetric here."""
-    n = H.shape[0]
-    if (diagonal < 0).any():
-        i = int((diagonal < 0).nonzero()[0])
-        raise FactorError(f"H [{n}, {n}] is no Gram matrix: its diagonal element {i} is negative")
-    coupled = dead.nonzero().flatten()
-    coupled = coupled[H[coupled].any(1)]
-    if coupled.numel():
-        raise FactorError(f"H [{n}, {n}] is no Gram matrix: column {int(coupled[0])} is zero only on the diagonal")
 
 
 def _cholesky_native_(H: Tensor) -> bool:

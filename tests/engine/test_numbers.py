@@ -18,7 +18,7 @@ from rac_engine.calibrate import Statistic
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import MatrixResult, Target, prune_matrices
+from rac_engine.solve import MatrixResult, Target, prune_matrices, prune_matrix
 from rac_engine.solve.matrices import Outputs
 from rac_engine.solve.method import Solution, find_method
 from rac_engine.traces import Sequence
@@ -69,6 +69,21 @@ def test_hard_hessians_are_pruned_by_the_solver(inputs: Tensor, method: str) -> 
     # Damping may have been raised or the solver have been worse: then that is said.
     assert (result.damping > 0.01) == any("damping raised from 0.01 to" in note for note in result.notes)
     assert (result.relative_error > result.magnitude_error) == any("worse than magn" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_column_whose_squares_underflow_counts_as_dead(method: str) -> None:
+    inputs = (tokens() * torch.where(torch.arange(COLUMNS) == 5, 1e-24, 1.0)).bfloat16()
+    statistic = Statistic(COLUMNS, True, "cpu")
+    statistic.add(inputs, None)
+    H = statistic.value
+    assert H[5, 5] == 0 and H[5, 6:].any()
+    result = prune_matrix(torch.randn(24, COLUMNS, generator=torch.Generator().manual_seed(1)), H, method)
+    assert is_pruned(result)
+    assert result.relative_error is not None and result.relative_error < 0.5
+    if method != "alps":  # which knows no dead columns
+        assert (result.weight[:, 5] == 0).all()
+        assert any(note.startswith("1 of 32 inputs are always zero, or too small to square") for note in result.notes)
 
 
 def test_rank_deficient_hessians_are_better_than_magnitude_all_the_same() -> None:

@@ -105,7 +105,7 @@ def test_dead_inputs_are_noted_and_get_zero_weights(problem: tuple[Tensor, Tenso
     H[5], H[:, 5] = 0, 0
     result = prune_matrix(W, H)
     assert not result.weight[:, 5].any()
-    assert result.notes == ["1 of 64 inputs are always zero: their weights were set to zero"]
+    assert result.notes == ["1 of 64 inputs are always zero, or too small to square: their weights were set to zero"]
 
 
 def test_raised_damping_is_noted() -> None:

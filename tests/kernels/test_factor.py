@@ -139,10 +139,16 @@ def test_what_is_no_gram_matrix_is_refused(backend):
     H[4, 4] = -1.0
     with pytest.raises(FactorError, match="element 4 is negative"):
         factor_(H, backend=backend)
-    H = gram("plain", 10)
+
+
+@pytest.mark.parametrize("n", [10, 300])
+def test_a_column_whose_squares_underflow_is_dead(backend, n):
+    H = gram("plain", n)
     H[6, 6] = 0.0
-    with pytest.raises(FactorError, match="column 6"):
-        factor_(H, backend=backend)
+    found = factor_(H.clone(), backend=backend)
+    assert found.dead.nonzero().flatten().tolist() == [6]
+    H[6], H[:, 6] = 0.0, 0.0
+    assert torch.equal(found.U, factor_(H, backend=backend).U)
 
 
 def test_matrix_that_saw_nothing(backend):
