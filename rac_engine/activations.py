@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 import weakref
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rac_engine import faults
 from rac_engine.checkpoint import disk_errors, pages
+from rac_engine.errors import Damaged
 from rac_engine.timeline import Timeline
 
 Place = Literal["device", "host", "disk"]
@@ -185,7 +189,10 @@ class _Pinned(Activations):
 
 
 class _OnDisk(Activations):
-    """In a file, read ahead and written behind by a thread each, through a few chunks of host memory."""
+    """In a file, read ahead and written behind by a thread each, through a few chunks of host memory.
+
+    A CRC-32 of each token stays in memory: what is read is held against it (`Damaged`).
+    """
 
     def __init__(
         self, tokens: int, width: int, dtype: torch.dtype, device: str, folder: Path, timeline: Timeline | None
@@ -196,7 +203,9 @@ class _OnDisk(Activations):
             self._fd = _nameless_file(folder)
             self._close = weakref.finalize(self, os.close, self._fd)
             if self.nbytes:
-                os.posix_fallocate(self._fd, 0, self.nbytes)
+                faults.reserve(self._fd, 0, self.nbytes)
+        self._row = width * dtype.itemsize
+        self._sums = np.full(tokens, zlib.crc32(bytes(self._row)), np.uint32)  # the file is zeros as yet
         self._transfer = _Transfer(device, self._timeline) if torch.device(device).type == "cuda" else None
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._in = [torch.empty(0, dtype=dtype) for _ in range(AHEAD)]
@@ -238,7 +247,12 @@ class _OnDisk(Activations):
             for write in pending:
                 write.result()
             with self._timeline.span("copy"):
-                _read(self._fd, _bytes(target), start * self.width * self.dtype.itemsize)
+                _read(self._fd, _bytes(target), start * self._row)
+                if not np.array_equal(self._sum(target), self._sums[start:stop]):
+                    raise Damaged(
+                        f"{self._folder}: activations were read back from disk with other bytes than were written; "
+                        "disk or memory fail"
+                    )
             return target.view(stop - start, self.width)
 
         return self._reader.submit(read)
@@ -259,7 +273,8 @@ class _OnDisk(Activations):
             if left is not None:
                 left.synchronize()
             with self._timeline.span("copy"):
-                _write(self._fd, _bytes(values), start * self.width * self.dtype.itemsize)
+                self._sums[start : start + len(values)] = self._sum(values)
+                _write(self._fd, _bytes(values), start * self._row)
 
         self._writes.append(((start, start + len(values)), self._writer.submit(put)))
 
@@ -267,6 +282,13 @@ class _OnDisk(Activations):
         self._reader.shutdown()
         self._writer.shutdown()
         self._close()
+
+    def _sum(self, values: Tensor) -> np.ndarray:
+        """CRC-32 of each token [n] uint32."""
+        data = _bytes(values)
+        return np.array(
+            [zlib.crc32(data[at : at + self._row]) for at in range(0, len(data), self._row or 1)], np.uint32
+        )
 
     def _room(self, buffer: Tensor, elements: int) -> Tensor:
         if buffer.numel() >= elements:
@@ -296,7 +318,7 @@ def _bytes(values: Tensor) -> memoryview:
 def _read(fd: int, target: memoryview, offset: int) -> None:
     done = 0
     while done < len(target):
-        count = os.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
+        count = faults.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
         if count == 0:
             raise OSError(f"the file of activations ends before byte {offset + len(target)}")
         done += count
@@ -305,4 +327,4 @@ def _read(fd: int, target: memoryview, offset: int) -> None:
 def _write(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done : done + (1 << 30)], offset + done)
+        done += faults.pwrite(fd, data[done : done + (1 << 30)], offset + done)

@@ -83,7 +83,8 @@ class Gram:
                 notes.append(f"not positive definite: damping raised from {self._asked:g} to {used:g}")
             if dead := int(self._factor.dead.sum()):
                 notes.append(
-                    f"{dead} of {len(self._factor.dead)} inputs are always zero, or too small to square: their weights were set to zero"
+                    f"{dead} of {len(self._factor.dead)} inputs are always zero, or too small to square: "
+                    "their weights were set to zero"
                 )
         return notes
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_engine import activations
+from rac_engine import activations, faults
 from rac_engine.activations import Activations, Place
-from rac_engine.errors import BadInput
+from rac_engine.errors import BadInput, Damaged
 
 SPANS = [(0, 5), (5, 6), (6, 30), (30, 37)]
 
@@ -54,6 +54,19 @@ def test_strided_values_are_stored_by_value(tmp_path: Path) -> None:
     assert torch.equal(stored.read(0, 4), values)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_read_that_lies_is_found_out(number: int, tmp_path: Path) -> None:
+    stored = Activations.make(37, 6, torch.bfloat16, "cpu", "disk", tmp_path)
+    stored.write(0, torch.randn(30, 6).bfloat16())  # the others are zeros yet
+    faults.arm(f"flip:read:{number}")
+    try:
+        with pytest.raises(Damaged, match="activations were read back"):
+            list(stored.each(SPANS))
+    finally:
+        faults.arm("")
+        stored.close()
+
+
 def test_a_pass_that_was_left_in_the_middle_harms_no_other(tmp_path: Path) -> None:
     stored = Activations.make(40, 3, torch.float32, "cpu", "disk", tmp_path)
     values = torch.randn(40, 3)
@@ -67,7 +80,7 @@ def test_full_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(faults, "reserve", full)
     with pytest.raises(BadInput, match="free some space"):
         Activations.make(4, 3, torch.float32, "cpu", "disk", tmp_path)
 

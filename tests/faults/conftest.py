@@ -61,6 +61,7 @@ class Bench:
         assert self.server.stdin and self.server.stdout
         output = self.folder / "said"
         order |= {"argv": [*job.argv, *more], "cwd": str(self.folder), "output": str(output), "plans": plans}
+        order |= {"disk": job.disk}
         print(json.dumps(order), file=self.server.stdin, flush=True)
         status = int(self.server.stdout.readline())
         self.said = output.read_text()

@@ -1,7 +1,7 @@
 """Runs `rac` command lines in forked processes: everything is imported once, so that a job costs its own time only.
 
 Reads an order a line from stdin, as JSON: `argv`, `cwd`, `output` (a file for stdout and stderr), `plans` (see
-rac_engine.faults), `threads`, and perhaps `signal` and `after`, to send that signal after so many seconds. Answers with
+rac_engine.faults), `threads`, `disk` (activations live there), and perhaps `signal` and `after`, to send that signal after so many seconds. Answers with
 the exit status of the process, negative for the signal that ended it.
 """
 
@@ -14,12 +14,13 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rac_engine import faults
+from rac_engine import engine, faults
 from rac_engine.cli import main
 from tests.faults.world import make_world
 
@@ -52,6 +53,14 @@ def _run(order: dict[str, Any]) -> int:
             os.dup2(fd, 2)
             torch.set_num_threads(order.get("threads", 1))
             faults.arm(order.get("plans", ""))
+            if order.get("disk"):
+                planned = engine.plan_memory
+
+                def on_disk(*args: Any, **options: Any) -> Any:
+                    plan = planned(*args, **options)
+                    return replace(plan, choice=replace(plan.choice, place="disk"))
+
+                engine.plan_memory = on_disk
             code = main(order["argv"])
             sys.stdout.flush()
             sys.stderr.flush()

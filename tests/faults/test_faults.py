@@ -132,12 +132,13 @@ def test_short_writes_change_nothing(bench: Bench, name: str) -> None:
     assert bench.problem(bench.jobs[name]) == ""
 
 
-def test_a_flipped_bit_in_what_is_read_never_reaches_the_output(bench: Bench) -> None:
+@pytest.mark.parametrize(("name", "few"), [("prune", 16), ("disk", 8)])
+def test_a_flipped_bit_in_what_is_read_never_reaches_the_output(bench: Bench, name: str, few: int) -> None:
     """In a new job, and in one that goes on: a read that lies is found out, or what it read was not used."""
-    job, failures, found = bench.jobs["prune"], list[str](), 0
-    fresh = spread([f"flip:read:{number}" for number in range(1, bench.reads["prune"] + 1)], 16)
-    again = spread([f"flip:read:{number}" for number in range(1, bench.reads["prune"] // 2)], 8)
-    half = f"kill:any:{len(bench.points['prune']) * 2 // 3}:before"
+    job, failures, found = bench.jobs[name], list[str](), 0
+    fresh = spread([f"flip:read:{number}" for number in range(1, bench.reads[name] + 1)], few)
+    again = spread([f"flip:read:{number}" for number in range(1, bench.reads[name] // 2)], few // 2)
+    half = f"kill:any:{len(bench.points[name]) * 2 // 3}:before"
     for plan, before in [(plan, "") for plan in fresh] + [(plan, half) for plan in again]:
         if before:
             assert bench.run(job, before) == -signal.SIGKILL
@@ -153,9 +154,9 @@ def test_a_flipped_bit_in_what_is_read_never_reaches_the_output(bench: Bench) ->
         if problem := bench.mended(job):
             failures.append(f"{plan}: {problem}")
         bench.clean(job)
-    print(f"\n{len(fresh) + len(again)} reads with a flipped bit: {found} found out, {len(failures)} failures")
+    print(f"\n{name}: {len(fresh) + len(again)} reads with a flipped bit: {found} found out, {len(failures)} failures")
     assert failures == []
-    assert found > 10
+    assert found > 0.4 * (len(fresh) + len(again))
 
 
 @pytest.mark.parametrize("name", JOBS)

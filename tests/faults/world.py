@@ -23,6 +23,8 @@ class Job:
     name: str
     argv: list[str]
     out: str
+    disk: bool = False
+    """Whether the activations are to live on disk, whatever the plan would have."""
 
 
 def make_world(folder: Path) -> list[Job]:
@@ -60,6 +62,7 @@ compare:
     sample = "--max-new-tokens 8 --batch-size 1"
     return [
         Job("prune", prune.split(), "pruned"),
+        Job("disk", [*prune.replace("pruned", "spilled").split()], "spilled", disk=True),
         Job("trace", f"trace model --prompts problems.jsonl --tokens 80 --out traces {sample}".split(), "traces"),
         Job("eval", f"eval model --problems problems.jsonl --out answers.json {sample}".split(), "answers.json"),
         Job("run", ["run", "recipe.yaml", "all"], "all"),
