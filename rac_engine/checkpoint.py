@@ -54,6 +54,7 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _SCALE = "_scale_inv"  # behind a weight's name: the scales of its blocks
+_MAX_RANK = 64  # dimensions of a tensor: as many as torch takes
 _MAX_HEADER = 100_000_000  # what the safetensors format allows
 _MAX_JSON = 64 << 20
 _PIECE = 8 << 20
@@ -116,6 +117,14 @@ class Checkpoint:
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
         config = read_json(_inside(folder, "config.json"))
+        if "transformers_weights" in config:
+            raise BadInput(
+                f"{folder / 'config.json'}: transformers_weights would let transformers load other weights than are "
+                "read here; remove the key"
+            )
+        for name in other_files(folder):
+            if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+                raise BadInput(f"{folder / name}: is no regular file; the checkpoint is not to be trusted")
         index, single = folder / INDEX, folder / SINGLE
         weight_map = None
         if index.exists():
@@ -148,7 +157,7 @@ class Checkpoint:
         if name == "config.json" and fp8_block(self.config) is not None:
             config = {key: value for key, value in self.config.items() if key != "quantization_config"}
             return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        return _inside(self.path, name).read_bytes()
+        return read_small(_inside(self.path, name), 1 << 62)
 
     def read(self, name: str, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
         """The tensor (or its rows from `rows[0]` up to `rows[1]`) in its own dtype, on the CPU, pinned with `pin`.
@@ -199,7 +208,7 @@ class Checkpoint:
                 return hashlib.sha256(_bytes_of(tensor)).hexdigest(), bool(tensor.isfinite().all())
             for piece in _pieces(info.file, info.offset, info.nbytes):
                 digest.update(piece)
-                finite = finite and _finite(piece, info.dtype)
+                finite = finite and is_finite(piece, info.dtype)
             return digest.hexdigest(), finite
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -244,11 +253,14 @@ class CheckpointWriter:
 
         Raises `ValueError` for another dtype or shape, and for values that are not finite.
         """
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: NaN or Inf in the tensor to be written")
+        return self._put(name, tensor)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> str:
         place = self._places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} given for {place.dtype} {place.shape}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: NaN or Inf in the tensor to be written")
         data = _bytes_of(tensor.detach().cpu().contiguous())
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as fd:
             _write_at(fd, data, place.offset)
@@ -258,7 +270,7 @@ class CheckpointWriter:
     def copy(self, name: str) -> str:
         """Put the source's bytes of a tensor (FP8 as bf16) in their place and return their SHA-256."""
         if self.source.tensors[name].scaled is not None:
-            return self.write(name, self.source.read(name))
+            return self._put(name, self.source.read(name))
         there, place = self.source.tensors[name], self._places[name]
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as target:
@@ -309,12 +321,19 @@ class CheckpointWriter:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of at most 64 MiB without duplicate keys; anything else is `BadInput`."""
     try:
-        if file.stat().st_size > _MAX_JSON:
-            raise BadInput(f"{file}: larger than {format_bytes(_MAX_JSON)}; that is no file of a checkpoint")
-        raw = file.read_bytes()
+        raw = read_small(file, _MAX_JSON)
     except OSError as error:
         raise BadInput(f"{file}: {error.strerror}; give the folder of a whole Hugging Face checkpoint") from None
     return _json_object(raw, str(file))
+
+
+def read_small(file: Path, limit: int) -> bytes:
+    """The bytes of a regular file; `BadInput` for one of more than `limit` bytes, a device or a pipe."""
+    with _opened(file) as fd:
+        size = _regular(fd, file).st_size
+        if size > limit:
+            raise BadInput(f"{file}: larger than {format_bytes(limit)}; that is no file of a checkpoint")
+        return bytes(_read_at(fd, file, 0, size))
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -323,9 +342,9 @@ def read_header(file: Path) -> list[TensorInfo]:
     Raises `BadInput` unless the header accounts for every byte of the file exactly once.
     """
     with _opened(file) as fd:
-        status = os.fstat(fd)
+        status = _regular(fd, file)
         size = int.from_bytes(_read_at(fd, file, 0, 8), "little") if status.st_size >= 8 else -1
-        if not stat.S_ISREG(status.st_mode) or not 2 <= size <= min(_MAX_HEADER, status.st_size - 8):
+        if not 2 <= size <= min(_MAX_HEADER, status.st_size - 8):
             raise BadInput(f"{file}: not a safetensors file, or cut short; fetch it again")
         header = _json_object(bytes(_read_at(fd, file, 8, size)), f"header of {file}")
     start, data = 8 + size, status.st_size - 8 - size
@@ -414,10 +433,12 @@ def replace_file(file: Path, data: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes; a later `sync` puts them on the disk."""
+    """Copy a regular file's bytes; a later `sync` puts them on the disk."""
+    with _opened(source) as fd:
+        size = _regular(fd, source).st_size
     with _opened(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         at = 0
-        for piece in _pieces(source, 0, source.stat().st_size):
+        for piece in _pieces(source, 0, size):
             _write_at(fd, piece, at)
             at += len(piece)
 
@@ -567,7 +588,7 @@ def _multiply(
     values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], first: int, out: torch.Tensor
 ) -> torch.Tensor:
     """`out` [rows, columns] = FP8 values, row `first` of a tensor and those behind it, times their blocks' scales."""
-    rows, columns = block
+    rows, columns = min(block[0], first + len(values)), max(min(block[1], values.shape[1]), 1)
     wide = scales.float().repeat_interleave(columns, dim=1)[:, : values.shape[1]]
     at = 0
     while at < len(values):
@@ -587,9 +608,17 @@ def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
     if dtype is None:
         raise BadInput(f"{file}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
+    if isinstance(shape, list) and len(shape) > _MAX_RANK:
+        raise BadInput(
+            f"{file}: tensor {reprlib.repr(name)} has {len(shape):,} dimensions, more than {_MAX_RANK}; "
+            "the file is damaged"
+        )
     if not counts(shape) or not counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadInput(f"{file}: tensor {name!r} has a shape or offsets that make no sense; the file is damaged")
     nbytes = offsets[1] - offsets[0]
+    # Of a shape with a 0 in it, too, all sizes together have to fit: strides are products of them.
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
+        raise BadInput(f"{file}: tensor {name!r} has a shape {shape} beyond 64 bits; the file is damaged")
     if math.prod(shape) * dtype.itemsize != nbytes:
         raise BadInput(f"{file}: tensor {name!r} has shape {shape} but {nbytes} bytes; the file is damaged")
     return TensorInfo(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
@@ -623,11 +652,20 @@ def _reserve(file: Path, header: bytes, size: int) -> None:
 
 @contextmanager
 def _opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    fd = os.open(file, flags | os.O_CLOEXEC, 0o666)
+    # A pipe that nobody writes to would be waited for, without O_NONBLOCK; to regular files it means nothing.
+    fd = os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def _regular(fd: int, file: Path) -> os.stat_result:
+    """The status of a regular file; `BadInput` for anything else."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(f"{file}: is no regular file; the checkpoint is not to be trusted")
+    return status
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -660,7 +698,7 @@ def _pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
             yield piece
 
 
-def _finite(data: memoryview, dtype: torch.dtype) -> bool:
+def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     """Whether a run of a tensor's bytes holds no NaN and no Inf."""
     if not dtype.is_floating_point or not len(data):
         return True

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, other_files, sha256_files
+from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, is_finite, other_files, sha256_files
 from rac_engine.errors import BadInput
 from rac_engine.journal import records_of
 from rac_engine.models import Model
@@ -203,9 +203,9 @@ def _check_tensors(
         asked = [target_of(matrix, settings) for matrix in matrices]
         tally, finite, digest = _Tally(asked[0]["pattern"] if asked else None), True, hashlib.sha256()
         for piece in _pieces(checkpoint, info):
-            digest.update(_bits(piece).numpy().data)
-            if info.dtype.is_floating_point:
-                finite = finite and bool(piece.isfinite().all())
+            data = _bits(piece).numpy().data
+            digest.update(data)
+            finite = finite and is_finite(data, info.dtype)
             if matrices and not stacked:
                 tally.add(piece)
         if name in written and digest.hexdigest() != written[name]:

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from rac_engine.checkpoint import (
     INDEX,
     Checkpoint,
     CheckpointWriter,
+    copy_file,
     other_files,
     publish,
     read_header,
+    read_tensor,
     write_manifest,
 )
 from rac_engine.errors import BadInput
@@ -213,6 +216,42 @@ BAD_FILES = {
     "deep": struct.pack("<Q", 100_000) + b"[" * 100_000,
     "duplicate keys": struct.pack("<Q", 3 + 2 * len(TWIN)) + b"{" + TWIN + b"," + TWIN + b"}",
 }
+
+
+def test_shapes_with_no_element_keep_to_64_bits_and_to_64_dimensions(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for shape, said in (
+        ([0, 1 << 40, 1 << 40], "beyond 64 bits"),
+        ([1 << 61, 1 << 61, 0], "beyond 64 bits"),
+        ([0] * 65, "65 dimensions"),
+        ([(1 << 62) - 1] * 200_000, "200,000 dimensions"),
+    ):
+        raw_file(file, json.dumps({"a": entry(0, 0, shape)}).encode())
+        began = time.process_time()
+        with pytest.raises(BadInput, match=said):
+            read_header(file)
+        assert time.process_time() - began < 2
+    raw_file(file, json.dumps({"a": entry(0, 0, [0] * 64)}).encode())
+    assert read_tensor(read_header(file)[0]).shape == (0,) * 64
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_a_checkpoint_is_refused_and_not_waited_for(folder: Path, name: str) -> None:
+    if name == "model.safetensors":
+        (folder / INDEX).unlink()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(BadInput, match=r"is no regular file"):
+        Checkpoint.open(folder)
+    with pytest.raises(BadInput, match=r"is no regular file"):
+        copy_file(folder / name, folder / "copy")
+
+
+def test_weights_by_another_name_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(BadInput, match="transformers_weights would let transformers load other weights"):
+        Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize("data", BAD_FILES.values(), ids=BAD_FILES.keys())

@@ -124,6 +124,30 @@ def test_fp8_is_pruned_as_the_bf16_that_it_stands_for(pair: tuple[Path, Path], t
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
+def test_blocks_larger_than_any_tensor_take_no_memory(tmp_path: Path) -> None:
+    values, scales = quantize(torch.randn(30, 20), 128)
+    save_file({"a.weight": values, "a.weight_scale_inv": scales}, tmp_path / "model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1 << 20, 1 << 36]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint, expected = Checkpoint.open(tmp_path), dequantize(values, scales, 128)
+    assert torch.equal(checkpoint.read("a.weight"), expected)
+    assert torch.equal(checkpoint.read("a.weight", (7, 9)), expected[7:9])
+
+
+def test_nan_in_fp8_is_copied_as_it_is_where_the_settings_say_so(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pair[0], tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name].view(torch.uint8)[3, 4] = 0x7F  # NaN
+    tensors["model.layers.3.extra"] = torch.ones(3, 2).to(FP8)  # without a scale
+    save_file(tensors, folder / "model.safetensors")
+    settings = PruneSettings(chunk_tokens=64, method="magnitude", nonfinite="dense")
+    report = prune(folder, tmp_path / "out", settings)
+    assert [row["name"] for row in report.matrices if row.get("skipped") == "holds NaN or Inf"] == [name]
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].isnan().sum() == 1
+    assert verify(tmp_path / "out", folder).problems == []
+
+
 def test_a_plan_needs_only_the_config_of_an_fp8_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     alone = tmp_path / "model"
     alone.mkdir()

@@ -1,8 +1,8 @@
 """Runs `rac` command lines in forked processes: everything is imported once, so that a job costs its own time only.
 
 Reads an order a line from stdin, as JSON: `argv`, `cwd`, `output` (a file for stdout and stderr), `plans` (see
-rac_engine.faults), `threads`, `disk` (activations live there), and perhaps `signal` and `after`, to send that signal after so many seconds. Answers with
-the exit status of the process, negative for the signal that ended it.
+rac_engine.faults), `threads`, `disk` (activations live there), and perhaps `signal` and `after`, to send that signal
+after so many seconds. Answers with the exit status of the process, negative for the signal that ended it.
 """
 
 from __future__ import annotations
