@@ -220,9 +220,10 @@ class CheckpointWriter:
 
     Every shard has its full size on disk before the first tensor is written, so a disk that is too small shows at once.
     Files of an earlier, unfinished writer in the folder are taken over as they are: `digest` tells what they hold.
+    `beside` are bytes that the disk has to have free for others while this one writes.
     """
 
-    def __init__(self, source: Checkpoint, folder: Path) -> None:
+    def __init__(self, source: Checkpoint, folder: Path, beside: int = 0) -> None:
         self.source, self.folder = source, folder
         self._places: dict[str, TensorInfo] = {}
         self._written: set[str] = set()
@@ -238,7 +239,7 @@ class CheckpointWriter:
         with disk_errors(folder):
             taken = sum(file.stat().st_blocks * 512 for file in headers if file.exists())
             wanted = sum(size for _, size in headers.values()) + sum(file.stat().st_size for file in others.values())
-            require_space(folder, max(wanted - taken, 0))
+            require_space(folder, max(wanted - taken, 0) + beside)
             for file, (header, size) in headers.items():
                 _reserve(file, header, size)
             for name, file in others.items():
@@ -483,7 +484,19 @@ def write_manifest(folder: Path) -> None:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Let the finished folder `partial` appear as `out`, by one rename, once all its bytes are on the disk."""
+    """Let the finished folder `partial` appear as `out`, by one rename, once all its bytes are on the disk.
+
+    An interruption that comes once it has appeared comes too late: the job is done.
+    """
+    try:
+        _publish(partial, out)
+    except KeyboardInterrupt:
+        if partial.exists() or not out.exists():
+            raise
+        sync(out.absolute().parent)
+
+
+def _publish(partial: Path, out: Path) -> None:
     with disk_errors(out):
         for base, _, files in os.walk(partial, topdown=False):
             for name in files:

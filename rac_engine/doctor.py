@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import shutil
@@ -73,10 +75,31 @@ def render(findings: list[Finding]) -> str:
 def versions() -> dict[str, str]:
     """Installed versions of what decides the bytes of a result."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "triton"):
+    for name in ("torch", "transformers", "triton", "pyarrow"):
         version = _version(name)
         if version:
             found[name] = version
+    return found
+
+
+@functools.cache
+def code_sha256() -> dict[str, str]:
+    """SHA-256 of the engine's and the kernels' own sources, and of the native extension where it was built.
+
+    Versions alone do not tell one state of a source tree from the next, nor one build of the extension from another.
+    """
+    import rac_engine
+    import rac_kernels
+
+    found = {}
+    for module in (rac_engine, rac_kernels):
+        home, digest = Path(module.__file__ or "").parent, hashlib.sha256()
+        for file in sorted(file for file in home.rglob("*") if file.suffix in (".py", ".j2")):
+            data = file.read_bytes()
+            digest.update(f"{file.relative_to(home)} {len(data)}\n".encode() + data)
+        found[module.__name__] = digest.hexdigest()
+        for file in sorted(home.glob("_native*.so")):
+            found[file.name.partition(".")[0].lstrip("_")] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
@@ -91,6 +114,7 @@ def surroundings(device: str) -> dict[str, Any]:
     found = {f"versions.{name}": version for name, version in versions().items()}
     return found | {
         "versions.rac_engine": rac_engine.__version__,
+        **{f"code.{name}": digest for name, digest in code_sha256().items()},
         "machine.cpu": cpu_name(),
         "machine.threads": torch.get_num_threads(),
         "machine.device": named,
@@ -107,7 +131,7 @@ def _version(name: str) -> str | None:
 
 def _python() -> list[Finding]:
     missing = [name for name in NEEDED if _version(name) is None]
-    found = ", ".join(f"{name} {version}" for name, version in versions().items() if name != "triton")
+    found = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("triton", "pyarrow"))
     if missing:
         return [Finding("python", "fail", found, f"missing: {', '.join(missing)}", "pip install -e .")]
     return [Finding("python", "ok", found)]

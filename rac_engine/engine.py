@@ -39,9 +39,9 @@ from rac_engine.checkpoint import (
     write_manifest,
 )
 from rac_engine.decode import load_tokenizer
-from rac_engine.doctor import cpu_name, versions
+from rac_engine.doctor import code_sha256, cpu_name, versions
 from rac_engine.errors import BadInput, Damaged, Interrupted
-from rac_engine.journal import Journal, claimed, open_journal
+from rac_engine.journal import Journal, claimed, open_journal, records_of
 from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, plan_memory
 from rac_engine.models import Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
@@ -53,6 +53,8 @@ from rac_engine.verify import verify
 from rac_kernels import FactorError, native
 
 JOURNAL = "rac/journal.jsonl"
+REPLAY = "replay: embeddings, then every finished layer in turn, from the tensors that its record vouches for"
+"""The rule by which a job that goes on has the activations again, as its journal names it."""
 _PROGRAM_STEP = 256 << 20
 
 
@@ -97,6 +99,26 @@ def prune(
     out, recipe = Path(out), _recipe(Path(model), recipe)
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another output folder, or remove it")
+    with claimed(out) as partial:  # before anything is read: a second process is refused at once
+        limits, told = (device_memory, host_memory), (progress, finish)
+        return _prune(Path(model), out, partial, recipe, calibration, device, restart, hessians, limits, *told)
+
+
+def _prune(
+    model: Path,
+    out: Path,
+    partial: Path,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: str,
+    restart: bool,
+    hessians: int | None,
+    given_limits: tuple[int | None, int | None],
+    progress: Callable[[str], None],
+    finish: Callable[[Path], object],
+) -> PruneReport:
+    """`prune`, in the folder `partial`, which is this process's alone."""
+    device_memory, host_memory = given_limits
     source, settings = Model.open(Checkpoint.open(model)), recipe.prune
     skipped = {**skipped_matrices(source, settings), **not_finite(source, settings)}
     described = _device(device)
@@ -107,7 +129,8 @@ def prune(
     else:
         calibration = calibration or calibration_of(recipe)
         longest = max((len(sequence.token_ids) for sequence in calibration.sequences), default=0)
-        memory = plan_memory(shape, settings, calibration.tokens, longest, **limits)
+        chunk = None if restart else _begun_with(partial)
+        memory = plan_memory(shape, settings, calibration.tokens, longest, chunk=chunk, **limits)
         packing = Packing.of(calibration, memory.choice.chunk_tokens)
     run = {**_describe(source, settings, calibration, packing, described), "memory": memory.summary()}
     peak_memory(reset=True)
@@ -115,23 +138,25 @@ def prune(
         torch.cuda.reset_peak_memory_stats(device)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min((device_memory or total) / total, 1.0), device)
-    with claimed(out) as partial:
-        journal = open_journal(partial, JOURNAL, _identity(run), restart)
-        try:
-            with torch.inference_mode():
-                job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
-                job.hessians = hessians or memory.choice.hessians
-                job.run()
-                report = job.report(out, run, dump(absolute(recipe)))
-                finish(partial)
-                _read_back(partial, source, progress)
-            publish(partial, out)
-        except KeyboardInterrupt:
-            done = min(len(journal.records) - 1, source.layers)
-            raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
-        finally:
-            if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
-                shutil.rmtree(partial)
+    chunk = memory.choice.chunk_tokens
+    journal = open_journal(partial, JOURNAL, _identity(run), restart, chunk_tokens=chunk, activations=REPLAY)
+    try:
+        with torch.inference_mode():
+            job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
+            job.hessians = hessians or memory.choice.hessians
+            job.run()
+            report = job.report(out, run, dump(absolute(recipe)))
+            finish(partial)
+            _read_back(partial, source, progress)
+        publish(partial, out)
+    except KeyboardInterrupt:
+        if out.exists() and not partial.exists():
+            return report  # too late: it is published
+        done = min(len(journal.records) - 1, source.layers)
+        raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
+    finally:
+        if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
+            shutil.rmtree(partial)
     return report
 
 
@@ -259,7 +284,7 @@ class _Job:
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
         self.clock, self.timeline = _Clock(), Timeline()
         self.resumed = 0
-        self.writer = CheckpointWriter(model.checkpoint, partial)
+        self.writer = CheckpointWriter(model.checkpoint, partial, memory.disk if packing is not None else 0)
         wanted = [
             matrix.layer for layer in range(model.layers) for matrix in model.matrices(layer) if self._wants(matrix)
         ]
@@ -693,6 +718,16 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _begun_with(partial: Path) -> int | None:
+    """Tokens that go through a layer together in the job that was begun there, if one was.
+
+    They decide the last bits of the result, and follow from what memory was free when it began.
+    """
+    records = records_of(partial / JOURNAL)
+    chunk = records[0].get("chunk_tokens") if records else None
+    return chunk if isinstance(chunk, int) and chunk > 0 else None
+
+
 def _limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
     """What `plan_memory` is told of the machine."""
     on_gpu = torch.device(device).type == "cuda"
@@ -771,6 +806,7 @@ def _describe(
             "sequences": len(calibration.sequences),
             "tokens": packing.counted,
         },
+        "code": code_sha256(),
         "settings": settings.model_dump(mode="json"),
     }
 
@@ -779,7 +815,7 @@ def _identity(run: dict[str, Any]) -> dict[str, Any]:
     """What has to be the same for an unfinished job to go on, by names a user understands."""
     machine = {key: run["machine"][key] for key in ("cpu", "threads", "device", "kernels")}
     calibration = run["calibration"] and run["calibration"]["sha256"]
-    parts = {"versions": run["versions"], "machine": machine, "settings": run["settings"]}
+    parts = {"versions": run["versions"], "code": run["code"], "machine": machine, "settings": run["settings"]}
     named = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     named["chunk_tokens by the memory plan"] = run["memory"]["chunk_tokens"]
     return {"model": run["model"]["sha256"], "calibration": calibration, **named}

@@ -13,6 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,11 +24,12 @@ from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require
 from rac_engine.decode import Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.journal import Journal, held, records_of, remove_empty
+from rac_engine.journal import Journal, held, records_of, refuse_unknown, remove_empty
 from rac_engine.prompts import Messages, question_of, read_jsonl, render
 from rac_engine.recipe import EvalSettings
 from rac_engine.results import load_evaluation
 
+ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
 _GROUP = 256  # answers between two entries of the journal, at least
 
 _MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?[\s*]*:)[\s*]*(.+)", re.IGNORECASE)
@@ -136,6 +138,32 @@ def evaluate(
     out = Path(out)
     if out.exists():
         raise BadInput(f"{out}: exists; choose another file, or remove it")
+    partial = out.with_name(out.name + ".partial")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    with held(partial, out):  # before anything is read: a second process is refused at once
+        try:
+            return _evaluate_in(partial, str(model), settings, out, baseline, device, restart, progress)
+        except KeyboardInterrupt:
+            raise Interrupted("stopped between two answers") from None
+        finally:
+            with suppress(OSError):
+                if not partial.stat().st_size:
+                    partial.unlink()
+
+
+def _evaluate_in(
+    partial: Path,
+    model: str,
+    settings: EvalSettings,
+    out: Path,
+    baseline: str | Path | None,
+    device: str,
+    restart: bool,
+    progress: Callable[[Any], None],
+) -> EvalResult:
+    """`evaluate`, with the journal `partial`, which is this process's alone."""
     problems = load_problems(settings.problems)[: settings.limit]
     digest = _digest(problems)
     earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
@@ -155,35 +183,39 @@ def evaluate(
         **settings.model_dump(mode="json", exclude={"problems"}),
         **surroundings(device),
     }
-    partial = out.with_name(out.name + ".partial")
+    if out.exists():
+        raise BadInput(f"{out}: another process has just finished it")
+    if not restart:
+        refuse_unknown(partial)
     with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    with held(partial, out):
-        if out.exists():
-            raise BadInput(f"{out}: another process has just finished it")
-        try:
-            journal = Journal(partial)
-            if restart:
-                journal.cut(0)
-            journal.identify(identity)
-        except BaseException:
-            if not records_of(partial):  # a disk may be full at the first record
-                remove_empty(partial, partial)
-            raise
-        try:
-            rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
-        except BaseException:
-            if len(journal.records) < 2:  # nothing worth going on with
-                remove_empty(partial, partial)
-            raise
-        summary = summarize(rows) | {"seconds": seconds}
-        comparison = None if earlier is None else compare(rows, earlier, str(baseline))
-        result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
-        text = json.dumps({**result, "model": str(model), "problems_sha256": digest, "rows": rows}, indent=1) + "\n"
+        require_space(out.parent, ANSWER_BYTES * len(requests))
+    try:
+        journal = Journal(partial)
+        if restart:
+            journal.cut(0)
+        journal.identify(identity)
+    except BaseException:
+        if not records_of(partial):  # a disk may be full at the first record
+            remove_empty(partial, partial)
+        raise
+    try:
+        rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
+    except BaseException:
+        if len(journal.records) < 2:  # nothing worth going on with
+            remove_empty(partial, partial)
+        raise
+    summary = summarize(rows) | {"seconds": seconds}
+    comparison = None if earlier is None else compare(rows, earlier, str(baseline))
+    result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
+    text = json.dumps({**result, "model": str(model), "problems_sha256": digest, "rows": rows}, indent=1) + "\n"
+    try:
         with disk_errors(out):
             replace_file(out, text.encode())
             faults.unlink(partial)
+    except KeyboardInterrupt:  # too late, once the results are there
+        if not out.exists():
+            raise
+        partial.unlink(missing_ok=True)
     return EvalResult(out, summary, rows, comparison)
 
 

@@ -74,34 +74,44 @@ class Journal:
             finally:
                 os.close(fd)
 
-    def identify(self, identity: Mapping[str, Any]) -> None:
+    def identify(self, identity: Mapping[str, Any], **beside: Any) -> None:
         """Enter what decides the result as the first record, or hold it against the one there.
 
-        Raises `BadInput` that names the first thing that is not the same.
+        `beside` is entered with it and never compared: what the first start decided, or a later one wants to know.
+
+        Raises `BadInput` that names all that is not the same.
         """
         if not self.records:
-            self.append({"job": dict(identity)})
+            self.append({"job": dict(identity), **beside})
         known = self.records[0].get("job")
         now = json.loads(json.dumps(dict(identity)))
         if not isinstance(known, dict):
             known = {}
-        for name in {**known, **now}:
-            if known.get(name) != now.get(name):
-                raise BadInput(
-                    f"{self.path.parent}: holds an unfinished job with another {name}: {_short(known.get(name))}, "
-                    f"now {_short(now.get(name))}; go on with the same, or start afresh with --restart"
-                )
+        other = [
+            f"another {name}: {_short(known.get(name))}, now {_short(now.get(name))}"
+            for name in {**known, **now}
+            if known.get(name) != now.get(name)
+        ]
+        if other:
+            raise BadInput(
+                f"{self.path.parent}: holds an unfinished job with {'; '.join(other)}; go on with the same, or start "
+                "afresh with --restart"
+            )
 
 
-def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: bool = False) -> Journal:
+def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: bool = False, **beside: Any) -> Journal:
     """The journal `folder`/`name` of a new job, or of one that was interrupted and has the same identity.
 
     Where it says nothing (or is not to, by `restart`), everything else in the folder is removed. Raises `BadInput` for
-    a folder with files in it but no journal, and for a job with another identity.
+    a folder with files in it but no journal, for a journal whose first record is damaged, since nobody knows whose it
+    is, and for a job with another identity. A first record that was never written to its end is none: nothing is done
+    before it is on the disk.
     """
     path = folder / name
     if not path.exists() and any(not entry.is_dir() for entry in folder.rglob("*")):
         raise BadInput(f"{folder}: not empty, and no unfinished job; remove it or choose another output folder")
+    if not restart:
+        refuse_unknown(path)
     try:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +120,7 @@ def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: 
                 journal.cut(0)
             if not journal.records:
                 _clear(folder, path)
-        journal.identify(identity)
+        journal.identify(identity, **beside)
     except BaseException:
         if not records_of(path):  # a disk may be full at the first record
             remove_empty(path, folder)
@@ -128,6 +138,15 @@ def remove_empty(path: Path, folder: Path) -> None:
             above.rmdir()
 
 
+def refuse_unknown(path: Path) -> None:
+    """`BadInput` for a journal that has lines, but not a first one that can be believed."""
+    raw = path.read_bytes() if path.exists() else b""
+    if b"\n" in raw and _parse(raw.splitlines(keepends=True)[0]) is None:
+        raise BadInput(
+            f"{path}: its first record is damaged, so it cannot be told which job this is; start afresh with --restart"
+        )
+
+
 def records_of(path: Path) -> list[dict[str, Any]]:
     """The records of a journal, up to the first that is damaged; none if there is no such file. Changes nothing."""
     try:
@@ -139,7 +158,7 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[Path]:
-    """The folder OUT.partial, made if need be, for this process alone while it works there."""
+    """The folder OUT.partial, made if need be, for this process alone while it works there; removed if left empty."""
     partial = out.with_name(out.name + ".partial")
     if not partial.parent.is_dir():
         raise BadInput(f"{partial.parent}: no such folder; make it first")
@@ -167,7 +186,8 @@ def held(path: Path, out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise BadInput(f"{path}: another process is working there; wait for it, or choose another output") from None
         if not path.exists() or not os.path.samestat(os.fstat(fd), path.stat()):
-            raise BadInput(f"{out}: another process has just finished it")
+            done = "has just finished it" if os.path.lexists(out) else "has just given it up; run this again"
+            raise BadInput(f"{out}: another process {done}")
         yield
     finally:
         os.close(fd)

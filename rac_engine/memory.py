@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -203,16 +203,19 @@ def plan_memory(
     host_limit: int | None = None,
     spare: int | None = None,
     program: int = PROGRAM_BYTES,
+    chunk: int | None = None,
 ) -> MemoryPlan:
     """The best way to go within the limits, in bytes: the host's counts the program itself.
 
     `tokens` are the calibration tokens, `longest` those of the longest sequence. Without a limit the chunks are as the
     settings say, so that results do not depend on the machine, and activations go to disk where the host's `spare`
     bytes do not hold them. `program` is what the process takes before it begins. Raises `BadInput`, naming the phase,
-    where nothing fits.
+    where nothing fits. With `chunk`, so many tokens go through a layer together, as when the job was begun.
     """
     best: MemoryPlan | None = None
     for choice in _choices(shape, settings, tokens, on_gpu, fixed=device_limit is None and host_limit is None):
+        if chunk is not None:
+            choice = replace(choice, chunk_tokens=chunk)
         phases, disk = _phases(shape, settings, tokens, longest, choice, on_gpu, program)
         plan = MemoryPlan(on_gpu, choice, phases, device_limit, host_limit, disk)
         if _excess(plan, spare) <= 0:

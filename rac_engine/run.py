@@ -24,6 +24,7 @@ from rac_engine.checkpoint import (
     copy_file,
     disk_errors,
     publish,
+    require_space,
     sha256_files,
     write_file,
     write_manifest,
@@ -39,7 +40,7 @@ from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolu
 from rac_engine.report import REPORT, comparison, write_report
 from rac_engine.results import METRICS, RAC, STEPS, TRACES, Row, load_metrics, percent, read_json, step_times
 from rac_engine.solve import METHODS
-from rac_engine.traces import SUMMARY, Calibration, generate, load_prompts
+from rac_engine.traces import SUMMARY, TOKEN_BYTES, Calibration, generate, load_prompts
 from rac_engine.verify import verify
 
 _WORK = "work"
@@ -66,11 +67,13 @@ def run(
     out, console = Path(out), console or Console(-1)
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another output folder, or remove it")
-    identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe), **surroundings(device)}
-    with claimed(out) as folder:
+    with claimed(out) as folder:  # before anything is read: a second process is refused at once
         fresh = not any(folder.iterdir())
+        identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe), **surroundings(device)}
         journal = open_journal(folder, f"{RAC}/{STEPS}", identity, restart)
+        rows: list[Row] = []
         try:
+            _require_space(recipe, folder)
             job = _Job(recipe, folder, journal, device, console)
             job.do()
             rows = job.finish()
@@ -78,12 +81,24 @@ def run(
                 raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this with --restart")
             publish(folder, out)
         except KeyboardInterrupt:
-            raise Interrupted("stopped between two steps") from None
+            if folder.exists() or not out.exists():
+                raise Interrupted("stopped between two steps") from None
         except (BadInput, OSError):
             if fresh and not _worth_keeping(folder):
                 shutil.rmtree(folder)
             raise
     return RunResult(out, rows, out / RAC / REPORT)
+
+
+def _require_space(recipe: Recipe, folder: Path) -> None:
+    """`BadInput` unless the traces, the pruned model and a variant beside it fit on the disk with what is there."""
+    model = Checkpoint.open(recipe.model)
+    copies = 2 if recipe.compare else 1
+    wanted = copies * sum(info.nbytes for info in model.tensors.values())
+    wanted += TOKEN_BYTES * recipe.trace.tokens if recipe.trace else 0
+    taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    with disk_errors(folder):
+        require_space(folder, max(wanted - taken, 0))
 
 
 def _worth_keeping(folder: Path) -> bool:

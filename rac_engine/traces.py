@@ -55,6 +55,7 @@ Part = Literal["all", "prompt", "completion"]
 
 SUMMARY = "traces.json"
 _JOURNAL = "journal.jsonl"
+TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
 _GROUP = 4 << 30  # bytes in a row group of a Parquet file, at most
 
 SCHEMA = pa.schema(
@@ -175,6 +176,20 @@ def generate(
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another folder, or remove it")
+    with claimed(out) as partial:  # before anything is read: a second process is refused at once
+        return _generate_in(partial, str(model), settings, out, device, restart, progress)
+
+
+def _generate_in(
+    partial: Path,
+    model: str,
+    settings: TraceSettings,
+    out: Path,
+    device: str,
+    restart: bool,
+    progress: Callable[[Any], None],
+) -> TraceReport:
+    """`generate`, in the folder `partial`, which is this process's alone."""
     prompts = load_prompts(settings.prompts)
     decoder = Decoder(model, device)
     identity = {
@@ -187,14 +202,13 @@ def generate(
         **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts"}).items()},
         **surroundings(device),
     }
-    with claimed(out) as partial:
-        journal = open_journal(partial, _JOURNAL, identity, restart)
-        try:
-            report = _generate(decoder, str(model), prompts, settings, identity, out, partial, journal, progress)
-            publish(partial, out)
-        finally:
-            if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
-                shutil.rmtree(partial)
+    journal = open_journal(partial, _JOURNAL, identity, restart)
+    try:
+        report = _generate(decoder, model, prompts, settings, identity, out, partial, journal, progress)
+        publish(partial, out)
+    finally:
+        if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
+            shutil.rmtree(partial)
     return report
 
 
@@ -225,6 +239,8 @@ def _generate(
             journal.cut(number)
             break
         counts.add(record["counts"])
+    with disk_errors(partial):
+        require_space(partial, TOKEN_BYTES * max(settings.tokens - counts.tokens, 0))
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     group = 2 * settings.batch_size
     try:

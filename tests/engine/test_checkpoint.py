@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rac_engine import faults
 from rac_engine.checkpoint import (
     INDEX,
     Checkpoint,
@@ -388,6 +389,40 @@ def test_full_disk_shows_before_anything_is_written(folder: Path, tmp_path: Path
     out.mkdir()
     with pytest.raises(BadInput, match="free some space"):
         CheckpointWriter(Checkpoint.open(folder), out)
+
+
+@pytest.mark.parametrize("when", ["rename", "fsync"])
+def test_an_interruption_once_the_output_is_there_comes_too_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    partial, out = tmp_path / "out.partial", tmp_path / "out"
+    partial.mkdir()
+    (partial / "file").write_text("all of it")
+    done = getattr(faults, when)
+
+    def interrupted(*args: Any) -> None:
+        done(*args)
+        if when == "rename" or out.exists():
+            monkeypatch.setattr(faults, when, done)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(faults, when, interrupted)
+    publish(partial, out)
+    assert (out / "file").read_text() == "all of it" and not partial.exists()
+
+
+def test_an_interruption_before_the_output_is_there_stops_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    monkeypatch.setattr(faults, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        publish(partial, tmp_path / "out")
+    assert partial.exists()
 
 
 def test_manifest_and_publication(folder: Path, tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pyarrow
 import pytest
 
+import rac_kernels
 from rac_engine import doctor
-from rac_engine.doctor import Finding, examine, render
+from rac_engine.doctor import Finding, code_sha256, examine, render, surroundings
 from rac_kernels import native
 
 
@@ -60,3 +64,13 @@ def test_the_page_ends_with_a_verdict(status, verdict):
     text = render([Finding("python", "ok", "3.11"), Finding("GPU", status, "none", "slow", "buy one")])
     assert text.endswith(verdict)
     assert "costs: slow" in text and "to do: buy one" in text
+
+
+def test_the_code_is_told_by_its_digests() -> None:
+    found = code_sha256()
+    assert {"rac_engine", "rac_kernels"} <= found.keys()
+    assert ("native" in found) == bool(list(Path(rac_kernels.__file__).parent.glob("_native*.so")))
+    assert all(len(digest) == 64 for digest in found.values())
+    told = surroundings("cpu")
+    assert told["code.rac_engine"] == found["rac_engine"]
+    assert told["versions.pyarrow"] == pyarrow.__version__

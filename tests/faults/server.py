@@ -1,8 +1,9 @@
 """Runs `rac` command lines in forked processes: everything is imported once, so that a job costs its own time only.
 
 Reads an order a line from stdin, as JSON: `argv`, `cwd`, `output` (a file for stdout and stderr), `plans` (see
-rac_engine.faults), `threads`, `disk` (activations live there), and perhaps `signal` and `after`, to send that signal
-after so many seconds. Answers with the exit status of the process, negative for the signal that ended it.
+rac_engine.faults), `threads`, `disk` (activations live there), `free` (bytes that the disk has), and perhaps `signal`
+and `after`, to send that signal after so many seconds. Answers with the exit status of the process, negative for the
+signal that ended it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,14 +56,16 @@ def _run(order: dict[str, Any]) -> int:
             os.dup2(fd, 2)
             torch.set_num_threads(order.get("threads", 1))
             faults.arm(order.get("plans", ""))
+            if "free" in order:
+                vars(shutil)["disk_usage"] = lambda _: SimpleNamespace(free=order["free"])
             if order.get("disk"):
-                planned = engine.plan_memory
+                planned = vars(engine)["plan_memory"]
 
                 def on_disk(*args: Any, **options: Any) -> Any:
                     plan = planned(*args, **options)
                     return replace(plan, choice=replace(plan.choice, place="disk"))
 
-                engine.plan_memory = on_disk
+                vars(engine)["plan_memory"] = on_disk
             code = main(order["argv"])
             sys.stdout.flush()
             sys.stderr.flush()

@@ -125,3 +125,28 @@ def test_the_newest_record_damaged_the_one_before_serves(bench: Bench, name: str
     data[size - 10] ^= 1
     journal.write_bytes(data)
     assert bench.mended(job) == ""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_second_process_is_refused_before_anything_is_read(bench: Bench, name: str) -> None:
+    """It would hash a model for minutes, and then be told so: one that has no model any more is told the same."""
+    job = bench.jobs[name]
+    stop_half_way(bench, job)
+    partial, model = bench.folder / f"{job.out}.partial", bench.folder / "model"
+    model.rename(bench.folder / "moved")
+    try:
+        with held(partial, bench.folder / job.out):
+            assert bench.run(job) == 2
+        assert "another process is working there" in bench.said
+    finally:
+        (bench.folder / "moved").rename(model)
+    assert bench.mended(job) == ""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_disk_too_small_is_known_before_the_work(bench: Bench, name: str) -> None:
+    job = bench.jobs[name]
+    assert bench.run(job, free=(4 << 20) + 10) == 2
+    assert "more are needed on this disk" in bench.said
+    assert not (bench.folder / job.out).exists()
+    assert bench.mended(job) == ""
