@@ -1,7 +1,8 @@
 """`rac run`: traces → dense answers → prune → its answers → variants → report, in one folder that appears at the end.
 
-Everything happens in OUT.partial. A journal there says which steps are finished; a job started again skips those, and
-the step at hand goes on where it stopped as far as it can (see traces, engine and evaluate).
+Everything happens in OUT.partial. A journal there says which steps are finished, with the SHA-256 of every file that
+they left; a job started again skips those whose files are still so, does the first one that is not and all behind it
+once more, and the step at hand goes on where it stopped as far as it can (see traces, engine and evaluate).
 """
 
 from __future__ import annotations
@@ -38,13 +39,26 @@ from rac_engine.journal import Journal, claimed, open_journal
 from rac_engine.models import Model
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
 from rac_engine.report import REPORT, comparison, write_report
-from rac_engine.results import METRICS, RAC, STEPS, TRACES, Row, load_metrics, percent, read_json, step_times
+from rac_engine.results import (
+    JOURNAL,
+    MANIFEST,
+    METRICS,
+    RAC,
+    STEPS,
+    TRACES,
+    Row,
+    load_metrics,
+    percent,
+    read_json,
+    step_times,
+)
 from rac_engine.solve import METHODS
 from rac_engine.traces import SUMMARY, TOKEN_BYTES, Calibration, generate, load_prompts
 from rac_engine.verify import verify
 
 _WORK = "work"
 _MAIN = "pruned"
+_REWRITTEN = ("README.md", f"{RAC}/recipe.yaml")  # at the end, to tell of the whole job
 
 
 @dataclass(frozen=True)
@@ -77,8 +91,8 @@ def run(
             job = _Job(recipe, folder, journal, device, console)
             job.do()
             rows = job.finish()
-            if problems := verify(folder, progress=console.progress).problems:
-                raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this with --restart")
+            if problems := verify(folder, recipe.model, console.progress).problems:
+                raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this again")
             publish(folder, out)
         except KeyboardInterrupt:
             if folder.exists() or not out.exists():
@@ -143,8 +157,20 @@ def _models(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSetting
     return [(_MAIN, recipe.calibration, recipe.prune), *variants]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What is done once: `act` does it, `files` are the SHA-256 of what that left, `undo` removes it."""
+
+    name: str
+    act: Callable[[], None]
+    files: Callable[[], dict[str, str]]
+    undo: Callable[[], None]
+    needs: Path | None = None
+    """What the step before has made for this one, and a later one removes."""
+
+
 class _Job:
-    """A run whose folder is claimed. `steps` are (name, what does it), `done` the seconds of the finished ones."""
+    """A run whose folder is claimed. `done` are the seconds of the finished steps."""
 
     def __init__(self, recipe: Recipe, folder: Path, journal: Journal, device: str, console: Console) -> None:
         self.recipe, self.folder, self.journal, self.device, self.console = recipe, folder, journal, device, console
@@ -152,19 +178,46 @@ class _Job:
         self.work = self.rac / _WORK
         with disk_errors(folder):
             self.work.mkdir(parents=True, exist_ok=True)
-        self.done: dict[str, float] = {record["step"]: record["seconds"] for record in self.journal.records[1:]}
         self.steps = self._steps()
+        self._distrust()
+        self.done: dict[str, float] = {record["step"]: record["seconds"] for record in self.journal.records[1:]}
 
     def do(self) -> None:
         """All steps that are not finished yet."""
-        for number, (name, act) in enumerate(self.steps, 1):
+        for number, step in enumerate(self.steps, 1):
+            name = step.name
             self.console.step(number, len(self.steps), name + ("" if name not in self.done else ": was done"))
             if name in self.done:
                 continue
             began = time.monotonic()
-            act()
+            step.act()
             self.done[name] = time.monotonic() - began
-            self.journal.append({"step": name, "seconds": self.done[name]})
+            self.journal.append({"step": name, "seconds": self.done[name], "files": step.files()})
+
+    def _distrust(self) -> None:
+        """Forget the first finished step whose files are not as it left them, and all behind it."""
+        records = self.journal.records[1:]
+        first = next((at for at, record in enumerate(records) if not self._is_whole(at, record)), len(records))
+        if first == len(records):
+            return
+        needed = self.steps[first].needs
+        if needed is not None and not needed.exists():
+            first -= 1
+        self.console.say(f"  what {self.steps[first].name!r} left is not as it was: it is done again")
+        self.journal.cut(1 + first)
+        for step in reversed(self.steps[first:]):
+            step.undo()
+
+    def _is_whole(self, at: int, record: dict[str, Any]) -> bool:
+        files = record.get("files")
+        if at >= len(self.steps) or record.get("step") != self.steps[at].name or not isinstance(files, dict):
+            return False
+        last = self.recipe.evaluate is not None and at == len(self.journal.records) - 2
+        # A variant's weights go once they have answered.
+        names = [name for name in files if last or not name.startswith(f"{RAC}/{_WORK}/")]
+        if not all((self.folder / name).is_file() for name in names):
+            return False
+        return sha256_files(self.folder, names) == {name: files[name] for name in names}
 
     def finish(self) -> list[Row]:
         """Write what says how it went, remove what was only for the work, and return the comparison."""
@@ -179,21 +232,50 @@ class _Job:
         write_manifest(self.folder)
         return rows
 
-    def _steps(self) -> list[tuple[str, Callable[[], None]]]:
-        recipe = self.recipe
-        steps: list[tuple[str, Callable[[], None]]] = []
-        models = _models(recipe)
+    def _steps(self) -> list[_Step]:
+        recipe, traces = self.recipe, self.rac / TRACES
+        steps: list[_Step] = []
         if recipe.trace:
-            steps.append(("traces", self._trace))
+            steps.append(_Step("traces", self._trace, partial(self._digests, traces), partial(_remove, traces)))
         if recipe.evaluate:
-            steps.append(("answers of the dense model", partial(self._evaluate, recipe.model, "dense")))
-        for name, calibration, settings in models:
+            steps.append(self._answers("the dense model", "dense", recipe.model))
+        for name, calibration, settings in _models(recipe):
             label = recipe.name if name == _MAIN else name
-            steps.append((f"prune {label}", partial(self._prune, name, calibration, settings)))
+            act = partial(self._prune, name, calibration, settings)
+            steps.append(_Step(f"prune {label}", act, partial(self._pruned, name), partial(self._unprune, name)))
             if recipe.evaluate:
-                at = self.folder if name == _MAIN else self.work / name
-                steps.append((f"answers of {label}", partial(self._evaluate, at, name)))
+                steps.append(self._answers(label, name, self.folder if name == _MAIN else self.work / name))
         return steps
+
+    def _answers(self, label: str, name: str, model: Path) -> _Step:
+        file = self.rac / "eval" / f"{name}.json"
+        act, files = partial(self._evaluate, model, name), partial(self._digests, file)
+        undo = partial(_remove, file, file.with_name(f"{file.name}.partial"))
+        return _Step(f"answers of {label}", act, files, undo, model if model.is_relative_to(self.work) else None)
+
+    def _digests(self, *made: Path) -> dict[str, str]:
+        """SHA-256 of files, or of all that are in folders, by their names in the run's folder."""
+        files = [file for at in made for file in (sorted(at.rglob("*")) if at.is_dir() else [at]) if file.is_file()]
+        return sha256_files(self.folder, [str(file.relative_to(self.folder)) for file in files])
+
+    def _pruned(self, name: str) -> dict[str, str]:
+        """SHA-256 of what pruning left, the checkpoint's by its own manifest, without what `finish` writes again."""
+        at, rewritten = (self.folder, _REWRITTEN) if name == _MAIN else (self.work / name, ())
+        manifest = read_json(at / RAC / MANIFEST)["files"]
+        files = {
+            str((at / file).relative_to(self.folder)): entry["sha256"]
+            for file, entry in manifest.items()
+            if file not in rewritten
+        }
+        return files if name == _MAIN else files | self._digests(self._home(name))
+
+    def _unprune(self, name: str) -> None:
+        _remove(self.work / name, self.work / f"{name}.partial")
+        if name != _MAIN:
+            _remove(self._home(name))
+            return
+        _remove(*(entry for entry in self.folder.iterdir() if entry != self.rac))
+        _remove(*(self.rac / file for file in (METRICS, JOURNAL, MANIFEST, "recipe.yaml", REPORT)))
 
     def _trace(self) -> None:
         assert self.recipe.trace
@@ -242,6 +324,15 @@ class _Job:
     def _home(self, name: str) -> Path:
         """Where the metrics of a model are kept."""
         return self.rac if name == _MAIN else self.rac / "variants" / name
+
+
+def _remove(*entries: Path) -> None:
+    """Remove files and folders, as far as they are there."""
+    for entry in entries:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 def _move_up(made: Path, folder: Path) -> None:

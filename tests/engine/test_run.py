@@ -151,6 +151,46 @@ def test_a_run_stopped_before_every_step_ends_with_the_same_bytes(finished, home
     assert verify(result.out).problems == []
 
 
+DAMAGED = {
+    "config.json": "prune main",
+    "model.safetensors": "prune main",
+    "rac/metrics.jsonl": "prune main",
+    "rac/traces/part-00000.parquet": "traces",
+    "rac/eval/dense.json": "answers of the dense model",
+    "rac/eval/pruned.json": "answers of main",
+    "rac/eval/text.json": "prune text",
+    "rac/work/light/config.json": "prune light",
+    "rac/variants/text/metrics.jsonl": "prune text",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_finished_step_whose_files_changed_is_done_again(finished, home, tmp_path, monkeypatch, file):
+    class Stopper(Console):
+        at = len(STEPS)
+        redone = ""
+
+        def step(self, number: int, count: int, name: str) -> None:
+            if number == self.at:
+                raise KeyboardInterrupt
+            if "was done" not in name and not self.redone:
+                self.redone = name
+
+    partial = tmp_path / "out.partial"
+    with pytest.raises(Interrupted):
+        run(recipe(home), tmp_path / "out", console=Stopper(-1))
+    damaged = next(partial.glob("*.safetensors")) if file == "model.safetensors" else partial / file
+    raw = bytearray(damaged.read_bytes())
+    raw[-2] ^= 1
+    damaged.write_bytes(raw)
+    again = Stopper(-1)
+    again.at = 0
+    result = run(recipe(home), tmp_path / "out", console=again)
+    assert again.redone == DAMAGED[file]
+    assert weights(result.out) == weights(finished.out) and result.rows == finished.rows
+    assert verify(result.out, home / "model").problems == []
+
+
 @pytest.mark.parametrize("crash_at", [1, 4, 7])
 def test_a_crash_while_the_checkpoint_moves_into_place_is_mended(finished, home, tmp_path, monkeypatch, crash_at):
     real, calls = faults.rename, []
