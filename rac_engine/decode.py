@@ -32,6 +32,12 @@ from rac_engine.models import Model, attend_in_the_open, packed_attention
 from rac_engine.sizes import format_count
 
 ATTENTION = "rac_decode"
+GROUP_BATCHES = 2
+"""Batches that a job decodes between two entries of its journal: what an interruption costs at most.
+
+With one, every batch would wait for its longest sequence with rows empty; with two, rows that become free are filled
+from the second. A group is decoded by itself, so that one done again gets the same tokens: what else is in a batch may
+change the last bits of its logits."""
 PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
 _SMALL = 50_000_000  # parameters
 _CANDIDATES = 256  # tokens among which a nucleus is looked for first

@@ -21,7 +21,7 @@ from typing import Any
 
 from rac_engine import faults
 from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require_space
-from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.decode import GROUP_BATCHES, Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, held, records_of, refuse_unknown, remove_empty
@@ -30,8 +30,6 @@ from rac_engine.recipe import EvalSettings
 from rac_engine.results import load_evaluation
 
 ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
-_GROUP = 256  # answers between two entries of the journal, at least
-
 _MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?[\s*]*:)[\s*]*(.+)", re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\{|[{}]")
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
@@ -231,7 +229,7 @@ def _answers(
     rows: list[dict[str, Any]] = [row for record in journal.records[1:] for row in record["rows"]]
     seconds = sum(record["seconds"] for record in journal.records[1:])
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
-    group = max(_GROUP, 2 * settings.batch_size)
+    group = GROUP_BATCHES * settings.batch_size
     try:
         while len(rows) < len(requests):
             began, first = time.monotonic(), len(rows)
@@ -308,7 +306,7 @@ def _digest(problems: list[Problem]) -> str:
 def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str, Any]]:
     """The answers in a file of results. Raises `BadInput` unless they were sampled as these are going to be.
 
-    The number of answers decoded together changes none of them.
+    The number of answers decoded together may differ: the random numbers do not depend on it.
     """
     found = load_evaluation(path)
     if found.get("problems_sha256") != digest:

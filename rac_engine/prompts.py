@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rac_engine.errors import BadInput
+from rac_engine.sizes import format_bytes
 
 Messages = list[dict[str, str]]
 
 _MAX_LINE = 16 << 20
 _MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have some 30,000
 _MAX_RENDERED = 64 << 20  # characters
+_RENDERING_BYTES = 1 << 30  # of memory that rendering a prompt may take
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,6 +81,22 @@ def messages_of(record: dict[str, Any], where: str) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
+@contextmanager
+def _memory_limit(count: int) -> Iterator[None]:
+    """Let this process take at most `count` bytes more than now, or raise `MemoryError`: {{ "x" * 10 ** 12 }} is short.
+
+    What other threads take meanwhile counts too; there are none with work to do where prompts are rendered.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + count
+    limits = [most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def render(tokenizer: Any, messages: Messages, where: str) -> list[int]:
     """Token ids of the conversation by the model's chat template, ready for its answer."""
     if not tokenizer.chat_template:
@@ -85,7 +105,11 @@ def render(tokenizer: Any, messages: Messages, where: str) -> list[int]:
         raise BadInput(f"{where}: the model's chat template has more than {_MAX_TEMPLATE:,} characters; that is none")
     try:
         # transformers renders in jinja's sandbox: a template reaches nothing but what it is given.
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        with _memory_limit(_RENDERING_BYTES):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except MemoryError:
+        limit = format_bytes(_RENDERING_BYTES)
+        raise BadInput(f"{where}: the chat template takes more than {limit} for it; that is no prompt") from None
     except Exception as error:  # a template may refuse a conversation with any exception of its own
         raise BadInput(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:300]}") from None
     if len(text) > _MAX_RENDERED:

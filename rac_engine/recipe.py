@@ -123,7 +123,9 @@ class TraceSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
-    batch_size: Count = Field(default=64, description="traces decoded together")
+    batch_size: Count = Field(
+        default=64, description="traces decoded together; an interrupted job does two such batches again at most"
+    )
 
 
 class CalibrationSettings(Settings):
@@ -284,7 +286,9 @@ class EvalSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
-    batch_size: Count = Field(default=64, description="answers decoded together")
+    batch_size: Count = Field(
+        default=64, description="answers decoded together; an interrupted job does two such batches again at most"
+    )
 
 
 class Variant(Settings):

@@ -35,7 +35,7 @@ from rac_engine.checkpoint import (
     sha256_files,
     write_file,
 )
-from rac_engine.decode import Decoder, Request, Sampling, request_key
+from rac_engine.decode import GROUP_BATCHES, Decoder, Request, Sampling, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal
@@ -242,7 +242,7 @@ def _generate(
     with disk_errors(partial):
         require_space(partial, TOKEN_BYTES * max(settings.tokens - counts.tokens, 0))
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    group = 2 * settings.batch_size
+    group = GROUP_BATCHES * settings.batch_size
     try:
         for number, first in enumerate(range(0, len(asked), group)):
             if number < len(journal.records) - 1:
@@ -383,7 +383,7 @@ def load_calibration(
     size = len(tokenizer)
     sequences: list[Sequence] = []
     left, completions = tokens, 0
-    for prompt, completion in pairs:
+    for number, (prompt, completion) in enumerate(pairs, 1):
         if left == 0:
             break
         sequence = _sequence(prompt, completion, part, left)
@@ -392,8 +392,8 @@ def load_calibration(
         ids = sequence.token_ids
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise BadInput(
-                f"calibration {source}: token ids from {ids.min()} to {ids.max()}, but the model has {size}; "
-                "was it made by another model?"
+                f"calibration {source}: sequence {number}: token ids from {ids.min()} to {ids.max()}, but the model "
+                f"has {size}; was it made by another model?"
             )
         sequences.append(sequence)
         completions += len(ids) > sequence.prompt_length
@@ -446,9 +446,15 @@ def _from_parquet(path: Path) -> Iterator[tuple[list[int], list[int]]]:
                 raise BadInput(f"calibration {file}: not the file that {SUMMARY} tells of; sample the traces again")
             with pq.ParquetFile(file) as reader:
                 _refuse_bombs(reader.metadata)
+                row = 0
                 for batch in reader.iter_batches(256, columns=columns):
-                    for prompt, completion in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-                        yield _ids(prompt, str(file)), _ids(completion, str(file))
+                    for pair in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                        row += 1
+                        prompt, completion = (
+                            _ids(ids, f"calibration {file}: row {row}: {name}")
+                            for ids, name in zip(pair, columns, strict=True)
+                        )
+                        yield prompt, completion
         except BadInput:
             raise
         except Exception as error:  # whatever Arrow finds wrong with a file

@@ -114,8 +114,7 @@ def test_the_example_model_solves_its_problems(tmp_path: Path) -> None:
     assert short.summary["cut_off_share"] == 1 and short.summary["accuracy"] == 0
 
 
-def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rac_engine.evaluate._GROUP", 2)
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     wanted = settings(tmp_path, max_new_tokens=8, batch_size=1)
     whole = evaluate(ABACUS, wanted, tmp_path / "whole.json")
     steps = 0

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rac_engine.checkpoint import Checkpoint
 from rac_engine.decode import load_tokenizer
+from rac_engine.engine import peak_memory
 from rac_engine.errors import BadInput, Interrupted
+from rac_engine.prompts import render
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces import SUMMARY, generate, load_calibration, load_prompts
 
@@ -187,6 +192,56 @@ def test_bad_calibration_is_refused(record: dict[str, Any], message: str, tmp_pa
     (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(BadInput, match=message):
         load_calibration(str(tmp_path / "c.jsonl"), tokenizer=tokenizer)
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt_token_ids": [2], "completion_token_ids": [3]}] * 300
+    for bad, said in ((None, "row 301: completion_token_ids: token ids should"), ([103], "sequence 301: token ids")):
+        table = pa.Table.from_pylist([*rows, {"prompt_token_ids": [2], "completion_token_ids": bad}])
+        pq.write_table(table, tmp_path / "c.parquet")
+        with pytest.raises(BadInput, match=rf"c\.parquet: {said}"):
+            load_calibration(str(tmp_path / "c.parquet"), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 3000000000 }}",
+        "{% set n = namespace(s='x') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    ],
+)
+def test_a_template_that_would_fill_the_memory_is_refused(template: str, tokenizer: Any) -> None:
+    class Hostile:
+        chat_template = template
+
+        def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+            return tokenizer.apply_chat_template(messages, chat_template=template, **options)
+
+    before = peak_memory(reset=True)
+    with pytest.raises(BadInput, match="takes more than 1 GiB"):
+        render(Hostile(), [{"role": "user", "content": "a"}], "p.jsonl:1")
+    assert peak_memory() - before < 1.2 * 2**30
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_the_columns_of_a_trace(prompts: Path, tmp_path: Path) -> None:
+    generate(ABACUS, settings(prompts, tokens=100, max_new_tokens=20), tmp_path / "t")
+    file = next((tmp_path / "t").glob("*.parquet"))
+    assert pq.read_schema(file).names == [
+        "id",
+        "prompt_token_ids",
+        "completion_token_ids",
+        "text",
+        "finish_reason",
+        "seed",
+        "sampling",
+        "model",
+        "model_sha256",
+        "template_sha256",
+    ]
+    (first, *_) = rows(tmp_path / "t")
+    assert first["model_sha256"] == Checkpoint.open(ABACUS).sha256() and first["seed"] == 0
+    assert json.loads(first["sampling"])["temperature"] == 0.6 and first["model"] == str(ABACUS)
 
 
 def test_sources_that_are_no_traces(tmp_path: Path, tokenizer: Any) -> None:
