@@ -651,6 +651,9 @@ class _Layer:
                 if matrix.tensor == matrix.name:
                     self.tensors[matrix.tensor] = result.weight.cpu()
                 else:
+                    if self.beside and not job.memory.on_gpu and matrix.tensor not in self.pruned:
+                        # The dense model beside has its weights in the same memory.
+                        self.tensors[matrix.tensor] = self.tensors[matrix.tensor].clone()
                     matrix.of(self.tensors[matrix.tensor]).copy_(result.weight)
                 self.pruned[matrix.tensor] = self.tensors[matrix.tensor]
         if install:

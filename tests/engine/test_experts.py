@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rac_engine import engine
+from rac_engine.calibrate import Packing, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import prune
-from rac_engine.errors import BadInput
+from rac_engine.errors import BadInput, Interrupted
 from rac_engine.models import Model
 from rac_engine.plan import make_plan
 from rac_engine.recipe import PruneSettings
@@ -172,3 +174,41 @@ def test_a_plan_counts_what_the_router_sends(checkpoint: Make, tmp_path: Path) -
         *("mlp.gate_proj", "mlp.down_proj", "mlp.shared_experts.gate_proj", "mlp.experts.0.gate_proj"),
         *("mlp.shared_experts.down_proj", "mlp.experts.0.down_proj"),
     ]
+
+
+def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss has all experts in one tensor, which is pruned in place: not in the one that the dense model reads."""
+    source, calibration, beside = checkpoint("gpt_oss"), tiny.calibration(), list[torch.Tensor]()
+    begin = engine._Layer.prune
+
+    def noted(self: Any) -> None:
+        beside.append(self.job.dense.hidden.read(0, TOKENS).clone())
+        begin(self)
+
+    monkeypatch.setattr(engine._Layer, "prune", noted)
+    prune(source, tmp_path / "whole", settings(), calibration)
+    model = Model.open(Checkpoint.open(source))
+    stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
+    for layer, hidden in enumerate(beside):
+        assert torch.equal(hidden, stream.hidden.read(0, TOKENS)), layer
+        tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
+        with torch.inference_mode():
+            for block in model.build_layer(layer, tensors, model.dtype, "cpu"):
+                stream.advance(block)
+
+
+def test_a_job_with_stacked_experts_goes_on_to_the_same_bytes(checkpoint: Make, tmp_path: Path) -> None:
+    source, calibration = checkpoint("gpt_oss"), tiny.calibration()
+    prune(source, tmp_path / "whole", settings(), calibration)
+
+    def stop(line: str) -> None:
+        if line.startswith("layer 3/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        prune(source, tmp_path / "out", settings(), calibration, progress=stop)
+    assert prune(source, tmp_path / "out", settings(), calibration).resumed == 2
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name]) for name in before)
