@@ -364,7 +364,7 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
         calibration = calibration_of(recipe)
         lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
         mean = max(1, sum(lengths) // max(1, len(lengths)))
-        plan = make_plan(recipe.model, recipe.prune, calibration.tokens, mean, max(lengths, default=1), **limits)
+        plan = make_plan(recipe.model, recipe.prune, sum(lengths), mean, max(lengths, default=1), **limits)
         print(f"calibration: {calibration.describe()}\n")
     print(dump(recipe))
     print(render(plan))

@@ -45,7 +45,7 @@ from rac_engine.journal import Journal, claimed, open_journal, records_of
 from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, plan_memory
 from rac_engine.models import Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
-from rac_engine.sizes import format_seconds
+from rac_engine.sizes import format_bytes, format_seconds
 from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
 from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration, load_calibration
@@ -121,7 +121,7 @@ def _prune(
     device_memory, host_memory = given_limits
     source, settings = Model.open(Checkpoint.open(model)), recipe.prune
     skipped = {**skipped_matrices(source, settings), **not_finite(source, settings)}
-    described = _device(device)
+    device, described = _device(device)
     packing, shape, begun = None, Shape.of(source, settings), resident()
     limits = _limits(device, device_memory, host_memory, begun)
     if find_method(settings.method).needs == "nothing":
@@ -129,15 +129,16 @@ def _prune(
     else:
         calibration = calibration or calibration_of(recipe)
         longest = max((len(sequence.token_ids) for sequence in calibration.sequences), default=0)
+        tokens = sum(len(sequence.token_ids) for sequence in calibration.sequences)  # those that do not count too
         chunk = None if restart else _begun_with(partial)
-        memory = plan_memory(shape, settings, calibration.tokens, longest, chunk=chunk, **limits)
+        memory = plan_memory(shape, settings, tokens, longest, chunk=chunk, **limits)
         packing = Packing.of(calibration, memory.choice.chunk_tokens)
     run = {**_describe(source, settings, calibration, packing, described), "memory": memory.summary()}
     peak_memory(reset=True)
     if memory.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min((device_memory or total) / total, 1.0), device)
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction((device_memory or total) / total, device)
     chunk = memory.choice.chunk_tokens
     journal = open_journal(partial, JOURNAL, _identity(run), restart, chunk_tokens=chunk, activations=REPLAY)
     try:
@@ -736,11 +737,21 @@ def _limits(device: str, device_memory: int | None, host_memory: int | None, beg
     on_gpu = torch.device(device).type == "cuda"
     if device_memory is not None and not on_gpu:
         raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
+    free = None
+    if on_gpu:
+        # What torch holds in reserve of this device, from an earlier job in this process, is free as well.
+        available, total = torch.cuda.mem_get_info(device)
+        free = available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if device_memory is not None and device_memory > total:
+            raise BadInput(
+                f"--device-memory {format_bytes(device_memory)}: {device} has {format_bytes(total)}; give no more"
+            )
     # In steps, so that a job that goes on elsewhere on the same machine finds the same plan.
     program = max(PROGRAM_BYTES, -(-begun // _PROGRAM_STEP) * _PROGRAM_STEP)
     return {
         "on_gpu": on_gpu,
         "device_limit": device_memory,
+        "device_spare": free,
         "host_limit": host_memory,
         "spare": psutil.virtual_memory().available + begun,
         "program": program,
@@ -767,13 +778,17 @@ def _recipe(model: Path, recipe: Recipe | PruneSettings | str | Path | None) -> 
     return recipe.model_copy(update={"model": model})
 
 
-def _device(name: str) -> str:
-    """What is reported for a device; `BadInput` if it is not there."""
+def _device(name: str) -> tuple[str, str]:
+    """The device by its full name ("cuda:0" for "cuda"), and what is reported for it; `BadInput` if it is not there."""
+    # A limit bounds what torch has reserved, so the pieces of it have to fit together: segments that grow and shrink
+    # leave next to nothing lying idle. Heeded if CUDA has not started yet, and unless the user has chosen.
+    if not any(f"PYTORCH_{part}ALLOC_CONF" in os.environ for part in ("CUDA_", "")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r}: {str(error).splitlines()[0]}; `rac doctor` shows what there is") from None
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    return str(device), torch.cuda.get_device_name(device) if device.type == "cuda" else name
 
 
 def _describe(

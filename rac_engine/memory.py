@@ -31,6 +31,7 @@ WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
 FACTORED_IN_FP64 = 4096  # columns up to which a CPU factors in fp64
 MASK_BYTES = 80 << 20  # of an attention's mask, as bool and as what the kernel makes of it
+SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
 TOKEN_BYTES = 24  # id as it was read and as it is packed, and a weight
 REFINING = 7  # fp32 copies of the weights that conjugate gradients, or ADMM, hold
@@ -202,6 +203,7 @@ def plan_memory(
     device_limit: int | None = None,
     host_limit: int | None = None,
     spare: int | None = None,
+    device_spare: int | None = None,
     program: int = PROGRAM_BYTES,
     chunk: int | None = None,
 ) -> MemoryPlan:
@@ -209,40 +211,49 @@ def plan_memory(
 
     `tokens` are the calibration tokens, `longest` those of the longest sequence. Without a limit the chunks are as the
     settings say, so that results do not depend on the machine, and activations go to disk where the host's `spare`
-    bytes do not hold them. `program` is what the process takes before it begins. Raises `BadInput`, naming the phase,
-    where nothing fits. With `chunk`, so many tokens go through a layer together, as when the job was begun.
+    bytes do not hold them; only a device whose free `device_spare` bytes are too few makes them smaller. `program` is
+    what the process takes before it begins. Raises `BadInput`, naming the phase, where nothing fits. With `chunk`, so
+    many tokens go through a layer together, as when the job was begun.
     """
     best: MemoryPlan | None = None
-    for choice in _choices(shape, settings, tokens, on_gpu, fixed=device_limit is None and host_limit is None):
+    free = device_limit is None and host_limit is None
+    device_room = device_spare if device_limit is None else device_limit
+    host_room = spare if host_limit is None else host_limit
+    choices = _choices(shape, settings, tokens, on_gpu, fixed=free)
+    if free and device_room is not None:
+        choices = itertools.chain(choices, _choices(shape, settings, tokens, on_gpu, fixed=False))
+    for choice in choices:
         if chunk is not None:
             choice = replace(choice, chunk_tokens=chunk)
         phases, disk = _phases(shape, settings, tokens, longest, choice, on_gpu, program)
         plan = MemoryPlan(on_gpu, choice, phases, device_limit, host_limit, disk)
-        if _excess(plan, spare) <= 0:
+        over = _excess(plan, device_room, host_room)
+        if over <= 0:
             return plan
-        best = plan if best is None or _excess(plan, spare) < _excess(best, spare) else best
+        best = plan if best is None or over < _excess(best, device_room, host_room) else best
     assert best is not None
-    if device_limit is None and host_limit is None:
+    if free and device_room is None:
         return best  # no promise was made: the settings decide
-    if on_gpu and device_limit is not None and best.device_peak > device_limit:
-        where, need, limit = "--device-memory", best.device_peak, device_limit
-        phase = max(best.phases, key=lambda phase: sum(phase.device.values()))
+    if on_gpu and device_room is not None and best.device_peak > device_room:
+        where = f"--device-memory {format_bytes(device_room)}"
+        if device_limit is None:
+            where = f"the device has {format_bytes(device_room)} free"
+        need, phase = best.device_peak, max(best.phases, key=lambda phase: sum(phase.device.values()))
     else:
-        where, need, limit = "--host-memory", best.host_peak, host_limit or 0
-        phase = max(best.phases, key=lambda phase: sum(phase.host.values()))
+        where = f"--host-memory {format_bytes(host_room or 0)}"
+        if host_limit is None:
+            where = f"the machine has {format_bytes(host_room or 0)} of memory free"
+        need, phase = best.host_peak, max(best.phases, key=lambda phase: sum(phase.host.values()))
     raise BadInput(
-        f"{where} {format_bytes(limit)}: at least {format_bytes(need)} is needed ({phase.name}); "
+        f"{where}: at least {format_bytes(need)} is needed ({phase.name}); "
         "`rac plan` shows for what"
     )
 
 
-def _excess(plan: MemoryPlan, spare: int | None) -> int:
-    """Bytes by which the limits are passed, in all."""
-    host = plan.host_limit if plan.host_limit is not None else spare
+def _excess(plan: MemoryPlan, device: int | None, host: int | None) -> int:
+    """Bytes by which what there is, of the device and of the host, is passed, in all."""
     over = 0 if host is None else max(plan.host_peak - host, 0)
-    if plan.device_limit is not None:
-        over += max(plan.device_peak - plan.device_limit, 0)
-    return over
+    return over if device is None else over + max(plan.device_peak - device, 0)
 
 
 def _choices(shape: Shape, settings: PruneSettings, tokens: int, on_gpu: bool, fixed: bool) -> Iterator[Choice]:
@@ -257,9 +268,9 @@ def _choices(shape: Shape, settings: PruneSettings, tokens: int, on_gpu: bool, f
         experts = -(-experts // 2)
         together.append(experts)
     places: list[Place] = ["device", "host", "disk"] if on_gpu and not fixed else ["host", "disk"]
-    for floor in (1024, 0):
+    for small in (False, True):  # chunks that waste what computes come after everything else
         for chunk in halves:
-            if (chunk < floor) == (floor > 0) and chunk != halves[0]:
+            if (chunk < SMALL_CHUNK and chunk != halves[0]) != small:
                 continue
             for overlap in (True, False):
                 for each in together:

@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import rac_engine
+from rac_engine import engine
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, write_manifest
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Damaged, Interrupted
+from rac_engine.memory import MemoryPlan
 from rac_engine.models import Block, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
 from rac_engine.verify import verify
@@ -376,6 +378,41 @@ def test_device_that_is_not_there(checkpoint: Make, tmp_path: Path) -> None:
     for name in ("cuda:99", "abacus"):
         with pytest.raises(BadInput, match=f"device '{name}'"):
             prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration(), device=name)
+
+
+def test_a_device_goes_by_its_full_name_and_its_limit_is_no_more_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(engine.torch, "empty", lambda *_, **__: OnGpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    assert engine._device("cuda") == ("cuda:0", "card 0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
+    limits = engine._limits("cuda:0", 8 << 30, None, 0)
+    assert (limits["device_limit"], limits["device_spare"]) == (8 << 30, 7 << 30)
+    with pytest.raises(BadInput, match=r"--device-memory 9 GiB: cuda:0 has 8 GiB"):
+        engine._limits("cuda:0", 9 << 30, None, 0)
+
+
+def test_memory_is_planned_for_all_tokens_those_that_do_not_count_too(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    plan = engine.plan_memory
+
+    def noted(shape: Any, settings: PruneSettings, tokens: int, longest: int, **limits: Any) -> MemoryPlan:
+        planned.append(tokens)
+        return plan(shape, settings, tokens, longest, **limits)
+
+    monkeypatch.setattr(engine, "plan_memory", noted)
+    report = prune(
+        checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion")
+    )
+    assert planned == [4 * (40 + 17 + 40 + 25 + 1 + 9)]
+    assert report.run["calibration"]["tokens"] < planned[0]
 
 
 def test_nan_in_the_source_is_named_and_nothing_is_left(checkpoint: Make, tmp_path: Path) -> None:

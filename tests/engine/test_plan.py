@@ -7,7 +7,10 @@ import math
 
 import pytest
 
+from rac_engine import memory
 from rac_engine.errors import BadInput
+from rac_engine.memory import Shape
+from rac_engine.models import Model
 from rac_engine.plan import H200, make_plan, render
 from rac_engine.recipe import PruneSettings
 
@@ -166,6 +169,34 @@ def test_less_memory_means_smaller_chunks_and_less_overlap_but_never_more_bytes(
             assert memory.choice.chunk_tokens <= before.choice.chunk_tokens
         before = memory
     assert before is not None and before.choice.place == "disk"
+
+
+def test_every_size_of_chunks_is_tried_the_small_ones_last(qwen2_7b):
+    settings = PruneSettings(method="wanda")
+    shape = Shape.of(Model.of_config(qwen2_7b, QWEN2_7B), settings)
+    choices = [*memory._choices(shape, settings, 1_000_000, on_gpu=True, fixed=False)]
+    sizes = list(dict.fromkeys(choice.chunk_tokens for choice in choices))
+    assert sizes[-3:] == [1024, 512, 256] and sizes == sorted(sizes, reverse=True)
+    large = [choice.chunk_tokens >= memory.SMALL_CHUNK for choice in choices]
+    assert large == sorted(large, reverse=True)
+    assert len(set(choices)) == len(choices)
+
+
+def test_what_is_free_is_the_limit_where_none_is_given(qwen2_7b):
+    settings = PruneSettings(method="sparsegpt", chunk_tokens=16384)
+    shape = Shape.of(Model.of_config(qwen2_7b, QWEN2_7B), settings)
+
+    def plan(**limits):
+        return memory.plan_memory(shape, settings, 1_000_000, 32_768, on_gpu=True, **limits)
+
+    ample = plan(device_spare=78 * GIB, spare=128 * GIB)
+    assert (ample.choice.chunk_tokens, ample.device_limit) == (16384, None)
+    tight = plan(device_spare=4 * GIB, spare=128 * GIB)
+    assert tight.device_peak <= 4 * GIB and tight.choice.chunk_tokens < 16384
+    with pytest.raises(BadInput, match=r"^the device has 2 GiB free: at least .* is needed \(solve mlp.*down_proj\)"):
+        plan(device_spare=2 * GIB)
+    with pytest.raises(BadInput, match=r"^the machine has 1 GiB of memory free: at least .* is needed \("):
+        plan(device_limit=12 * GIB, spare=GIB)
 
 
 def test_without_limits_the_chunks_are_those_of_the_settings(qwen2_7b):
