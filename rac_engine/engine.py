@@ -555,25 +555,9 @@ class _Layer:
         room = None if job.hessians is None else max(job.hessians - (common is not None), 1)
         least = math.ceil(rule.min_tokens * experts[0][0].columns)
         for number, some in enumerate(_batches(experts, room)):
+            extra = {} if number or common is None else {name: common}
             with job.clock("calibrate"):
-                statistics = {group[0].group.input: self._statistic(group) for group in some}
-                own = list(statistics.values())
-                stream.observe(block, statistics if number or common is None else {**statistics, name: common})
-                seen = [statistic.tokens for statistic in own]
-                total = max(stream.packing.counted, 1)
-                if rule.otherwise == "blend":
-                    weights = [max(least - tokens, 0) / total for tokens in seen]
-                    if entrance:
-                        assert common is not None
-                        for statistic, weight in zip(own, weights, strict=True):
-                            statistic.blend(common, weight)
-                    elif any(weights):
-                        scarce = {
-                            group[0].group.expert: (statistic, weight * total)
-                            for group, statistic, weight in zip(some, own, weights, strict=True)
-                            if weight and group[0].group.expert is not None
-                        }
-                        stream.observe_sample(block, scarce, least)
+                statistics, seen = self._gather(stream, block, some, extra, common if entrance else None, least)
             for group, tokens in zip(some, seen, strict=True):
                 why = None
                 if tokens < least:
@@ -581,6 +565,37 @@ class _Layer:
                 self._solve(group, statistics.pop(group[0].group.input), tokens, why)
         if everyone is not None:
             self._solve(everyone, common)
+
+    def _gather(
+        self,
+        stream: Stream,
+        block: Block,
+        experts: list[list[Matrix]],
+        extra: dict[str, Statistic],
+        common: Statistic | None,
+        least: int,
+    ) -> tuple[dict[str, Statistic], list[int]]:
+        """Statistics of experts' inputs in one pass, and `extra`; of those with fewer than `least` tokens, blended.
+
+        `common` is of all tokens, where that is the same for every expert. Also returns each expert's own tokens.
+        """
+        blended = self.job.settings.experts.otherwise == "blend"
+        statistics = {group[0].group.input: self._statistic(group) for group in experts}
+        stream.observe(block, {**statistics, **extra})
+        seen = [statistic.tokens for statistic in statistics.values()]
+        total = max(stream.packing.counted, 1)
+        scarce: dict[int, tuple[Statistic, float]] = {}
+        for group, tokens, statistic in zip(experts, seen, statistics.values(), strict=True):
+            number, lacking = group[0].group.expert, max(least - tokens, 0)
+            if not blended or not lacking or number is None:
+                continue
+            if common is None:
+                scarce[number] = (statistic, float(lacking))
+            else:
+                statistic.blend(common, lacking / total)
+        if scarce:
+            stream.observe_sample(block, scarce, least)
+        return statistics, seen
 
     def _prune_at_once(self, stream: Stream) -> None:
         """Every matrix is calibrated on what the dense layer gives, as published."""

@@ -244,10 +244,7 @@ def plan_memory(
         if host_limit is None:
             where = f"the machine has {format_bytes(host_room or 0)} of memory free"
         need, phase = best.host_peak, max(best.phases, key=lambda phase: sum(phase.host.values()))
-    raise BadInput(
-        f"{where}: at least {format_bytes(need)} is needed ({phase.name}); "
-        "`rac plan` shows for what"
-    )
+    raise BadInput(f"{where}: at least {format_bytes(need)} is needed ({phase.name}); `rac plan` shows for what")
 
 
 def _excess(plan: MemoryPlan, device: int | None, host: int | None) -> int:

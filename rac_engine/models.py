@@ -499,6 +499,8 @@ class Block:
         finally:
             for hook in hooks:
                 hook.remove()
+            if self._mixture is not None:
+                self._mixture.viewing = _Viewing({}, through=True)  # holds on to nothing that was gathered
         if self.last is not None:
             viewing.see(self.last, inner)
         return inner

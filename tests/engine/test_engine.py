@@ -408,9 +408,7 @@ def test_memory_is_planned_for_all_tokens_those_that_do_not_count_too(
         return plan(shape, settings, tokens, longest, **limits)
 
     monkeypatch.setattr(engine, "plan_memory", noted)
-    report = prune(
-        checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion")
-    )
+    report = prune(checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion"))
     assert planned == [4 * (40 + 17 + 40 + 25 + 1 + 9)]
     assert report.run["calibration"]["tokens"] < planned[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_engine import engine
-from rac_engine.calibrate import Packing, Stream
+from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput, Interrupted
@@ -212,3 +213,23 @@ def test_a_job_with_stacked_experts_goes_on_to_the_same_bytes(checkpoint: Make, 
     assert prune(source, tmp_path / "out", settings(), calibration).resumed == 2
     before, after = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("hessians", [1, 3])
+def test_no_pass_holds_the_hessians_of_the_one_before(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hessians: int
+) -> None:
+    """At most as many as a pass may gather are alive at a time, and the one that scarce experts are blended with."""
+    alive, most = weakref.WeakSet[Statistic](), [0]
+    begin = Statistic.__init__
+
+    def noted(self: Statistic, *words: Any) -> None:
+        begin(self, *words)
+        alive.add(self)
+        most[0] = max(most[0], len(alive))
+
+    monkeypatch.setattr(Statistic, "__init__", noted)
+    source = checkpoint("deepseek_v3")
+    rules = settings(reconstruct="layer", experts={"min_tokens": 9.0})
+    prune(source, tmp_path / "out", rules, tiny.calibration(), hessians=hessians)
+    assert most[0] <= hessians + 1
