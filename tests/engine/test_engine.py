@@ -26,7 +26,7 @@ from rac_engine import engine
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, write_manifest
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Damaged, Interrupted
-from rac_engine.memory import MemoryPlan
+from rac_engine.memory import MemoryPlan, plan_memory
 from rac_engine.models import Block, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
 from rac_engine.verify import verify
@@ -384,7 +384,7 @@ def test_a_device_goes_by_its_full_name_and_its_limit_is_no_more_than_it_has(mon
     class OnGpu:
         device = torch.device("cuda", 0)
 
-    monkeypatch.setattr(engine.torch, "empty", lambda *_, **__: OnGpu)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: OnGpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     assert engine._device("cuda") == ("cuda:0", "card 0")
@@ -401,13 +401,13 @@ def test_memory_is_planned_for_all_tokens_those_that_do_not_count_too(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[int] = []
-    plan = engine.plan_memory
+    plan = plan_memory
 
     def noted(shape: Any, settings: PruneSettings, tokens: int, longest: int, **limits: Any) -> MemoryPlan:
         planned.append(tokens)
         return plan(shape, settings, tokens, longest, **limits)
 
-    monkeypatch.setattr(engine, "plan_memory", noted)
+    monkeypatch.setattr("rac_engine.engine.plan_memory", noted)
     report = prune(checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion"))
     assert planned == [4 * (40 + 17 + 40 + 25 + 1 + 9)]
     assert report.run["calibration"]["tokens"] < planned[0]
