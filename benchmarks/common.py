@@ -131,7 +131,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,
-        "native": native.info(),
+        # Of a library, its name: where it lies is nobody's business.
+        "native": {**native.info(), "openmp_runtime": [Path(path).name for path in native.info()["openmp_runtime"]]},
     }
 
 

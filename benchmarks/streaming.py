@@ -26,7 +26,7 @@ import torch
 from common import machine
 from safetensors.torch import save_file
 
-from rac_engine import checkpoint
+from rac_engine import activations, checkpoint
 from rac_engine.engine import PruneReport, prune
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes, format_seconds, parse_size
@@ -109,8 +109,12 @@ def calibration(tokens: int, length: int, vocabulary: int) -> Calibration:
 
 
 def slow_down(bytes_a_second: float) -> Callable[[str], None]:
-    """Make reading and writing of tensors cost time at that rate, from the first layer on; returns what starts it."""
+    """Make reading and writing of tensors and activations cost time at that rate, from the first layer on.
+
+    Returns what starts it.
+    """
     read, write, started = checkpoint._read_into, checkpoint._write_at, list[str]()
+    fetch, put = activations._read, activations._write
 
     def slow_read(fd: int, file: Path, offset: int, target: memoryview) -> None:
         read(fd, file, offset, target)
@@ -120,7 +124,16 @@ def slow_down(bytes_a_second: float) -> Callable[[str], None]:
         write(fd, data, offset)
         time.sleep(len(data) / bytes_a_second if started else 0)
 
+    def slow_fetch(fd: int, target: memoryview, offset: int) -> None:
+        fetch(fd, target, offset)
+        time.sleep(len(target) / bytes_a_second if started else 0)
+
+    def slow_put(fd: int, data: memoryview, offset: int) -> None:
+        put(fd, data, offset)
+        time.sleep(len(data) / bytes_a_second if started else 0)
+
     checkpoint._read_into, checkpoint._write_at = slow_read, slow_write
+    activations._read, activations._write = slow_fetch, slow_put
     return started.append
 
 
@@ -181,6 +194,7 @@ def main() -> None:
             if started and line.startswith("layer"):
                 started(line)
 
+        began = time.monotonic()
         report = prune(
             model,
             out,
@@ -191,6 +205,7 @@ def main() -> None:
             host_memory=args.host_memory,
             progress=progress,
         )
+        seconds = time.monotonic() - began  # reading for the checksum before and reading back after, too
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     finally:
         shutil.rmtree(out if args.work else work, ignore_errors=True)
@@ -200,7 +215,8 @@ def main() -> None:
         "shapes": {name: config[name] for name in config if isinstance(config[name], int)},
         "job": {key: value for key, value in vars(args).items() if key not in ("out", "work", "make")},
         "checkpoint_bytes": size,
-        "seconds": round(end["seconds"], 2),
+        "seconds": round(seconds, 2),
+        "seconds_of_layers": round(end["seconds"], 2),
         "phases": {name: round(seconds, 2) for name, seconds in end["phases"].items()},
         "plan": report.run["memory"],
         "memory": end["memory"],
