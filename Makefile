@@ -39,7 +39,8 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime
 	$(BIN)/rac doctor
 	$(BIN)/python examples/english.py --split calibration --out examples/problems/english.txt
-	$(BIN)/rac run examples/demo.yaml demo-out
+	@out=demo-out; n=1; while [ -e $$out ]; do n=$$((n + 1)); out=demo-out-$$n; done; \
+		echo "rac run examples/demo.yaml $$out"; $(BIN)/rac run --restart examples/demo.yaml $$out
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -66,5 +67,5 @@ gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) build demo-out *.egg-info
+	rm -rf $(VENV) $(PEERS) build demo-out* *.egg-info
 	find kernels rac_engine -name '_native*.so' -delete

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["evaluate", "prune", "trace"]
 
-_HOMES = {"prune": ("engine", "prune"), "evaluate": ("evaluate", "evaluate"), "trace": ("traces", "generate")}
+_HOMES = {"prune": ("run", "prune_and_report"), "evaluate": ("evaluate", "evaluate"), "trace": ("traces", "generate")}
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,7 @@ def _prune(
             job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
             job.hessians = hessians or memory.choice.hessians
             job.run()
-            report = job.report(out, run, dump(absolute(recipe)))
+            report = job.report(out, run, dump(absolute(recipe)), _short_of(recipe, calibration))
             finish(partial)
             _read_back(partial, source, progress)
         publish(partial, out)
@@ -397,10 +397,11 @@ class _Job:
         left = f", {format_seconds(self.clock.seconds() / done * (layers - layer))} left" if done > 0 else ""
         self.progress(f"layer {layer + 1}/{layers}: {what}{left}")
 
-    def report(self, out: Path, run: dict[str, Any], recipe: str) -> PruneReport:
+    def report(self, out: Path, run: dict[str, Any], recipe: str, remarks: list[str]) -> PruneReport:
         """Write what goes beside the weights."""
         rows = [row for record in self.journal.records[1:] for row in record["matrices"]]
         notes = [
+            *remarks,
             *self.model.notes(),
             *self._unmatched(),
             *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
@@ -791,6 +792,14 @@ def _recipe(model: Path, recipe: Recipe | PruneSettings | str | Path | None) -> 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     return recipe.model_copy(update={"model": model})
+
+
+def _short_of(recipe: Recipe, calibration: Calibration | None) -> list[str]:
+    """A remark where the calibration has fewer tokens than were asked for."""
+    wanted = recipe.calibration.tokens
+    if calibration is None or wanted is None or calibration.tokens >= wanted:
+        return []
+    return [f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for"]
 
 
 def _device(name: str) -> tuple[str, str]:

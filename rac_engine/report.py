@@ -16,7 +16,18 @@ from rac_engine.card import environment
 from rac_engine.checkpoint import disk_errors, replace_file
 from rac_engine.errors import BadInput
 from rac_engine.recipe import Recipe, load_recipe
-from rac_engine.results import RAC, TRACES, Metrics, Row, evaluations, figure, load_metrics, percent, step_times
+from rac_engine.results import (
+    RAC,
+    TRACES,
+    Metrics,
+    Row,
+    evaluations,
+    figure,
+    load_metrics,
+    percent,
+    read_json,
+    step_times,
+)
 
 REPORT = "report.html"
 
@@ -143,7 +154,7 @@ def render(out: Path) -> str:
             changes=_changes(results),
             traces=_traces(out) if _calibrated_on_own_traces(metrics) else [],
             times=_times(step_times(out), metrics),
-            notes=_notes(metrics),
+            notes=[*_short_traces(out, metrics), *_notes(metrics)],
             recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
         )
     )
@@ -328,6 +339,20 @@ def _traces(out: Path) -> list[dict[str, str]]:
         for row in (rows.to_pylist() if rows is not None else [])
         for text in [str(row.get("text", ""))]
     ]
+
+
+def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
+    """A note where this job's prompts gave fewer tokens of traces than were asked for."""
+    path = out / RAC / TRACES / "traces.json"
+    if not path.is_file() or not _calibrated_on_own_traces(metrics):
+        return []
+    summary = read_json(path)
+    tokens, budget = (summary.get(key) if isinstance(summary, dict) else None for key in ("tokens", "budget"))
+    if not isinstance(tokens, int) or not isinstance(budget, int):
+        raise BadInput(f"{path}: should tell `tokens` and `budget`; the file is damaged")
+    if tokens >= budget:
+        return []
+    return [(f"the prompts gave {tokens:,} tokens of traces, fewer than the {budget:,} asked for", [])]
 
 
 def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from rac_engine.checkpoint import (
 )
 from rac_engine.console import Console
 from rac_engine.doctor import surroundings
-from rac_engine.engine import calibration_of, not_finite, prune, skipped_matrices
+from rac_engine.engine import PruneReport, calibration_of, not_finite, prune, skipped_matrices
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.evaluate import evaluate, load_problems
 from rac_engine.journal import Journal, claimed, open_journal
@@ -113,6 +113,11 @@ def _require_space(recipe: Recipe, folder: Path) -> None:
     taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     with disk_errors(folder):
         require_space(folder, max(wanted - taken, 0))
+
+
+def prune_and_report(*args: Any, **options: Any) -> PruneReport:
+    """`prune`, with a report beside the metrics unless `finish` is given."""
+    return prune(*args, **{"finish": write_report, **options})
 
 
 def _worth_keeping(folder: Path) -> bool:

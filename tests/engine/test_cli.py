@@ -22,10 +22,12 @@ from typing import Any
 
 import pytest
 
+import rac_engine
 from rac_engine import cli, engine, faults
 from rac_engine.cli import main
 from rac_engine.console import Console
 from rac_engine.errors import Interrupted
+from rac_engine.recipe import PruneSettings
 from tests.tiny import save_tokenizer
 
 ABACUS = Path(__file__).parents[2] / "examples" / "abacus"
@@ -329,6 +331,19 @@ def test_the_recipe_left_behind_means_the_same_from_another_folder(rac, tmp_path
     for name in ("again", "run"):
         for file in (tmp_path / "out").glob("*.safetensors"):
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_calibration_with_fewer_tokens_than_asked_for_is_noted(rac, tmp_path, checkpoint):
+    model = save_tokenizer(shutil.copytree(checkpoint(), tmp_path / "m"))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"input_ids": list(range(40))}) + "\n")
+    out = rac("-q", "prune", model, "out", "--calibration", "t.jsonl", "--tokens", "1k", "--method", "wanda").out
+    said = "the calibration holds 40 tokens, fewer than the 1,000 asked for"
+    assert f"note    {said}" in out and said in (tmp_path / "out" / "rac" / "report.html").read_text()
+
+
+def test_pruning_from_python_leaves_the_report_too(tmp_path, checkpoint):
+    rac_engine.prune(checkpoint(), tmp_path / "out", PruneSettings(method="magnitude"))
+    assert "magnitude pruning" in (tmp_path / "out" / "rac" / "report.html").read_text()
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(rac, tmp_path, checkpoint):

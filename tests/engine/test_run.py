@@ -108,6 +108,11 @@ def test_the_table_has_the_dense_model_the_main_one_and_the_variants(finished):
     assert all(row.problems == 3 for row in finished.rows)
     page = finished.report.read_text()
     assert all(row.name in page for row in finished.rows) and "What it was calibrated on" in page
+    made = json.loads((finished.out / "rac" / "traces" / "traces.json").read_text())
+    short = f"the prompts gave {made['tokens']} tokens of traces, fewer than the 200 asked for"
+    assert (short in page) is (made["tokens"] < 200)
+    text = load_metrics(finished.out / "rac" / "variants" / "text")
+    assert text.end["notes"] == []
     card = (finished.out / "README.md").read_text()
     assert "| light | 25% |" in card and "Accuracy over 3 problems" in card
 

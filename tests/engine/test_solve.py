@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rac_engine.errors import BadInput
 from rac_engine.solve import METHODS, Gram, Target, prune_matrices, prune_matrix
+from tests.kernels.gram import KINDS, gram
+from tests.kernels.textbook import sparsegpt
 
 
 @pytest.fixture
@@ -139,6 +141,23 @@ def test_what_does_not_fit_is_refused(problem: tuple[Tensor, Tensor]) -> None:
         prune_matrix(W, H, pattern="2:5")
     with pytest.raises(ValueError, match="sparsity"):
         prune_matrix(W, H, sparsity=1.5)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "sparsity", "pattern"),
+    [(40, 0.3, None), (97, 0.5, None), (33, 0.8, None), (50, 0.5, "2:4"), (50, 0.5, "4:8"), (300, 0.75, "1:4")],
+)
+def test_sparsegpt_is_as_good_as_the_published_loop(
+    kind: str, rows: int, sparsity: float, pattern: str | None, block: int
+) -> None:
+    """The textbook's loop runs in fp64, this in fp32: near ties fall either way, so objectives are compared."""
+    H, W = gram(kind, 256), torch.randn(rows, 256, generator=torch.Generator().manual_seed(0))
+    result = prune_matrix(W, H, "sparsegpt", sparsity, pattern, block_size=block)
+    n, m = map(int, (pattern or "0:0").split(":"))
+    published = sparsegpt(W, H, sparsity, (n, m) if pattern else None, block)
+    assert true_objective(W, result.weight, H) <= 1.001 * true_objective(W, published, H)
 
 
 @pytest.mark.parametrize("method", METHODS)
