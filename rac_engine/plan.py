@@ -21,7 +21,7 @@ from rac_engine.results import percent
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 from rac_engine.solve import METHODS, rac
 from rac_kernels import roofline
-from rac_kernels.admm import CHECK
+from rac_kernels.admm import RENEW
 from rac_kernels.roofline import Peaks
 
 # Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
@@ -305,9 +305,9 @@ def _work(
             )
             work.append(Work("outputs to match", cross, "4 · n · min(n, rows) · tokens at most"))
         if settings.method == "rac":
-            steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // CHECK)
-            flops = sum(2.0 * rows * n * n * (steps + refining) + 1.0 * n**3 * inverses for n, rows in stages)
-            work.append(Work("mask and weights", flops, f"{steps + refining} · 2 · rows · n² + {inverses} · n³"))
+            steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
+            flops = sum(2.0 * rows * n * n * (steps + refining) + n**3 / 3 * inverses for n, rows in stages)
+            work.append(Work("mask and weights", flops, f"{steps + refining} · 2 · rows · n² + {inverses} · n³/3"))
         else:
             work.append(Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"))
     return work

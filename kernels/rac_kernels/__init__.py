@@ -7,10 +7,10 @@ imported here, once.
 from __future__ import annotations
 
 from rac_kernels import native, roofline
-from rac_kernels.admm import admm, admm_short
+from rac_kernels.admm import admm, admm_short_
 from rac_kernels.column_norm import column_norm_accumulate_
 from rac_kernels.cross import cross_accumulate_
-from rac_kernels.factor import Factor, FactorError, factor_
+from rac_kernels.factor import Factor, FactorError, factor_, refactor_
 from rac_kernels.hessian import hessian_accumulate_
 from rac_kernels.matching import matched_target, output_cross
 from rac_kernels.mirror import symmetrize_
@@ -24,7 +24,7 @@ __all__ = [
     "FactorError",
     "RefineResult",
     "admm",
-    "admm_short",
+    "admm_short_",
     "column_norm_accumulate_",
     "cross_accumulate_",
     "factor_",
@@ -36,6 +36,7 @@ __all__ = [
     "objective",
     "output_cross",
     "reconstruction_error",
+    "refactor_",
     "refine",
     "roofline",
     "sweep",

@@ -19,11 +19,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rac_kernels.factor import Factor, refactor_
 from rac_kernels.pattern import Pattern, parse_pattern
+from rac_kernels.refine import System, symmetric_product
 from rac_kernels.select import mask_by_score
 
 FIRST_PENALTY = 0.1
 CHECK = 3
+RENEW = 5  # steps of a short run with one penalty
 SHORT_RANGE = 1.3**9  # of the penalty, from the first to the last step of a short run
 RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
 
@@ -55,44 +58,47 @@ def admm(
         yield (Q / scale).add_(0.0), took
 
 
-def admm_short(
+def admm_short_(
     W: Tensor,
-    H: Tensor,
+    factor: Factor,
     sparsity: float = 0.5,
     pattern: str | Pattern | None = None,
-    steps: int = 30,
+    steps: int = 45,
     row_groups: Sequence[int] | None = None,
 ) -> Tensor:
-    """Q [rows, n] fp32 as by `admm`, by a fixed number of steps and a penalty that rises at a fixed pace.
+    """Q [rows, n] fp32 as by `admm` for H + λI, by a fixed number of steps and a penalty that rises at a fixed pace.
 
-    ρ grows from 0.1 by 1.3 every 3 steps (at 30 steps; to the same end in fewer), and H + ρI is inverted anew each
-    time, n³ FLOP, so that a step is one product with it and no eigenvectors are needed. ``row_groups``: row counts of
-    matrices stacked in W, each with its own zeros to reach. Other arguments as for `admm`.
+    W: [rows, n], any float dtype. ``factor`` is of H + λI and says both; its U is overwritten. Nothing is scaled: the
+    penalty is ρ diag(H + λI), which comes to the same. ρ grows from 0.1 to 1.06 over the steps, in which H + λI and
+    the penalty are factored anew every RENEW steps, n³/3 FLOP in the memory that U has, and a step is two triangular
+    solves, 2·rows·n² FLOP. Beside U, five matrices of W's size in fp32 and a mask are held. ``row_groups``: row counts
+    of matrices stacked in W, each with its own zeros to reach. Other arguments as for `admm`.
     """
-    n = H.shape[0]
-    if H.shape != (n, n) or W.ndim != 2 or W.shape[1] != n or steps < 1:
-        raise ValueError(f"H {list(H.shape)} must be square and fit W {list(W.shape)}, steps {steps} be at least 1")
-    pattern = parse_pattern(pattern)
-    scale = H.diagonal().sqrt()
-    scaled = H / scale / scale[:, None]
-    W = W.to(H.dtype) * scale
+    n = len(factor.diagonal)
+    if W.ndim != 2 or W.shape[1] != n or steps < 1:
+        raise ValueError(f"factor of H [{n}, {n}] must fit W {list(W.shape)}, steps {steps} be at least 1")
+    pattern, U = parse_pattern(pattern), factor.U
+    weight = torch.where(factor.dead, 1.0, factor.diagonal + factor.ridge)
+    root = weight.sqrt()
     groups = [len(W)] if row_groups is None else list(row_groups)
-    pull, penalty = W @ scaled, FIRST_PENALTY
-    growth = SHORT_RANGE ** (1 / max(-(-steps // CHECK) - 1, 1))
-    Q, L = W, torch.zeros_like(W)
-    inverse = torch.empty_like(scaled)
+    Q = W.to(U.dtype, copy=True)
+    pull = symmetric_product(Q, System(U, "lower", weight, weight), torch.empty_like(Q))
+    L = torch.zeros_like(Q)
+    growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
+    penalty = FIRST_PENALTY
     for step in range(steps):
-        if step % CHECK == 0:
+        if step % RENEW == 0:
             penalty *= growth if step else 1.0
-            inverse.copy_(scaled)
-            inverse.diagonal().add_(penalty)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
-        V = (pull - L).add_(Q, alpha=penalty) @ inverse
-        Q = V.add(L, alpha=1 / penalty)
+            refactor_(factor, penalty * weight)
+        V = torch.addcmul(pull, Q, weight, value=penalty).sub_(L)
+        half = torch.linalg.solve_triangular(U.T, V, upper=False, left=False)
+        V = torch.linalg.solve_triangular(U, half, upper=True, left=False)
+        del half
+        torch.addcdiv(V, L, weight, value=1 / penalty, out=Q)
         for part in Q.split(groups):
-            part.masked_fill_(mask_by_score(part.abs(), sparsity, pattern, per="matrix"), 0)
-        L.add_(V.sub_(Q), alpha=penalty)
-    return (Q / scale).add_(0.0)
+            part.masked_fill_(mask_by_score((part * root).abs_(), sparsity, pattern, per="matrix"), 0)
+        L.addcmul_(V.sub_(Q), weight, value=penalty)
+    return Q.add_(0.0)
 
 
 def _one(
@@ -105,8 +111,16 @@ def _one(
     Q, L = W, torch.zeros_like(W)
     mask = goes(W)
     kept = max(mask.numel() - int(mask.sum()), 1)
+    # A penalty lasts CHECK steps. Its inverse takes 2n³ FLOP and then one product a step instead of two.
+    inverse, invert = None, H.shape[0] < CHECK * len(W)
     for step in range(1, steps + 1):
-        V = _solve(pull - L + penalty * Q, values, vectors, penalty)
+        right = pull - L + penalty * Q
+        if invert:
+            if inverse is None:
+                inverse = (vectors / (values + penalty)) @ vectors.T
+            V = right @ inverse
+        else:
+            V = ((right @ vectors) / (values + penalty)) @ vectors.T
         Q = V + L / penalty
         new = goes(Q)
         Q = Q.masked_fill(new, 0)
@@ -117,9 +131,5 @@ def _one(
                 return Q, step
             mask = new
             penalty *= next(factor for share, factor in RAISES if moved >= share * kept)
+            inverse = None
     return Q, steps
-
-
-def _solve(A: Tensor, values: Tensor, vectors: Tensor, penalty: float) -> Tensor:
-    """A (H + ρI)⁻¹ by H's eigenvalues and eigenvectors."""
-    return ((A @ vectors) / (values + penalty)) @ vectors.T

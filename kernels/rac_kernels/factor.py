@@ -78,6 +78,31 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
     return Factor(H, diagonal, dead, final, ridge, attempts)
 
 
+def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
+    """U becomes that of H + λI + diag(added), in the same memory; everything else about ``factor`` stays.
+
+    added: [n] fp32, not negative. In fp32 throughout: what is added is meant to be large. Raises FactorError if the sum
+    is not positive definite.
+    """
+    if added.shape != factor.diagonal.shape:
+        raise ValueError(f"added must be {list(factor.diagonal.shape)}, not {list(added.shape)}")
+    wanted = torch.where(factor.dead, 1.0, factor.diagonal + factor.ridge) + added
+    if not _refactor_op(factor.U, wanted, choose(backend, factor.U.device, triton=True)):
+        raise FactorError(f"H {list(factor.U.shape)} is not positive definite with what was added to its diagonal")
+
+
+@torch.library.custom_op("rac::refactor_", mutates_args={"U"})
+def _refactor_op(U: Tensor, diagonal: Tensor, backend: str) -> bool:
+    mirror(backend)(U, False)
+    U.diagonal().copy_(diagonal)
+    return _CHOLESKY.get(backend, _cholesky_)(U)
+
+
+@_refactor_op.register_fake
+def _(U: Tensor, diagonal: Tensor, backend: str) -> bool:
+    return True
+
+
 def _raised(damping: float) -> float:
     return damping * 10 or FIRST_STEP
 
@@ -87,7 +112,7 @@ def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> t
     """Returns H's diagonal [n], the dead columns [n] and (damping, λ) that did it [2] fp64."""
     n = H.shape[0]
     mirror_ = mirror(backend)
-    cholesky_ = {"native": _cholesky_native_, "triton": _cholesky_triton_}.get(backend, _cholesky_)
+    cholesky_ = _CHOLESKY.get(backend, _cholesky_)
     if H.device.type == "cpu" and backend != "triton" and n <= EXACT:
         cholesky_ = _cholesky_exact_
     if not mirror_(H, True):
@@ -234,3 +259,6 @@ def _cholesky_triton_(H: Tensor) -> bool:
                 panel_kernel[(-(-lo // PANEL["ROWS"]),)](*taken, inverse, lo, width, **PANEL, **fixed)
             hi = lo
     return not status.item()
+
+
+_CHOLESKY = {"native": _cholesky_native_, "triton": _cholesky_triton_}

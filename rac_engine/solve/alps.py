@@ -19,13 +19,17 @@ REFINING_STEPS = 10
 def alps(problem: Problem) -> Solution:
     assert problem.gram is not None
     target, H = problem.target, problem.gram.full()
-    ridge = target.damping * float(H.diagonal().mean())
+    ridge = problem.gram.ridge  # of the factor, where outputs were matched under it
+    if ridge is None:
+        ridge = target.damping * float(H.diagonal().mean())
     H.diagonal().add_(ridge)
     pruned, most = [], 0
     parts = problem.weights.split(problem.rows)
     found = admm(parts, H, target.sparsity, target.pattern, STEPS)
     for weight, (masked, steps) in zip(parts, found, strict=True):
-        refined, _ = refine(masked, H, weight, masked != 0, iterations=REFINING_STEPS, tolerance=0.0)
+        refined, _ = refine(
+            masked, H, weight, masked != 0, iterations=REFINING_STEPS, tolerance=0.0, method="gradients"
+        )
         pruned.append(refined)
         most = max(most, steps)
-    return Solution(torch.cat(pruned), target.damping, most + REFINING_STEPS)
+    return Solution(torch.cat(pruned), target.damping, most + REFINING_STEPS, ridge=ridge)

@@ -125,7 +125,7 @@ def prune_matrices(
             cross = crosses[0] if len(crosses) == 1 else torch.cat([crosses[number] for number in group], dim=1)
             stacked = matched_target(gram.factor(wanted.damping), cross, stacked)
         solution = solve(Problem(stacked, rows, wanted, gram, norms))
-        ridge = None if gram is None else gram.ridge
+        ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
         told = [*notes, *(gram.notes if gram else []), *solution.notes]
         seconds = time.monotonic() - began
         for number, pruned in zip(group, solution.weight.split(rows), strict=True):

@@ -35,16 +35,23 @@ class Gram:
         self._H = H
         self._factor: Factor | None = None
         self._asked = 0.0
+        self._lent = False
 
     def factor(self, damping: float) -> Factor:
         """H + λI = U Uᵀ, U in the upper triangle and H in the strictly lower one (see `rac_kernels.Factor`)."""
-        if self._factor is None or self._asked != damping:
+        if self._factor is None or self._asked != damping or self._lent:
             if self._factor is not None:
                 self.upper()
             # What `upper` has left is transposed: its rows are no longer contiguous.
             self._H = self._H.contiguous()
-            self._factor, self._asked = factor_(self._H, damping), damping
+            self._factor, self._asked, self._lent = factor_(self._H, damping), damping, False
         return self._factor
+
+    def borrow(self, damping: float) -> Factor:
+        """As `factor`, for a method that overwrites U, though not what lies below: for the next one it is made anew."""
+        factor = self.factor(damping)
+        self._lent = True
+        return factor
 
     @property
     def diagonal(self) -> Tensor:
@@ -114,6 +121,8 @@ class Solution:
     iterations: int | None = None
     """Products with H, or what else the method repeats."""
     notes: list[str] = field(default_factory=list)
+    ridge: float | None = None
+    """The λ that was used, where it is not that of the Gram's factor."""
 
 
 @dataclass(frozen=True)
