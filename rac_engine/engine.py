@@ -47,6 +47,7 @@ from rac_engine.models import Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
 from rac_engine.sizes import format_bytes, format_seconds
 from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
+from rac_engine.survey import ALLOCATION, Allocation, allocate, allocated
 from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration, load_calibration
 from rac_engine.verify import verify
@@ -143,7 +144,13 @@ def _prune(
     journal = open_journal(partial, JOURNAL, _identity(run), restart, chunk_tokens=chunk, activations=REPLAY)
     try:
         with torch.inference_mode():
+            clock, allocation = _Clock(), None
+            if packing is not None and any(layers := allocated(source, settings, skipped)):
+                with clock("first pass"):
+                    where = (memory.choice, device, partial)
+                    allocation = allocate(source, settings, layers, packing, *where, _identity(run), progress)
             job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
+            job.clock, job.allocation = clock, allocation
             job.hessians = hessians or memory.choice.hessians
             job.run()
             report = job.report(out, run, dump(absolute(recipe)), _short_of(recipe, calibration))
@@ -156,7 +163,8 @@ def _prune(
         done = min(len(journal.records) - 1, source.layers)
         raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
     finally:
-        if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
+        # Nothing worth going on with, unless a first pass was made.
+        if len(journal.records) < 2 and partial.exists() and not (partial / ALLOCATION).exists():
             shutil.rmtree(partial)
     return report
 
@@ -281,6 +289,7 @@ class _Job:
         self.partial, self.journal, self.progress = partial, journal, progress
         self.memory, self.begun = memory, begun
         self.dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        self.allocation: Allocation | None = None
         self.hessians: int | None = None
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
         self.clock, self.timeline = _Clock(), Timeline()
@@ -404,6 +413,7 @@ class _Job:
             *remarks,
             *self.model.notes(),
             *self._unmatched(),
+            *([f"allocation {self.settings.allocation}: {self.allocation.describe()}"] if self.allocation else []),
             *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
         ]
         end = {
@@ -451,7 +461,10 @@ class _Job:
 
     def target(self, matrix: Matrix) -> Target:
         """What is asked of a matrix."""
-        return target_of(self.settings, matrix)
+        target = target_of(self.settings, matrix)
+        if self.allocation is None or matrix.name not in self.allocation.sparsities:
+            return target
+        return replace(target, sparsity=self.allocation.sparsities[matrix.name])
 
     def _wants(self, matrix: Matrix) -> bool:
         return matrix.name not in self.skipped

@@ -23,6 +23,7 @@ from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
+from rac_kernels.profile import ROWS_BYTES as SCORE_BYTES
 
 # Measured as resident memory: Python, torch and transformers with nothing to do; what libraries keep for themselves as
 # soon as they compute; and what CUDA's context and libraries take of the host.
@@ -34,6 +35,7 @@ MASK_BYTES = 80 << 20  # of an attention's mask, as bool and as what the kernel 
 SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
 TOKEN_BYTES = 24  # id as it was read and as it is packed, and a weight
+SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
 REFINING = 7  # fp32 copies of the weights that conjugate gradients, or ADMM, hold
 
 
@@ -340,6 +342,17 @@ def _phases(
     if calibrated:
         device, host, _ = stores(0)
         phases.append(Phase("embed", device, {**base_host, **host, "embedding table": shape.embedding_bytes}))
+    if settings.allocation != "uniform":
+        kept = max((i.columns for i in shape.inputs if i.last and _keeps(i, tokens, size, choice)), default=0)
+        work = {
+            "norms": sum(4 * i.columns * i.count for i in shape.inputs),
+            "activations of a chunk": max(_transient(shape, i, chunk) for i in shape.inputs),
+            "scores of some rows": SCORES * max(min(8 * i.largest * i.columns, SCORE_BYTES) for i in shape.inputs),
+        }
+        if longest > chunk and any(i.attention for i in shape.inputs):
+            work["keys and values"] = longest * shape.key_values * size
+            work["attention mask"] = 0 if on_gpu else MASK_BYTES
+        phase("first pass", kept, work)
     for found in shape.inputs:
         statistic = found.statistic(method)
         gathered = statistic * (3 if matched and found.entrance and METHODS[method].needs == "hessian" else 1)

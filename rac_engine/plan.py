@@ -205,9 +205,10 @@ def _memory(plan: Plan) -> list[str]:
 
 def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, peaks: Peaks) -> float:
     """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
-    dense = ("forward", "attention", "Hessian", "norms")
+    dense = ("first pass", "forward", "attention", "Hessian", "norms")
     computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
-    moving = (2 * disk + (4 * memory.disk * layers)) / DISK
+    reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
+    moving = ((reads + 1) * disk + (4 * memory.disk * layers)) / DISK
     return max(computing, moving) if memory.choice.overlap else computing + moving
 
 
@@ -284,6 +285,10 @@ def _work(
     routed = ", by the router's share" if min(shares, default=1) < 1 else ""
     work: list[Work] = []
     needs = METHODS[settings.method].needs
+    if settings.allocation != "uniform":
+        first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
+        first += sum(s * roofline.column_norm_flops(tokens, n) for (n, _), s in zip(stages, shares, strict=True))
+        work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation"))
     if needs != "nothing":
         times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
         work += [

@@ -210,6 +210,20 @@ class PruneSettings(Settings):
     dense: list[ModuleName] = Field(
         default=[], description="modules left dense, by name or regular expression; may be repeated"
     )
+    allocation: Literal["uniform", "owl", "error"] = Field(
+        default="uniform",
+        description="the same sparsity everywhere, less where outliers are (owl, as published), or such that the next "
+        "weight costs every input as much (error); from a first pass over the dense model",
+    )
+    allocation_bounds: float = Field(
+        default=0.1, gt=0, lt=1, description="for error: how far a matrix's sparsity may be from the model's"
+    )
+    outlier_factor: float = Field(
+        default=5.0, gt=0, description="for owl: a score so many times its layer's mean is an outlier (M)"
+    )
+    outlier_range: float = Field(
+        default=0.08, gt=0, lt=1, description="for owl: how far a layer's sparsity may be from the model's (λ)"
+    )
     overrides: list[Override] = Field(
         default=[], description="other sparsities, patterns or dampings by module; of several that fit, the last wins"
     )
@@ -246,6 +260,11 @@ class PruneSettings(Settings):
                 raise ValueError(
                     f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
                 )
+        if self.allocation != "uniform":
+            if self.pattern is not None:
+                raise ValueError(f"allocation: {self.allocation} is for unstructured sparsity, not for a pattern")
+            if self.method == "magnitude":
+                raise ValueError(f"allocation: {self.allocation} needs a method with calibration, not magnitude")
         if self.reconstruct in ("residual", "dense"):
             if self.order == "layer":
                 raise ValueError(f"reconstruct: {self.reconstruct} needs order: staged")
@@ -267,6 +286,15 @@ class PruneSettings(Settings):
             if override.damping is not None:
                 changed["damping"] = override.damping
         return self.model_copy(update=changed) if changed else self
+
+    def overridden(self, *names: str) -> bool:
+        """Whether an override says how sparse the matrix is that is called any of these."""
+        return any(each.names(*names) and (each.sparsity, each.pattern) != (None, None) for each in self.overrides)
+
+    @property
+    def allocation_reach(self) -> float:
+        """How far an allocated sparsity may be from the model's."""
+        return {"uniform": 0.0, "owl": self.outlier_range, "error": self.allocation_bounds}[self.allocation]
 
     @property
     def reconstructs(self) -> Literal["residual", "dense", "layer"]:

@@ -42,6 +42,8 @@ def figure(value: float | None, digits: int = 3) -> str:
 def rule_text(settings: dict[str, Any]) -> str:
     """`2:4`, or `50% unstructured`, and whether some matrices are pruned by another rule."""
     rule = settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
+    if settings.get("allocation", "uniform") != "uniform":
+        rule += f", allocated by {settings['allocation']}"
     count = len(settings.get("overrides") or ())
     return rule + (f", {count} override{'s' if count > 1 else ''}" if count else "")
 

@@ -15,6 +15,7 @@ from rac_kernels.hessian import hessian_accumulate_
 from rac_kernels.matching import matched_target, output_cross
 from rac_kernels.mirror import symmetrize_
 from rac_kernels.objective import objective, reconstruction_error
+from rac_kernels.profile import ScoreProfile, count_above, score_profile
 from rac_kernels.refine import RefineResult, refine
 from rac_kernels.select import kth_smallest, mask_by_score
 from rac_kernels.sweep import sweep
@@ -23,9 +24,11 @@ __all__ = [
     "Factor",
     "FactorError",
     "RefineResult",
+    "ScoreProfile",
     "admm",
     "admm_short_",
     "column_norm_accumulate_",
+    "count_above",
     "cross_accumulate_",
     "factor_",
     "hessian_accumulate_",
@@ -39,6 +42,7 @@ __all__ = [
     "refactor_",
     "refine",
     "roofline",
+    "score_profile",
     "sweep",
     "symmetrize_",
 ]
