@@ -159,7 +159,7 @@ class Override(Settings):
     modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
     sparsity: float | None = Field(default=None, ge=0, lt=1)
     pattern: Pattern | None = None
-    damping: float | None = Field(default=None, gt=0)
+    damping: float | None = Field(default=None, gt=0, le=1)
 
     @model_validator(mode="before")
     @classmethod
