@@ -144,13 +144,14 @@ def _prune(
     journal = open_journal(partial, JOURNAL, _identity(run), restart, chunk_tokens=chunk, activations=REPLAY)
     try:
         with torch.inference_mode():
-            clock, allocation = _Clock(), None
+            allocation, clock = None, _Clock()
             if packing is not None and any(layers := allocated(source, settings, skipped)):
                 with clock("first pass"):
                     where = (memory.choice, device, partial)
                     allocation = allocate(source, settings, layers, packing, *where, _identity(run), progress)
             job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
-            job.clock, job.allocation = clock, allocation
+            job.allocation, job.clock.started = allocation, clock.started
+            job.clock.phases |= clock.phases
             job.hessians = hessians or memory.choice.hessians
             job.run()
             report = job.report(out, run, dump(absolute(recipe)), _short_of(recipe, calibration))
