@@ -167,13 +167,30 @@ def _(
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """torch's fp32 products in fp32, whatever the caller allows elsewhere: TF32 would stop the gradients early."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """torch's fp32 products in fp32, whatever the caller allows elsewhere: TF32 would stop the gradients early.
+
+    torch has an older and a newer way to say it, and raises where the older is read after the newer was used.
+    """
+    places = [getattr(torch.backends, name) for name in ("cuda", "mkldnn")]
+    places = [place.matmul for place in places if hasattr(getattr(place, "matmul", None), "fp32_precision")]
+    newer = [place.fp32_precision for place in places]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"
+    if older != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
+        for place, before in zip(places, newer, strict=True):
+            place.fp32_precision = "none"  # then it gives what holds for all of torch
+            if place.fp32_precision != before:
+                place.fp32_precision = before
 
 
 def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:

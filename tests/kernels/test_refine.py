@@ -232,3 +232,46 @@ def test_registered_with_torch() -> None:
     for backend in ("reference", "native") if native.available() else ("reference",):
         arguments = (T * mask, H, T, mask, "lower", H.diagonal().clone(), 5, 1e-3, "gradients", backend)
         torch.library.opcheck(torch.ops.rac.refine.default, arguments)
+
+
+ALL, CUDA, CPU = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+PRECISIONS = {
+    "nothing": lambda: None,
+    "all": lambda: setattr(ALL, "fp32_precision", "tf32"),
+    "cuda": lambda: setattr(CUDA, "fp32_precision", "tf32"),
+    "cuda, older": lambda: setattr(CUDA, "allow_tf32", True),
+    "cpu": lambda: setattr(CPU, "fp32_precision", "bf16"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+}
+
+
+def precisions() -> list[str]:
+    found = [ALL.fp32_precision, CUDA.fp32_precision, CPU.fp32_precision]
+    for read in (torch.get_float32_matmul_precision, lambda: str(CUDA.allow_tf32)):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("refused")
+    return found
+
+
+@pytest.mark.skipif(not hasattr(ALL, "fp32_precision"), reason="an older torch")
+@pytest.mark.parametrize("allowed", PRECISIONS)
+def test_tf32_allowed_elsewhere(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever of torch's ways it was allowed: not within, and as it was afterwards."""
+    H, target, mask = problem("plain")
+    module, seen = sys.modules["rac_kernels.refine"], []
+    product = module.symmetric_product
+    monkeypatch.setattr(module, "symmetric_product", lambda *some: seen.append(precisions()) or product(*some))
+    expected, _ = refine(target, H, target, mask)
+    seen.clear()
+    try:
+        PRECISIONS[allowed]()
+        before = precisions()
+        found, _ = refine(target, H, target, mask)
+        assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        ALL.fp32_precision = CUDA.fp32_precision = CPU.fp32_precision = "none"
+    assert torch.equal(found, expected)
+    assert seen and all(inside[1:] == ["ieee", "ieee", "highest", "False"] for inside in seen)
