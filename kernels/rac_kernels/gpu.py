@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -18,10 +19,13 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["INSTALLED", "INTERPRETED", "jit", "processors", "tl"]
+__all__ = ["INSTALLED", "INTERPRETED", "capturing", "jit", "kept", "processors", "tl"]
 
 INSTALLED = triton is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def jit(*not_specialized: str) -> Callable[[Any], Any]:
@@ -36,3 +40,25 @@ def jit(*not_specialized: str) -> Callable[[Any], Any]:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a few for the interpreter, so that it goes all the ways."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device then or be copied to it."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def kept(build: Callable[P, T]) -> Callable[P, T]:
+    """Decorates what copies tables to a device that kernels read: each is built once and kept while the process lives.
+
+    A CUDA graph that was captured with one holds its address, and nobody says when it will be replayed for the last
+    time. So none is ever given up; they are as many as there are shapes, and small. Raises RuntimeError for a new one
+    while a graph is captured.
+    """
+
+    @wraps(build)
+    def first(*args: P.args, **kwargs: P.kwargs) -> T:
+        if capturing():
+            raise RuntimeError("before capturing this in a CUDA graph run it once with the same shapes and settings")
+        return build(*args, **kwargs)
+
+    return cast(Callable[P, T], cache(first))

@@ -106,6 +106,6 @@ def mirror_triton_(H: Tensor, down: bool) -> bool:
             mirror_kernel[(tiles, tiles)](
                 H, H.stride(0), spoilt, H.shape[0], DOWN=down, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
             )
-    if H.is_cuda and torch.cuda.is_current_stream_capturing():
+    if gpu.capturing():
         return True
     return not spoilt.item()

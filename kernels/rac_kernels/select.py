@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -180,7 +179,7 @@ def resolve_kernel(scores, groups, state, thresholds, last, BINS: tl.constexpr, 
         tl.store(own + level * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
 
 
-@lru_cache(maxsize=64)
+@gpu.kept
 def _group_table(counts: tuple[int, ...], ks: tuple[int, ...], device: torch.device) -> Tensor:
     """[groups, 3] int64: where each group's scores begin, how many they are, how many go."""
     starts = [sum(counts[:g]) for g in range(len(counts))]

@@ -14,7 +14,6 @@ Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774). Masks and weights 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,7 +56,9 @@ def sweep(
     that, summed since the first column, stays below 1e-4 of the row group's objective so far. Such rounding also tips
     near ties between scores; what that does to the objective is chance, up or down, and averages out over rows.
 
-    The Triton kernels take blocks of at most 128 columns; "auto" leaves larger ones on a GPU to the reference.
+    The Triton kernels take blocks of at most 128 columns; "auto" leaves larger ones on a GPU to the reference. They can
+    be captured in a CUDA graph once the same call has been made: that compiles them, and copies to the device which row
+    belongs to which group, to stay there for good. While a graph is captured W is not checked.
 
     Raises ValueError if n is not a multiple of M, if W holds NaN or infinities, or if shapes or numbers do not fit.
     """
@@ -365,7 +366,7 @@ TILE = {"ROWS": 32, "num_warps": 8}
 WALK = {"ROWS": 16, "num_warps": 4}
 
 
-@lru_cache(maxsize=64)
+@gpu.kept
 def _row_table(row_groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each row's group [rows] int32, each group's first row [groups] int64."""
     counts = torch.tensor(row_groups)
@@ -384,8 +385,7 @@ def _triton(
     row_groups: Sequence[int],
 ) -> Tensor:
     """Nothing waits for the device but the check of W, which is left out while a CUDA graph is captured."""
-    capturing = W.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not capturing and not W.isfinite().all():
+    if not gpu.capturing() and not W.isfinite().all():
         raise _not_finite(W)
     rows, n = W.shape
     D = torch.empty(rows, n, dtype=torch.float32, device=W.device).copy_(W)  # becomes W − Q, block by block
