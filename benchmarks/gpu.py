@@ -10,16 +10,20 @@ minutes; a part that runs out of it is recorded as such and the others go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +38,24 @@ def part(name: str, command: list[str], environment: dict[str, str] | None = Non
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path} | (environment or {}),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": path} | (environment or {}),
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                timeout=LIMITS[name],
-            )
-            ended = "passed" if done.returncode == 0 else f"failed with {done.returncode}"
+            code = process.wait(LIMITS[name])
+            ended = "passed" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {LIMITS[name]} s"
+        finally:
+            # With all that it started: what compiles or hangs on would slow the parts that follow.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         said.seek(0)
         text = said.read()
     seconds = round(time.perf_counter() - start, 1)
@@ -58,7 +68,16 @@ def build() -> dict[str, Any]:
     missing = [name for name in ("setuptools", "pybind11", "ninja") if importlib.util.find_spec(name) is None]
     if missing:
         return {"ended": f"left out: {', '.join(missing)} not installed", "seconds": 0, "output": ""}
-    return part("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    found = part("build", command, {"RAC_REQUIRE_NATIVE": "1"})
+    said = subprocess.run(
+        [sys.executable, "-c", "from rac_kernels import cuda; print(cuda.why_missing())"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels")},
+        capture_output=True,
+        text=True,
+    )
+    return found | {"cuda_missing": (said.stdout or said.stderr[-1000:]).strip()}
 
 
 def tests() -> dict[str, Any]:
@@ -73,7 +92,14 @@ def sanitize(tool: str) -> dict[str, Any]:
         return {"ended": "left out: no compute-sanitizer", "seconds": 0, "output": ""}
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "tests/gpu/small.py"]
     found = part(tool, command)
+    if refused(found["output"]):
+        found["ended"] = f"left out: {tool} does not serve this device"
     return found | {"errors": errors(found["output"])}
+
+
+def refused(output: str) -> bool:
+    """Whether compute-sanitizer says that it cannot check on this device (older than it, newer, or in a container)."""
+    return re.search(r"device not supported", output, re.IGNORECASE) is not None
 
 
 def errors(output: str) -> int | None:
@@ -91,6 +117,16 @@ def benchmarks() -> dict[str, Any]:
         return found | {"record": json.loads(out.read_text()) if out.exists() else None}
 
 
+def driver() -> str | None:
+    """The version of the GPU's driver, if nvidia-smi is there to say."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said[0] if said else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="the record (benchmarks/results/gpu-DEVICE-DATE.json)")
@@ -106,12 +142,16 @@ def main() -> int:
     out = args.out or ROOT / "benchmarks" / "results" / f"gpu-{short}-{now:%Y-%m-%d}.json"
     record: dict[str, Any] = {"date": f"{now:%Y-%m-%d %H:%M} UTC", "device": name, "torch": torch.__version__}
     record["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-    parts: dict[str, Any] = {"build": build(), "tests": tests()}
-    parts |= {tool: sanitize(tool) for tool in TOOLS}
-    parts["benchmarks"] = benchmarks()
+    record |= {"cuda": torch.version.cuda, "driver": driver()}
+    parts: dict[str, Any] = {}
     record["parts"] = parts
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    runs: dict[str, Callable[[], dict[str, Any]]] = {"build": build, "tests": tests}
+    runs |= {tool: functools.partial(sanitize, tool) for tool in TOOLS}
+    runs["benchmarks"] = benchmarks
+    for label, run in runs.items():  # written after each, so that a machine taken away leaves what it did
+        parts[label] = run()
+        out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"record: {out}")
     bad = [name for name, found in parts.items() if not found["ended"].startswith(("passed", "left out"))]
     print(f"failed: {', '.join(bad)}" if bad else "all parts passed or, where the record says so, were left out")

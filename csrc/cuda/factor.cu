@@ -26,7 +26,7 @@ static_assert(kStrips * (kBlocks - 1) <= kWarps, "a warp finishes no more than o
 constexpr int kStride = kSide + 4;
 constexpr int kArea = kSide * kStride;
 
-struct Shared {
+struct alignas(16) Shared {  // float4s are read from it
     float U[kSlots][kArea];  // what is left of H's corner, and U where it is done
     float V[kSlots][kArea];  // inv(U)
     float column[2][kSide];

@@ -33,8 +33,9 @@ def hessian_accumulate_(H: Tensor, X: Tensor, weights: Tensor | None = None, bac
     """H += Xᵀ diag(weights) X in place, in the upper triangle including the diagonal; returns H.
 
     H: [n, n] fp32, contiguous rows; what lies below the diagonal is neither read nor written. X: [tokens, n] bf16, fp16
-    or fp32 of any strides, on H's device. weights: [tokens], finite and at least 0 (checked on the CPU; on a GPU a
-    negative weight gives NaN); None means 1 each. ``backend`` as in `rac_kernels.backend.choose`.
+    or fp32 of any strides, on H's device. weights: [tokens], finite and at least 0 (checked on the CPU; on a GPU the
+    Triton kernel counts a negative weight as it is, and the reference, which takes its root, gives NaN); None means 1
+    each. ``backend`` as in `rac_kernels.backend.choose`.
 
     Errors against fp64 are those of an fp32 matrix product of the same tokens. Raises ValueError if shapes, dtypes or
     devices do not fit.

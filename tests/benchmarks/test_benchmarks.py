@@ -64,6 +64,8 @@ def test_sanitizer_summaries(gpu: Any) -> None:
     assert gpu.errors("x") is None
     assert gpu.errors("= ERROR SUMMARY: 0 errors") == 0
     assert gpu.errors("= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)") == 3
+    assert gpu.refused("========= Error: Device not supported. Please refer to ...\n")
+    assert not gpu.refused("= ERROR SUMMARY: 1 error")
 
 
 def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any) -> None:
@@ -72,6 +74,35 @@ def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any) -> None:
     found = gpu.part("tests", [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"])
     assert found["ended"] == "stopped after 1 s" and "so far" in found["output"]
     assert gpu.part("build", [sys.executable, "-c", "raise SystemExit(3)"])["ended"] == "failed with 3"
+
+
+def test_make_gpu_stops_what_a_part_started(gpu: Any) -> None:
+    gpu.LIMITS["tests"] = 5
+    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    found = gpu.part("tests", [sys.executable, "-c", f"{child}; import time; time.sleep(60)"])
+    assert found["ended"] == "stopped after 5 s"
+    stopped = Path(f"/proc/{found['output'].strip()}/stat")
+    assert not stopped.exists() or stopped.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_make_gpu_writes_after_each_part(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "record.json"
+    before: list[list[str]] = []
+
+    def ended(*_: Any) -> dict[str, Any]:
+        before.append(list(json.loads(out.read_text())["parts"]) if out.exists() else [])
+        return {"ended": "passed", "seconds": 1, "output": ""}
+
+    for name in ("build", "tests", "sanitize", "benchmarks"):
+        monkeypatch.setattr(gpu, name, ended)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu.main() == 0
+    order = ["build", "tests", "memcheck", "racecheck", "initcheck", "benchmarks"]
+    assert before == [order[:done] for done in range(len(order))]
+    assert list(json.loads(out.read_text())["parts"]) == order and "driver" in json.loads(out.read_text())
 
 
 REACHED = """

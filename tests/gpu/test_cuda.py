@@ -81,6 +81,7 @@ def test_in_a_graph() -> None:
     scores = torch.rand(100_000, device="cuda")
     state = cuda.selection_state(1, scores.device)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # what made H, scores and the state
     with torch.cuda.stream(side):  # loads the kernels
         blocked_(H.clone(), status)
         cuda.select_thresholds(scores, [100_000], [40_000], state)
