@@ -234,7 +234,9 @@ def test_registered_with_torch() -> None:
         torch.library.opcheck(torch.ops.rac.refine.default, arguments)
 
 
-ALL, CUDA, CPU = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+ALL: Any = torch.backends
+CUDA: Any = ALL.cuda.matmul
+CPU: Any = getattr(ALL.mkldnn, "matmul", None)
 PRECISIONS = {
     "nothing": lambda: None,
     "all": lambda: setattr(ALL, "fp32_precision", "tf32"),
@@ -260,9 +262,15 @@ def precisions() -> list[str]:
 def test_tf32_allowed_elsewhere(allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In whichever of torch's ways it was allowed: not within, and as it was afterwards."""
     H, target, mask = problem("plain")
-    module, seen = sys.modules["rac_kernels.refine"], []
+    module: Any = sys.modules["rac_kernels.refine"]
+    seen: list[list[str]] = []
     product = module.symmetric_product
-    monkeypatch.setattr(module, "symmetric_product", lambda *some: seen.append(precisions()) or product(*some))
+
+    def look(*some: Any) -> Tensor:
+        seen.append(precisions())
+        return product(*some)
+
+    monkeypatch.setattr(module, "symmetric_product", look)
     expected, _ = refine(target, H, target, mask)
     seen.clear()
     try:
