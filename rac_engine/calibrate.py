@@ -141,6 +141,11 @@ class Packing:
     counted: int
     """Tokens that count."""
 
+    @property
+    def weight(self) -> float:
+        """Σ w over the tokens: how many there are where all count 1."""
+        return float(self.counted if self.weights is None else self.weights.sum(dtype=torch.float64))
+
     @classmethod
     def of(cls, calibration: Calibration, chunk_tokens: int) -> Packing:
         """Pack whole sequences into chunks of at most `chunk_tokens`; a longer sequence is a row of chunks."""
@@ -270,6 +275,7 @@ class Stream:
         counted = torch.arange(len(self.hidden)) if weights is None else weights.nonzero()[:, 0]
         count = min(count, len(counted))
         chosen = counted[torch.arange(count) * len(counted) // max(count, 1)]
+        every = float(count if weights is None else weights[chosen].sum(dtype=torch.float64))
         for chunk, hidden in self._chunks():
             here = chosen[(chosen >= chunk.start) & (chosen < chunk.stop)]
             if not len(here):
@@ -277,7 +283,7 @@ class Stream:
             x = block.norm(hidden[(here - chunk.start).to(self.device)])
             own = torch.ones(len(here)) if weights is None else weights[here]
             for expert, (statistic, weight) in experts.items():
-                statistic.add(block.expert_inner(expert, x), (own * (weight / count)).to(self.device))
+                statistic.add(block.expert_inner(expert, x), (own * (weight / every)).to(self.device))
 
     def advance(self, block: Block, kept: Activations | None = None) -> None:
         """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""

@@ -166,7 +166,9 @@ def _fields(parser: argparse.ArgumentParser, title: str, model: type[BaseModel],
             options["metavar"] = {int: "N", float: "X", Path: "FILE"}.get(
                 kind, "N:M" if name == "pattern" else name.upper()
             )
-        if get_origin(field.annotation) is list:
+        if get_origin(field.annotation) is list and name == "weight_positions":
+            options |= {"type": str, "metavar": "S:W,…"}
+        elif get_origin(field.annotation) is list:
             options |= {"action": "append", "metavar": "NAME"}
         shown = field.description or ""
         if field.is_required():
@@ -289,7 +291,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="traces folder or file of `rac trace`, a .jsonl, or text:FILE (magnitude needs none)",
     )
-    _fields(parser, "calibration", CalibrationSettings, "part", "tokens", "sequence_length")
+    _fields(parser, "calibration", CalibrationSettings, *[n for n in CalibrationSettings.model_fields if n != "source"])
     _fields(parser, "pruning", PruneSettings, *PruneSettings.model_fields)
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="take the sections `calibration` and `prune` from here; options win"

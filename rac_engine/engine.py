@@ -49,7 +49,7 @@ from rac_engine.sizes import format_bytes, format_seconds
 from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
 from rac_engine.survey import ALLOCATION, Allocation, allocate, allocated
 from rac_engine.timeline import Timeline
-from rac_engine.traces import Calibration, load_calibration
+from rac_engine.traces import Calibration, Weighting, load_calibration
 from rac_engine.verify import verify
 from rac_kernels import FactorError, native
 
@@ -248,6 +248,7 @@ def calibration_of(recipe: Recipe) -> Calibration:
         tokens=wanted.tokens,
         tokenizer=load_tokenizer(recipe.model),
         sequence_length=wanted.sequence_length,
+        weighting=Weighting(wanted.weight_completion, wanted.weight_positions, wanted.weight_column),
     )
 
 
@@ -598,7 +599,7 @@ class _Layer:
         statistics = {group[0].group.input: self._statistic(group) for group in experts}
         stream.observe(block, {**statistics, **extra})
         seen = [statistic.tokens for statistic in statistics.values()]
-        total = max(stream.packing.counted, 1)
+        total = stream.packing.weight or 1.0
         scarce: dict[int, tuple[Statistic, float]] = {}
         for group, tokens, statistic in zip(experts, seen, statistics.values(), strict=True):
             number, lacking = group[0].group.expert, max(least - tokens, 0)
@@ -859,6 +860,7 @@ def _describe(
             "source": calibration.source,
             "sha256": calibration.sha256,
             "part": calibration.part,
+            "weighting": calibration.weighting,
             "sequences": len(calibration.sequences),
             "tokens": packing.counted,
         },

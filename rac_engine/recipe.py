@@ -7,6 +7,7 @@ mistake is one line that names the file, the line and column, and the field. Rel
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import reprlib
 from collections.abc import Callable, Mapping
@@ -84,6 +85,29 @@ def _regex(value: str) -> str:
     return value
 
 
+def _positions(value: Any) -> Any:
+    """Turn "0:1,1:3" into pairs; what is not text is left for the type check."""
+    if isinstance(value, str):
+        try:
+            pairs = [tuple(float(part) for part in item.split(":")) for item in value.split(",")]
+        except ValueError:
+            pairs = [()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("should be SHARE:WEIGHT,SHARE:WEIGHT,… such as 0:1,1:3")
+        return pairs
+    return [tuple(pair) if isinstance(pair, list) else pair for pair in value] if isinstance(value, list) else value
+
+
+def _rising(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    shares = [share for share, _ in value]
+    if any(not 0 <= share <= 1 for share in shares) or any(b <= a for a, b in itertools.pairwise(shares)):
+        raise ValueError("shares should rise from 0 at the earliest to 1 at the latest")
+    if any(not 0 <= weight <= 1e6 for _, weight in value):
+        raise ValueError("weights should lie between 0 and 1e6")
+    return value
+
+
+Positions = Annotated[list[tuple[float, float]], BeforeValidator(_positions), AfterValidator(_rising)]
 Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
@@ -139,6 +163,17 @@ class CalibrationSettings(Settings):
     )
     tokens: Count | None = Field(default=None, description="token budget (all there are by default)")
     sequence_length: Count = Field(default=2048, description="for text: tokens in a sequence")
+    weight_completion: float = Field(
+        default=1.0, ge=0, le=1e6, description="how much a completion's token counts; a prompt's counts 1"
+    )
+    weight_positions: Positions = Field(
+        default=[],
+        description="SHARE:WEIGHT,… (in recipes a list of pairs): weights along the completion, linear in between; "
+        "SHARE 0 is its first token and 1 its last",
+    )
+    weight_column: str | None = Field(
+        default=None, min_length=1, description="column or field of the traces with a weight a trace or a list a token"
+    )
 
 
 class ExpertSettings(Settings):

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,42 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """How much tokens count in H: by what they belong to, by place in the completion, by the traces' own weights.
+
+    `positions` are (share of the completion, weight), linear in between and constant beyond; the three are multiplied.
+    """
+
+    completion: float = 1.0
+    positions: ListLike[tuple[float, float]] = ()
+    column: str | None = None
+
+    def describe(self) -> str:
+        parts = [] if self.completion == 1 else [f"completions × {self.completion:g}"]
+        parts += ["by position " + ", ".join(f"{s:g}:{w:g}" for s, w in self.positions)] if self.positions else []
+        parts += [f"by the column {self.column}"] if self.column else []
+        return "weighted " + " and ".join(parts) if parts else ""
+
+    def of(self, prompt: int, completion: int, own: Any, where: str) -> np.ndarray | None:
+        """Weights [tokens] fp32 of a trace with so many tokens; None if all are 1. `own` is what its column holds."""
+        weights = np.ones(prompt + completion)
+        weights[prompt:] *= self.completion
+        if self.positions and completion:
+            places = np.arange(completion) / max(completion - 1, 1)
+            weights[prompt:] *= np.interp(
+                places, [share for share, _ in self.positions], [weight for _, weight in self.positions]
+            )
+        if self.column is not None:
+            listed = own if isinstance(own, list) else [own]
+            if not all(type(item) in (int, float) and 0 <= item <= 1e6 for item in listed):
+                raise BadInput(f"{where}: `{self.column}` should be a number from 0 to 1e6, or a list of such")
+            if isinstance(own, list) and len(own) != len(weights):
+                raise BadInput(f"{where}: `{self.column}` has {len(own)} weights for {len(weights)} tokens")
+            weights *= np.asarray(listed, np.float64)
+        return None if (weights == 1).all() else weights.astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The sequences that calibrate a job. `tokens` is how many count, `sha256` that of ids and weights."""
 
@@ -118,6 +154,8 @@ class Calibration:
     kind: str
     part: Part
     sequences: list[Sequence]
+    weighting: str = ""
+    """In words: how much tokens count, where not 1 each."""
 
     @property
     def tokens(self) -> int:
@@ -135,7 +173,8 @@ class Calibration:
 
     def describe(self) -> str:
         what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
-        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}"
+        weighted = f", {self.weighting}" if self.weighting else ""
+        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}{weighted}"
 
 
 def load_prompts(path: Path) -> list[Prompt]:
@@ -357,6 +396,7 @@ def load_calibration(
     tokens: int | None = None,
     tokenizer: Any,
     sequence_length: int = 2048,
+    weighting: Weighting = Weighting(),
 ) -> Calibration:
     """Calibration sequences from traces, JSONL or text.
 
@@ -364,7 +404,7 @@ def load_calibration(
     known; records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut
     into sequences of `sequence_length`. Of part "prompt" the completion is left away; of "completion" the whole
     sequence is run, but only the completion's tokens count. Sequences are taken in order until `tokens` count, the last
-    one cut so that just as many do.
+    one cut so that just as many do, whatever the `weighting` says that they count for.
 
     Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
     """
@@ -372,18 +412,20 @@ def load_calibration(
         pairs, kind = _from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length), "pieces of text"
         if part != "all":
             raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
+        if weighting.describe():
+            raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
     else:
         path = Path(source)
         if not path.exists():
             raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
         if path.is_dir() or path.suffix == ".parquet":
-            pairs, kind = _from_parquet(path), "traces"
+            pairs, kind = _from_parquet(path, weighting.column), "traces"
         else:
-            pairs, kind = _from_jsonl(path, tokenizer), "sequences"
+            pairs, kind = _from_jsonl(path, tokenizer, weighting.column), "sequences"
     size = len(tokenizer)
     sequences: list[Sequence] = []
     left, completions = tokens, 0
-    for number, (prompt, completion) in enumerate(pairs, 1):
+    for number, (prompt, completion, own, where) in enumerate(pairs, 1):
         if left == 0:
             break
         sequence = _sequence(prompt, completion, part, left)
@@ -395,16 +437,23 @@ def load_calibration(
                 f"calibration {source}: sequence {number}: token ids from {ids.min()} to {ids.max()}, but the model "
                 f"has {size}; was it made by another model?"
             )
+        counted = len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
+        weights = weighting.of(len(prompt), len(completion), own, where)
+        if weights is not None:
+            weights = weights[: len(ids)] * (1 if sequence.weights is None else sequence.weights)
+            sequence = replace(sequence, weights=weights)
         sequences.append(sequence)
         completions += len(ids) > sequence.prompt_length
         if left is not None:
-            left -= len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
+            left -= counted
+    if sequences and not any(sequence.weights is None or sequence.weights.any() for sequence in sequences):
+        raise BadInput(f"calibration {source}: every token has weight 0")
     if not sequences:
         missing = "completions" if part == "completion" else "tokens"
         raise BadInput(f"calibration {source}: holds no {missing}")
     if kind == "sequences" and not completions:
         kind = "prompts"
-    return Calibration(source, kind, part, sequences)
+    return Calibration(source, kind, part, sequences, weighting.describe())
 
 
 def _sequence(prompt: ListLike[int], completion: ListLike[int], part: Part, left: int | None) -> Sequence | None:
@@ -418,10 +467,11 @@ def _sequence(prompt: ListLike[int], completion: ListLike[int], part: Part, left
     return Sequence(ids, min(len(prompt), len(ids))) if len(ids) else None
 
 
-_Pairs = Iterable[tuple[ListLike[int], ListLike[int]]]
+_Trace = tuple[ListLike[int], ListLike[int], Any, str]
+"""Ids of prompt and completion, what the column of weights holds, and where it was read."""
 
 
-def _from_text(path: Path, tokenizer: Any, length: int) -> _Pairs:
+def _from_text(path: Path, tokenizer: Any, length: int) -> Iterable[_Trace]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -429,10 +479,10 @@ def _from_text(path: Path, tokenizer: Any, length: int) -> _Pairs:
     except UnicodeDecodeError as error:
         raise BadInput(f"calibration {TEXT_PREFIX}{path}: not UTF-8 text (byte {error.start})") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [((), ids[at : at + length]) for at in range(0, len(ids), length)]
+    return [((), ids[at : at + length], None, "") for at in range(0, len(ids), length)]
 
 
-def _from_parquet(path: Path) -> Iterator[tuple[list[int], list[int]]]:
+def _from_parquet(path: Path, weights: str | None) -> Iterator[_Trace]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"calibration {path}: holds no .parquet file; is this a folder of `rac trace`?")
@@ -446,15 +496,19 @@ def _from_parquet(path: Path) -> Iterator[tuple[list[int], list[int]]]:
                 raise BadInput(f"calibration {file}: not the file that {SUMMARY} tells of; sample the traces again")
             with pq.ParquetFile(file) as reader:
                 _refuse_bombs(reader.metadata)
+                if weights is not None and weights not in reader.schema_arrow.names:
+                    raise BadInput(f"calibration {file}: has no column {weights!r} of weights")
+                read = columns if weights is None else [*columns, weights]
                 row = 0
-                for batch in reader.iter_batches(256, columns=columns):
-                    for pair in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                for batch in reader.iter_batches(256, columns=read):
+                    for pair in zip(*(batch.column(name).to_pylist() for name in read), strict=True):
                         row += 1
                         prompt, completion = (
                             _ids(ids, f"calibration {file}: row {row}: {name}")
-                            for ids, name in zip(pair, columns, strict=True)
+                            for ids, name in zip(pair[:2], columns, strict=True)
                         )
-                        yield prompt, completion
+                        own = pair[2] if len(pair) > 2 else None
+                        yield prompt, completion, own, f"calibration {file}: row {row}"
         except BadInput:
             raise
         except Exception as error:  # whatever Arrow finds wrong with a file
@@ -483,9 +537,11 @@ def _known_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def _from_jsonl(path: Path, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+def _from_jsonl(path: Path, tokenizer: Any, weights: str | None) -> Iterator[_Trace]:
     for where, record in read_jsonl(path):
-        yield _from_record(record, tokenizer, where)
+        if weights is not None and weights not in record:
+            raise BadInput(f"{where}: has no field {weights!r} of weights")
+        yield *_from_record(record, tokenizer, where), record.get(weights) if weights else None, where
 
 
 def _from_record(record: dict[str, Any], tokenizer: Any, where: str) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Lengths
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 
         weights = None if part == "all" else (np.arange(length) >= length // 2).astype(np.float32)
         sequences.append(Sequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
     return Calibration("random", "sequences", part, sequences)
+
+
+def weighted() -> Calibration:
+    """As `calibration`, each token with a weight of its own, some of them 0."""
+    plain, draw = calibration(), np.random.default_rng(1)
+    weights = [np.maximum(draw.random(len(s.token_ids)) * 3 - 0.5, 0).astype(np.float32) for s in plain.sequences]
+    return replace(plain, sequences=[replace(s, weights=w) for s, w in zip(plain.sequences, weights, strict=True)])
 
 
 def save_tokenizer(folder: Path, words: int = VOCABULARY) -> Path:

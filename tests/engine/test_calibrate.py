@@ -210,3 +210,9 @@ def test_statistics_weigh_tokens() -> None:
     expected = (x * weights[:, None]).T @ x
     torch.testing.assert_close(full.value.triu(), expected.triu())
     torch.testing.assert_close(norms.value, expected.diagonal())
+
+
+@pytest.mark.parametrize("way", ["staged", "layer"])
+def test_tokens_count_with_their_weights(checkpoint: Make, way: str) -> None:
+    folder, calibration = checkpoint("qwen2", dtype=torch.float32), tiny.weighted()
+    assert_same(packed_hessians(folder, calibration, 1, 64, way), hooked_hessians(folder, calibration, layer=1))

@@ -195,6 +195,20 @@ def test_what_is_reconstructed_is_what_the_dense_model_gives(
         assert row["iterations"] > 0
 
 
+def test_weights_count_in_what_is_reconstructed_too(checkpoint: Make, tmp_path: Path) -> None:
+    """Shared inputs (DenseInputs) and a matrix's own outputs (DenseOutputs)."""
+    source, out, calibration = checkpoint("qwen2", dtype=torch.float32), tmp_path / "out", tiny.weighted()
+    report = prune(source, out, settings(method="rac", sparsity=0.6, reconstruct="dense"), calibration)
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
+    weights = torch.cat([torch.as_tensor(s.weights).double() for s in calibration.sequences if s.weights is not None])
+    given, dense = inputs_of(out, ids), inputs_of(source, ids)
+    before, after = load(source), load(out)
+    for row in report.matrices:
+        name = row["name"].removesuffix(".weight")
+        off = given[name] @ after[row["name"]].double().T - dense[name] @ before[row["name"]].double().T
+        assert row["objective"] == pytest.approx(float((off.square().sum(1) * weights).sum()), rel=1e-3), name
+
+
 def test_matching_outputs_brings_the_model_nearer_to_the_dense_one(checkpoint: Make, tmp_path: Path) -> None:
     source, calibration = checkpoint("qwen2", dtype=torch.float32), tiny.calibration()
     ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]

@@ -18,7 +18,7 @@ from rac_engine.engine import peak_memory
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.prompts import render
 from rac_engine.recipe import TraceSettings
-from rac_engine.traces import SUMMARY, generate, load_calibration, load_prompts
+from rac_engine.traces import SUMMARY, Weighting, generate, load_calibration, load_prompts
 
 ABACUS = Path(__file__).parents[2] / "examples/abacus"
 PROMPTS = ABACUS.parent / "problems/calibration.jsonl"
@@ -251,3 +251,41 @@ def test_sources_that_are_no_traces(tmp_path: Path, tokenizer: Any) -> None:
             load_calibration(source, tokenizer=tokenizer)
     with pytest.raises(BadInput, match="no completion"):
         load_calibration(f"text:{PROMPTS}", tokenizer=tokenizer, part="completion")
+
+
+def test_weights_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    """By completion, by position and by the traces' own; the budget counts tokens all the same."""
+    file = tmp_path / "c.jsonl"
+    base = {"prompt_token_ids": [2, 9], "completion_token_ids": [4, 10, 11]}
+    file.write_text("".join(json.dumps({**base, "w": own}) + "\n" for own in (1, [1, 0.5, 0, 1, 2])))
+
+    def load(**wanted: Any) -> Any:
+        options = {key: wanted.pop(key) for key in ("part", "tokens") if key in wanted}
+        return load_calibration(str(file), tokenizer=tokenizer, weighting=Weighting(**wanted), **options)
+
+    plain, heavy = load(), load(completion=2.0)
+    assert plain.sequences[0].weights is None and plain.sha256 != heavy.sha256
+    assert heavy.sequences[0].weights.tolist() == [1, 1, 2, 2, 2]
+    assert heavy.describe().endswith(", weighted completions × 2")
+    assert load(positions=[(0, 1), (1, 3)]).sequences[0].weights.tolist() == [1, 1, 1, 2, 3]
+    own = load(column="w")
+    assert own.sequences[0].weights is None and own.sequences[1].weights.tolist() == [1, 0.5, 0, 1, 2]
+    both = load(column="w", completion=2.0, part="completion", tokens=5)
+    assert [s.weights.tolist() for s in both.sequences] == [[0, 0, 2, 2, 2], [0, 0, 0, 2]]
+    with pytest.raises(BadInput, match="has no field 'v'"):
+        load(column="v")
+    with pytest.raises(BadInput, match="every token has weight 0"):
+        load(completion=0.0, part="completion")
+    for bad, said in (
+        ([1, 2], "2 weights for 5 tokens"),
+        (-1, "from 0 to 1e6"),
+        (float("nan"), "from 0"),
+        ("a", "from 0"),
+    ):
+        file.write_text(json.dumps({**base, "w": bad}) + "\n")
+        with pytest.raises(BadInput, match=said):
+            load(column="w")
+    text = tmp_path / "t.txt"
+    text.write_text("a b c")
+    with pytest.raises(BadInput, match="no completions to weight"):
+        load_calibration(f"text:{text}", tokenizer=tokenizer, weighting=Weighting(2.0))
