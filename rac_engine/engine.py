@@ -721,6 +721,7 @@ class _Layer:
             "columns": matrix.columns,
             "sparsity": result.zeros / (matrix.rows * matrix.columns),
             "zeros": result.zeros,
+            "zeros_before": int((matrix.of(self.tensors[matrix.tensor]) == 0).sum()),
             "objective": result.objective,
             "relative_error": result.relative_error,
             "magnitude_error": result.magnitude_error,

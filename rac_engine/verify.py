@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, is_finite, other_files, sha256_files
+from rac_engine.decode import load_tokenizer
 from rac_engine.errors import BadInput
 from rac_engine.journal import records_of
 from rac_engine.models import Model
@@ -22,6 +23,12 @@ from rac_engine.results import JOURNAL, MANIFEST, RAC, Metrics, load_metrics, pe
 
 # What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
+# Every reason there is for a matrix that was not pruned.
+_REASONS = re.compile(
+    r"left dense by .+|sparsity 0|holds NaN or Inf|no calibration token reached it"
+    r"|its inputs are beyond fp32 when squared|\d+ tokens, fewer than \d+ \(.+ for each of its inputs\)"
+)
+_SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what rounds to zero by itself
 _PIECE_BYTES = 64 << 20
 _SHOWN_PROBLEMS = 12
 
@@ -149,6 +156,11 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
     except BadInput as error:
         result.problems.append(f"not loadable: {error}")
         return
+    if any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            load_tokenizer(checkpoint.path)
+        except BadInput as error:
+            result.problems.append(f"not loadable: {error}")
     try:
         recipe = load_recipe(checkpoint.path / RAC / "recipe.yaml")
     except BadInput as error:
@@ -170,6 +182,13 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
             result.problems.append(f"{matrix.name}: pruned, though the recipe leaves it dense")
         elif not named and str(row.get("skipped", "")).startswith("left dense by"):
             result.problems.append(f"{matrix.name}: left dense, though the recipe does not name it")
+        elif row.get("skipped"):
+            own, why = recipe.prune.of(matrix.path, matrix.module), str(row["skipped"])
+            unasked = (why == "sparsity 0" and (own.pattern is not None or own.sparsity > 0)) or (
+                why == "holds NaN or Inf" and recipe.prune.nonfinite != "dense"
+            )
+            if unasked or not _REASONS.fullmatch(why):
+                result.problems.append(f"{matrix.name}: left dense for a reason that the recipe does not give: {why}")
         elif "target" in row:
             own, asked = recipe.prune.of(matrix.path, matrix.module), target_of(row, settings)
             reach = 0.0 if recipe.prune.overridden(matrix.path, matrix.module) else recipe.prune.allocation_reach
@@ -230,9 +249,13 @@ class _Tally:
     zeros: int = 0
     negative: bool = False
     fits: bool = True
+    live: torch.Tensor | None = None
+    """[columns] bool: those that are not all zero."""
 
     def add(self, piece: torch.Tensor) -> None:
         zero = piece == 0
+        here = ~zero.all(0)
+        self.live = here if self.live is None else self.live | here
         self.zeros += int(zero.sum())
         self.negative = self.negative or bool((piece.signbit() & zero).any())
         self.fits = self.fits and (self.pattern is None or _fits(piece, *parse_pattern(self.pattern)))
@@ -261,6 +284,13 @@ def _check_matrix(
         result.problems.append(f"{name}: breaks the pattern {tally.pattern}")
     if tally.zeros < _least_zeros(target, block_size, rows, columns):
         result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
+    dead = 0 if tally.live is None else int((~tally.live).sum())
+    known = int(matrix.get("zeros_before", 0)) + rows * dead
+    if tally.zeros > _most_zeros(target, block_size, rows, columns) + known:
+        result.problems.append(
+            f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too many: {known:,} were there before or in "
+            "inputs that are always zero"
+        )
 
 
 def target_of(matrix: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -275,6 +305,15 @@ def _least_zeros(target: dict[str, Any], block_size: int, rows: int, columns: in
         n, m = parse_pattern(target["pattern"])
         return rows * (columns // m) * (m - n)
     return int(target["sparsity"] * rows * columns) - max(rows, -(-columns // block_size))
+
+
+def _most_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int) -> int:
+    """Zeros that the target leads to at most, in a matrix without zeros whose inputs are all alive."""
+    slack = max(rows, -(-columns // block_size), int(_SLACK * rows * columns))
+    if target["pattern"]:
+        n, m = parse_pattern(target["pattern"])
+        return rows * -(-columns // m) * (m - n) + slack
+    return int(target["sparsity"] * rows * columns) + slack
 
 
 def _fits(piece: torch.Tensor, n: int, m: int) -> bool:
@@ -303,6 +342,13 @@ def _check_source(
     if sha256 and source.sha256() != sha256:
         result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
     pruned = {matrix.get("tensor", matrix["name"]) for matrix in metrics.pruned}
+    for matrix in metrics.pruned:
+        name, said = matrix["name"], matrix.get("zeros_before", 0)
+        if "tensor" not in matrix and name in source.tensors:
+            progress(name)
+            found = sum(int((piece == 0).sum()) for piece in _pieces(source, source.tensors[name]))
+            if found != said:
+                result.problems.append(f"{name}: {found:,} zeros in the source, metrics.jsonl says {said:,}")
     for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
         result.problems.append(f"{name}: in only one of output and source")
     for name in sorted(made.tensors.keys() & source.tensors.keys()):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rac_engine import engine
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, write_manifest
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Damaged, Interrupted
+from rac_engine.journal import records_of
 from rac_engine.memory import MemoryPlan, plan_memory
 from rac_engine.models import Block, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
@@ -640,3 +642,32 @@ def test_output_that_does_not_read_back_is_not_published(
     with pytest.raises(Damaged, match=r"damaged: .*safetensors"):
         prune(checkpoint("qwen2"), tmp_path / "out", PruneSettings(method="magnitude"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Chunks decide the last bits, and follow from the memory that was free at the start: the journal keeps them."""
+    source, settings = checkpoint("qwen2"), PruneSettings(chunk_tokens=128, block_size=16)
+    chunks = [128, 64]
+
+    def begin(text: str) -> None:
+        if text.startswith("layer 3"):
+            raise KeyboardInterrupt
+
+    planned = engine.__dict__["plan_memory"]
+
+    def smaller(*args: Any, **options: Any) -> Any:
+        plan = planned(*args, **options)
+        if options["chunk"] is None:
+            plan = replace(plan, choice=replace(plan.choice, chunk_tokens=chunks.pop()))
+        return plan
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engine.__dict__, "plan_memory", smaller)
+        with pytest.raises(Interrupted):
+            prune(source, tmp_path / "out", settings, tiny.calibration(), progress=begin)
+        report = prune(source, tmp_path / "out", settings, tiny.calibration())
+    assert report.resumed and report.run["memory"]["chunk_tokens"] == 64 and chunks == [128]
+    record = records_of(tmp_path / "out" / "rac" / "journal.jsonl")[0]
+    assert record["chunk_tokens"] == 64 and record["activations"].startswith("replay: ")

@@ -77,6 +77,47 @@ def test_a_wrong_tensor_is_found_though_the_manifest_agrees(out, name, change, s
     assert any(name in problem and said in problem for problem in verify(out).problems)
 
 
+def test_more_zeros_than_were_asked_for_are_found_though_all_files_agree(out, checkpoint):
+    _edit(out, PRUNED, lambda t: t[::2].zero_())
+    info = Checkpoint.open(out).read(PRUNED)
+
+    def agree(line: dict) -> None:
+        if line.get("name") == PRUNED:
+            line["zeros"] = int((info == 0).sum())
+
+    (out / "rac" / "journal.jsonl").unlink()
+    _metrics(out, agree)
+    (problem,) = verify(out).problems
+    assert problem.startswith(f"{PRUNED}: 75") and "zeros, too many" in problem
+
+    def excuse(line: dict) -> None:
+        if line.get("name") == PRUNED:
+            line["zeros_before"] = info.numel() // 2
+
+    _metrics(out, excuse)
+    assert verify(out).problems == []
+    (problem,) = verify(out, checkpoint()).problems
+    assert problem.startswith(f"{PRUNED}: ") and problem.endswith("zeros in the source, metrics.jsonl says 1,920")
+
+
+@pytest.mark.parametrize("why", ["it looked important", "sparsity 0", "holds NaN or Inf"])
+def test_only_reasons_that_there_are_leave_a_matrix_dense(out, why):
+    def leave(line: dict) -> None:
+        if line.get("name") == PRUNED:
+            line["skipped"] = why
+
+    _metrics(out, leave)
+    (problem,) = verify(out).problems
+    assert problem == f"{PRUNED}: left dense for a reason that the recipe does not give: {why}"
+
+
+def test_a_tokenizer_that_does_not_load_is_named(out):
+    (out / "tokenizer.json").write_text("{}")
+    write_manifest(out)
+    (problem,) = verify(out).problems
+    assert problem.startswith("not loadable: ") and "tokenizer" in problem
+
+
 def test_a_tensor_that_differs_from_the_source_is_found_without_the_journal_too(out, checkpoint):
     _edit(out, UNTOUCHED, lambda t: t.add_(1))
     (problem,) = verify(out).problems
