@@ -21,6 +21,15 @@ _MAX_RENDERED = 64 << 20  # characters
 _RENDERING_BYTES = 1 << 30  # of memory that rendering a prompt may take
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where a key is given twice, since readers differ in which they believe."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:50]!r} is given twice")
+    return made
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE:LINE", object) of every line that is not empty. Raises `BadInput` that names the first broken line."""
     try:
@@ -32,7 +41,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.rstrip())
+                    value = json.loads(line.rstrip(), object_pairs_hook=_once)
                 except json.JSONDecodeError as error:
                     place = f"{where}:{error.colno}"
                     raise BadInput(f"{place}: not valid JSON ({error.msg}); mend or remove the line") from None

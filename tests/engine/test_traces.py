@@ -289,3 +289,10 @@ def test_weights_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
     text.write_text("a b c")
     with pytest.raises(BadInput, match="no completions to weight"):
         load_calibration(f"text:{text}", tokenizer=tokenizer, weighting=Weighting(2.0))
+
+
+def test_a_key_given_twice_is_refused_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"problem": "a"}\n{"problem": "b", "id": 1, "problem": "c"}\n')
+    with pytest.raises(BadInput, match=r"p\.jsonl:2: not valid JSON \(the key 'problem' is given twice\)"):
+        load_prompts(file)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rac_engine.faults import OPERATIONS
 from tests.faults.conftest import SOAK, Bench
 
 JOBS = ("prune", "trace", "eval", "run")
@@ -71,7 +72,7 @@ def test_a_job_killed_again_and_again_ends_with_the_same_bytes(bench: Bench, nam
 @pytest.mark.skipif(not SOAK, reason="kills at random times are for `make soak`")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_job_stopped_at_a_random_time_goes_on(bench: Bench, sent: signal.Signals) -> None:
-    draw, failures, stopped = random.Random(int(sent)), list[str](), 0
+    draw, failures, stopped, cleanly = random.Random(int(sent)), list[str](), 0, 0
     for _ in range(20):
         job = bench.jobs[draw.choice(JOBS)]
         after = draw.uniform(0, 0.5 if job.name != "run" else 2.0)
@@ -83,11 +84,13 @@ def test_a_job_stopped_at_a_random_time_goes_on(bench: Bench, sent: signal.Signa
         if status == 75 and "to go on: rac " not in bench.said:
             failures.append(f"{job.name} after {after:.3f} s: {bench.said}")
         stopped += status != 0
+        cleanly += status == 75
         if problem := bench.mended(job):
             failures.append(f"{job.name} after {after:.3f} s: {problem}")
         bench.clean(job)
-    print(f"\n{sent.name} at 20 random times: {stopped} stopped, {len(failures)} failures")
+    print(f"\n{sent.name} at 20 random times: {stopped} stopped, {cleanly} with 75, {len(failures)} failures")
     assert failures == []
+    assert cleanly or sent == signal.SIGKILL
 
 
 def operations(bench: Bench, name: str, kind: str) -> list[int]:
@@ -105,9 +108,30 @@ def failing(bench: Bench, name: str) -> Iterator[tuple[str, int]]:
         ("sync", "EIO", 1),
         ("rename", "EIO", 1),
         ("rename", "ENOSPC", 2),
+        ("truncate", "EIO", 1),
+        ("remove", "EIO", 1),
     ):
         plans = [f"fail:{kind}:{number}:{code}" for number in operations(bench, name, kind)]
         yield from ((plan, status) for plan in spread(plans, few))
+
+
+def test_every_operation_is_among_the_points(bench: Bench) -> None:
+    """So that no list of plans is empty without anybody noticing."""
+    found = {point.partition(" ")[0] for points in bench.points.values() for point in points}
+    assert found == set(OPERATIONS) - {"read"}
+
+
+@pytest.mark.parametrize(("sent", "name"), [(signal.SIGTERM, "prune"), (signal.SIGINT, "trace")])
+def test_a_signal_in_the_middle_of_a_job_ends_it_with_75(bench: Bench, sent: signal.Signals, name: str) -> None:
+    job, ends, after = bench.jobs[name], list[int](), 0.04
+    while 75 not in ends and len(ends) < 12:
+        ends.append(bench.run(job, signal=int(sent), after=after))
+        if ends[-1] == 75:
+            assert f"to go on: rac {name} " in bench.said
+        after *= 1.3 if ends[-1] else 0.6
+        assert bench.mended(job) == ""
+        bench.clean(job)
+    assert 75 in ends
 
 
 @pytest.mark.parametrize("name", JOBS)

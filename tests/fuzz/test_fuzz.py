@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import random
@@ -21,6 +22,8 @@ from tests.fuzz.targets import MEMORY, Target, attempt, install_watch, make_targ
 SOAK = bool(os.environ.get("RAC_SOAK"))
 CORPUS = Path(__file__).parent / "corpus"
 NAMES = ("index", "config", "header", "parquet", "jsonl", "recipe", "problems", "journal")
+FOUND = Path(os.environ.get("RAC_FOUND", Path(__file__).parents[2] / "build/found"))
+"""Where inputs that a soak found wrong are kept, until they are mended and go into the corpus."""
 TRIES = 5_000 if SOAK else 40
 COVERED = 8_000
 """Inputs of a soak that atheris looks for, guided by coverage, for each target."""
@@ -50,7 +53,9 @@ def test_seeds_are_taken(target: Target) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_found_once_stays_mended(target: Target, name: str) -> None:
-    for file in sorted((CORPUS / name).glob("*")):
+    files = sorted((CORPUS / name).glob("*"))
+    assert files
+    for file in files:
         attempt(target, file.read_bytes())
 
 
@@ -62,6 +67,8 @@ def test_inputs_near_the_seeds(target: Target, name: str) -> None:
         try:
             taken += attempt(target, data)
         except BaseException:
+            FOUND.mkdir(parents=True, exist_ok=True)
+            (FOUND / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
             print(f"\n{name}: {data[:3000]!r}")
             raise
     print(f"\n{name}: {taken} of {TRIES} inputs taken, the others refused")
@@ -107,7 +114,8 @@ def test_inputs_that_coverage_leads_to(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.drive", name, str(COVERED), str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=3600)
     for found in tmp_path.glob("found-*"):
-        shutil.copy(found, Path(os.environ.get("RAC_FOUND", tmp_path)) / f"{name}-{found.name}")
+        FOUND.mkdir(parents=True, exist_ok=True)
+        shutil.copy(found, FOUND / f"{name}-{found.name}")
     said = [line for line in done.stdout.splitlines() if line.startswith(f"{name}: ")]
     print(f"\natheris, {said}")
     assert done.returncode == 0 and said, (done.stdout + done.stderr)[-3000:]
