@@ -481,7 +481,8 @@ class _Layer:
         self.pruned: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
         self.blocks: list[Block] = []
-        self.beside: list[Beside] = []
+        self.beside: dict[int, Beside] = {}
+        """Of the blocks, by their numbers, through which the dense model's tokens have still to go."""
 
     def prune(self) -> None:
         job, stream = self.job, self.job.stream
@@ -494,8 +495,13 @@ class _Layer:
         elif self.layer <= job.last:
             self.blocks = job.model.build_layer(self.layer, self.tensors, job.dtype, job.device)
             if job.dense is not None:
-                dense = job.model.build_layer(self.layer, self.tensors, job.dtype, job.device)
-                self.beside = [Beside(job.dense, block) for block in dense]
+                # Held here alone, so that a block's dense weights go when nothing needs them any more.
+                self.beside = {
+                    number: Beside(job.dense, block)
+                    for number, block in enumerate(
+                        job.model.build_layer(self.layer, self.tensors, job.dtype, job.device)
+                    )
+                }
             if job.settings.order == "layer":
                 self._prune_at_once(stream)
             else:
@@ -512,12 +518,11 @@ class _Layer:
             for _, stage in itertools.groupby(here, key=lambda group: group[0].stage):
                 groups = list(stage)
                 if groups[-1][0].group.expert is None:
-                    beside = self.beside[number] if self.beside and block.last is not None else None
-                    kept = self._prune_groups(stream, block, groups, beside)
+                    kept = self._prune_groups(stream, block, groups, number)
                 else:
                     self._prune_experts(stream, block, groups)
             further = self.layer < job.last or any(group[0].group.block > number for group in self.groups)
-            if self.beside and further and block.last not in {group[0].group.input for group in here}:
+            if number in self.beside and further:
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
             if further:
@@ -525,20 +530,25 @@ class _Layer:
                     stream.advance(block, kept)
 
     def _prune_groups(
-        self, stream: Stream, block: Block, groups: list[list[Matrix]], beside: Beside | None
+        self, stream: Stream, block: Block, groups: list[list[Matrix]], number: int
     ) -> Activations | None:
-        """Prune groups of a stage, as many in a pass over the tokens as their Hessians may be; see `Stream.observe`."""
+        """Prune groups of a stage, as many in a pass over the tokens as their Hessians may be; see `Stream.observe`.
+
+        `number` is the block's: with its last matrix observed, the dense one beside is done and goes.
+        """
         job, kept = self.job, None
         residual = job.settings.reconstructs == "residual"
         for some in _batches(groups, job.hessians):
             matches: dict[str, DenseInputs | DenseOutputs] = {}
             with job.clock("calibrate"):
                 statistics = {group[0].group.input: self._statistic(group) for group in some}
-                if beside is None:
+                if number not in self.beside or block.last is None:
                     kept = stream.observe(block, statistics)
                 else:
                     matches = {group[0].group.input: self._match(block, group) for group in some}
-                    kept = stream.observe_beside(block, statistics, beside, matches, residual)
+                    kept = stream.observe_beside(block, statistics, self.beside[number], matches, residual)
+                    if block.last in matches:
+                        del self.beside[number]
             for group in some:
                 name = group[0].group.input
                 self._solve(group, statistics.pop(name), match=matches.pop(name, None))
@@ -683,7 +693,7 @@ class _Layer:
                 if matrix.tensor == matrix.name:
                     self.tensors[matrix.tensor] = result.weight.cpu()
                 else:
-                    if self.beside and not job.memory.on_gpu and matrix.tensor not in self.pruned:
+                    if job.dense is not None and not job.memory.on_gpu and matrix.tensor not in self.pruned:
                         # The dense model beside has its weights in the same memory.
                         self.tensors[matrix.tensor] = self.tensors[matrix.tensor].clone()
                     matrix.of(self.tensors[matrix.tensor]).copy_(result.weight)

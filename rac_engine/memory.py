@@ -22,6 +22,7 @@ from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS
+from rac_engine.solve.matrices import TOGETHER
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
 from rac_kernels.profile import ROWS_BYTES as SCORE_BYTES
 
@@ -36,7 +37,9 @@ SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
 TOKEN_BYTES = 24  # id as it was read and as it is packed, and a weight
 SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
-REFINING = 7  # fp32 copies of the weights that conjugate gradients, or ADMM, hold
+COPIES = {"rac": 7, "alps": 8}  # of the weights in fp32 that ADMM and what follows it hold at a time
+EIGEN = 7  # matrices of H's size that an eigendecomposition takes: H, scaled, vectors, and what LAPACK asks for
+MATCHED_ROWS = 4096  # of the weights that match, made at a time
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Input:
     last: bool
     """Whether it is that of a block's last matrix, which is kept while that is solved."""
     count: int = 1
+    tied: bool = True
+    """Whether the dense model's outputs can be matched: not in a mixture."""
 
     def statistic(self, method: str) -> int:
         """Bytes of what is gathered from one such input, in fp32."""
@@ -127,6 +132,7 @@ def _inputs(model: Model, layer: int) -> Iterator[Input]:
                 entrance=stage == first[group[0].group.block],
                 last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
                 count=len(every) if routed else 1,
+                tied=plan.experts is None,
             )
 
 
@@ -326,7 +332,7 @@ def _phases(
     phases: list[Phase] = []
     disk = 0
 
-    def phase(name: str, width: int, work: dict[str, int]) -> None:
+    def phase(name: str, width: int, work: dict[str, int], dense_too: bool = True) -> None:
         nonlocal disk
         device, host, file = stores(width) if calibrated else ({}, {}, 0)
         disk = max(disk, file)
@@ -334,7 +340,9 @@ def _phases(
         phases.append(
             Phase(
                 name,
-                {**device_layer, **device, **work} if on_gpu else {},
+                {**(device_layer if dense_too else {"weights of the layer": weights_on_device}), **device, **work}
+                if on_gpu
+                else {},
                 {**base_host, **layers_host, **host, **({} if on_gpu else work)},
             )
         )
@@ -355,16 +363,16 @@ def _phases(
         phase("first pass", kept, work)
     for found in shape.inputs:
         statistic = found.statistic(method)
-        gathered = statistic * (3 if matched and found.entrance and METHODS[method].needs == "hessian" else 1)
+        tied = matched and found.tied and METHODS[method].needs == "hessian"
+        gathered = statistic * (3 if tied and not found.last else 1)
         at_once = min(found.count, choice.hessians or found.count)
         if found.count > 1:
             at_once += 1  # that of all tokens, which scarce experts' are blended with
-        crossed = 4 * found.columns * found.rows if matched else 0
         kept = found.columns if found.last and _keeps(found, tokens, size, choice) else 0
         if calibrated:
             work = {"Hessian" if METHODS[method].needs == "hessian" else "norms": gathered * at_once}
-            if matched and found.last:
-                work["cross product with the dense outputs"] = crossed
+            if tied and found.last:
+                work["cross product with the dense outputs"] = 4 * found.columns * found.rows
             work["activations of a chunk"] = streams * _transient(shape, found, chunk)
             if found.attention and found.last and longest > chunk:
                 work["keys and values"] = streams * longest * shape.key_values * size
@@ -373,7 +381,8 @@ def _phases(
         phase(
             f"solve {found.name}",
             kept,
-            _solving(found, settings, shape.weight_size, gathered, at_once, crossed, on_gpu),
+            _solving(found, settings, shape.weight_size, gathered, at_once, tied, on_gpu),
+            dense_too=not found.last or found.attention,  # behind an MLP's last input, all of the dense layer is gone
         )
     return phases, disk
 
@@ -397,26 +406,40 @@ def _transient(shape: Shape, found: Input, chunk: int) -> int:
 
 
 def _solving(
-    found: Input, settings: PruneSettings, size: int, gathered: int, at_once: int, crossed: int, on_gpu: bool
+    found: Input, settings: PruneSettings, size: int, gathered: int, at_once: int, tied: bool, on_gpu: bool
 ) -> dict[str, int]:
     """Bytes of what exists while the matrices of an input are pruned."""
     rows, n = found.rows, found.columns
     needs = METHODS[settings.method].needs
-    stacked = rows * n * size if found.matrices > 1 else 0
+    # Solved together; `prune_matrices` takes larger ones one after the other.
+    some = min(rows, max(found.largest, TOGETHER // n))
+    stacked = some * n * size if found.matrices > 1 else 0
     moved = rows * n * size if on_gpu else 0
+    pruned = rows * n * size
+    if settings.method in COPIES:
+        pruned -= some * n * size  # not there yet while these are solved
     work = {
         "Hessian" if needs == "hessian" else "norms": gathered * at_once,
-        "weights, stacked and pruned": stacked + moved + rows * n * size,
+        "weights, stacked and pruned": stacked + moved + pruned,
     }
-    if needs == "hessian":
-        exact = 20 * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
-        copies = 2 if on_gpu else 1
-        if settings.method in ("rac", "alps"):
-            copies += REFINING
-        measure = 3 * min(8 * found.largest * n, OBJECTIVE_BYTES) + 2 * 8 * 512 * n
-        sweep = 4 * rows * n * copies
-        work["cross product with the dense outputs"] = crossed
-        work["fp32 working copies"] = max(exact, sweep + measure)
-    else:
+    if needs != "hessian":
         work["fp32 working copies"] = rows * n * 13
+        return work
+    one = 4 * some * n
+    # With the dense outputs matched: C, at the last input held all along, and the weights that come nearest to it.
+    cross = one if tied else 0
+    held = cross if found.last else 0
+    chosen = copies = one if tied else 0
+    if settings.method in COPIES:
+        copies += COPIES[settings.method] * one
+    else:
+        copies += one * (2 if on_gpu else 1)
+    measure = 3 * min(8 * found.largest * n, OBJECTIVE_BYTES) + 2 * 8 * 512 * n
+    exact = 20 * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
+    if settings.method == "alps":
+        work["H scaled, its eigenvectors and their workspace"] = EIGEN * 4 * n * n
+    matching = cross + chosen + 3 * 4 * min(some, MATCHED_ROWS) * n if tied else 0
+    # One after the other: match, solve, and measure what was solved, which is still there in fp32.
+    measuring = cross + chosen + one + measure + rows * n * size - pruned
+    work["fp32 working copies"] = max(exact + held, matching, held + copies, measuring)
     return work

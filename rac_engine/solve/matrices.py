@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
 from rac_kernels import matched_target, objective, output_cross, reconstruction_error
+
+TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,23 @@ class Outputs:
     """What the dense model gave where the pruned one's matrices, stacked, are to give the same."""
 
     cross: Tensor
-    """C [columns, all rows] fp32: X′ᵀY, of inputs X′ of the pruned model and outputs Y of the dense one."""
+    """fp32: C = X′ᵀY [columns, rows], of inputs X′ of the pruned model and outputs Y of the dense one; or X′ᵀX."""
     power: list[float]
     """‖Y‖² of each matrix: what is to be given again."""
     dense: list[float]
     """‖X Wᵀ‖² of each matrix: what the dense one gave."""
+    shared: bool = False
+    """Whether `cross` is X′ᵀX [columns, columns], of inputs: C follows from it for any number of matrices."""
 
     @classmethod
     def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
         """Where both models' inputs are known: X′ᵀX [columns, columns] and XᵀX (upper triangle), with Y = X Wᵀ."""
         powers = [objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), gram) for weight in weights]
-        return cls(output_cross(cross, stack(list(weights))), powers, powers)
+        return cls(cross, powers, powers, shared=True)
+
+    def of(self, weight: Tensor) -> Tensor:
+        """C [columns, rows] of a dense matrix [rows, columns], the only one unless inputs are known."""
+        return output_cross(self.cross, weight) if self.shared else self.cross
 
 
 def prune_matrix(
@@ -107,7 +115,7 @@ def prune_matrices(
             return [left_dense(weight, why) for weight in weights]
         method, statistic, outputs = "magnitude", None, None
         notes = [f"{why}: pruned by magnitude"]
-    if outputs is not None and not all(map(math.isfinite, [float(outputs.cross.abs().max()), *outputs.power])):
+    if outputs is not None and not all(map(math.isfinite, [*map(float, outputs.cross.aminmax()), *outputs.power])):
         outputs = None
         notes = ["the dense model's outputs are not finite: not matched"]
     targets = [target] * len(weights) if isinstance(target, Target) else list(target)
@@ -115,15 +123,12 @@ def prune_matrices(
     norms = statistic if gram is None else None
     solve = find_method(method).solve
     found: dict[int, MatrixResult] = {}
-    for wanted in dict.fromkeys(targets):
+    for wanted, group in _batches(weights, targets):
         began = time.monotonic()
-        group = [number for number, its in enumerate(targets) if its == wanted]
         rows = [len(weights[number]) for number in group]
         stacked = stack([weights[number] for number in group])
         if outputs is not None and gram is not None:
-            crosses = outputs.cross.split([len(weight) for weight in weights], dim=1)
-            cross = crosses[0] if len(crosses) == 1 else torch.cat([crosses[number] for number in group], dim=1)
-            stacked = matched_target(gram.factor(wanted.damping), cross, stacked)
+            stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
         solution = solve(Problem(stacked, rows, wanted, gram, norms))
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
         told = [*notes, *(gram.notes if gram else []), *solution.notes]
@@ -146,13 +151,14 @@ def prune_matrices(
                 iterations=solution.iterations,
                 seconds=seconds * len(stored) / sum(rows),
             )
+        del stacked, solution, pruned  # before the next ones are solved
     results = [found[number] for number in range(len(weights))]
     if gram is None:
         return results
     H = gram.upper()
-    crosses = [None] * len(weights) if outputs is None else outputs.cross.split([len(each) for each in weights], dim=1)
     compared = []
-    for number, (weight, cross) in enumerate(zip(weights, crosses, strict=True)):
+    for number, weight in enumerate(weights):
+        cross = None if outputs is None else outputs.of(weight)
 
         def error(candidate: Tensor, number: int = number, cross: Tensor | None = cross) -> tuple[float, float]:
             if outputs is None or cross is None:
@@ -169,6 +175,19 @@ def prune_matrices(
             replace(results[number], objective=cost, relative_error=share, magnitude_error=simple, notes=told)
         )
     return compared
+
+
+def _batches(weights: Sequence[Tensor], targets: Sequence[Target]) -> Iterator[tuple[Target, list[int]]]:
+    """Matrices that are solved together, by their numbers: with one target, and no more than TOGETHER weights."""
+    for wanted in dict.fromkeys(targets):
+        batch, size = list[int](), 0
+        for number in (number for number, its in enumerate(targets) if its == wanted):
+            if batch and size + weights[number].numel() > TOGETHER:
+                yield wanted, batch
+                batch, size = [], 0
+            batch.append(number)
+            size += weights[number].numel()
+        yield wanted, batch
 
 
 def _says_nothing(statistic: Tensor) -> str | None:

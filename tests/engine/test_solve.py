@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_engine.errors import BadInput
-from rac_engine.solve import METHODS, Gram, Target, prune_matrices, prune_matrix
+from rac_engine.solve import METHODS, Gram, Outputs, Target, matrices, prune_matrices, prune_matrix
 from tests.kernels.gram import KINDS, gram
 from tests.kernels.textbook import sparsegpt
 
@@ -181,3 +181,20 @@ def test_a_factor_can_be_made_again_of_what_was_given_back(problem: tuple[Tensor
     first = gram.factor(0.01).U.triu().clone()
     assert torch.allclose(gram.upper().triu(), problem[1].triu())
     assert torch.allclose(gram.factor(0.01).U.triu(), first)
+
+
+def test_what_is_solved_in_batches_is_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(300, 32)
+    dense = x + 0.1 * torch.randn(300, 32)
+    weights = [torch.randn(rows, 32) for rows in (8, 24, 16)]
+    results = []
+    for together in (1 << 26, 24 * 32, 1):
+        monkeypatch.setattr(matrices, "TOGETHER", together)
+        outputs = Outputs.of_inputs(x.T @ dense, dense.T @ dense, weights)
+        results.append(prune_matrices(weights, x.T @ x, "sparsegpt", Target(0.5), outputs=outputs))
+    for some in results[1:]:
+        for one, other in zip(results[0], some, strict=True):
+            assert one.zeros == other.zeros
+            assert other.objective == pytest.approx(one.objective, rel=1e-4)
+            torch.testing.assert_close(other.weight, one.weight, rtol=1e-3, atol=1e-4)
