@@ -70,6 +70,14 @@ class BlockPlan:
     """Of a mixture; `inputs` and `output` are then of what all tokens go through (shared experts), if there is any."""
 
 
+# What transformers makes lists of: a config that asks for more than any model has would be obeyed for days.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 100_000),
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers builds models of one `model_type`: class names start with `prefix`."""
@@ -588,6 +596,12 @@ class Model:
                 f"{where}: the weights are quantized ({method}); of quantized weights only FP8 in blocks is read, with "
                 "weight_block_size and weight_scale_inv; prune the bf16 model"
             )
+        for key, most in _MOST.items():
+            count = checkpoint.config.get(key)
+            if isinstance(count, int) and count > most:
+                raise BadInput(
+                    f"{where}: {key} is more than {most:,}, which no model has; the file is not to be trusted"
+                )
         try:
             plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
             config = CONFIG_MAPPING[family.model_type].from_dict(plain)

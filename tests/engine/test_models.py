@@ -236,3 +236,10 @@ def test_weights_in_eight_bits_are_refused_by_name(checkpoint: Make, tmp_path: P
     assert not (folder / INDEX).exists()
     with pytest.raises(BadInput, match=name):
         Model.open(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize("count", [1 << 40, 10**400])
+def test_counts_beyond_any_model_are_refused_at_once(tmp_path: Path, key: str, count: int) -> None:
+    with pytest.raises(BadInput, match=f"{key} is more than .*not to be trusted"):
+        Model.of_config(tmp_path, {"model_type": "qwen2", key: count})
