@@ -23,7 +23,7 @@ from rac_engine.recipe import PruneSettings
 from tests import tiny
 
 torch.set_num_threads(1)
-report = prune(Path(sys.argv[1]), Path(sys.argv[2]), PruneSettings(), tiny.calibration([64] * 4))
+report = prune(Path(sys.argv[1]), Path(sys.argv[2]), PruneSettings(method="sparsegpt"), tiny.calibration([64] * 4))
 print(report.end["peak_memory"])
 """
 
