@@ -16,8 +16,7 @@ import os
 import reprlib
 import shutil
 import stat
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -719,18 +718,29 @@ def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     return bool((values if dtype.itemsize > 1 else values.to(torch.bfloat16)).isfinite().all())
 
 
+class _Locked(mmap.mmap):
+    """Pages that `unlock` is told of before they are unmapped: a finalizer would come after, when the next mapping may
+    have their address already."""
+
+    unlock: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.unlock is not None:
+            self.unlock()
+
+
 def pages(count: int, pin: bool = False) -> mmap.mmap:
     """Memory outside of the heap: it goes back to the system when it is let go, in whatever thread that is.
 
     With `pin` it is page-locked, for copies beside a GPU's work: torch's own pinned memory comes in powers of two and
     is not given back, which no plan of memory can bear.
     """
-    memory = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = _Locked(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if pin:
         cudart: Any = torch.cuda.cudart()
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         torch.cuda.check_error(int(cudart.cudaHostRegister(address, count, 0)))
-        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+        memory.unlock = lambda: cudart.cudaHostUnregister(address)
     return memory
 
 

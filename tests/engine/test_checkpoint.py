@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rac_engine import faults
+from rac_engine import checkpoint, faults
 from rac_engine.checkpoint import (
     INDEX,
     Checkpoint,
@@ -443,3 +443,26 @@ def test_manifest_and_publication(folder: Path, tmp_path: Path) -> None:
     publish(folder, out)
     assert not folder.exists()
     assert (out / "rac" / "recipe.yaml").exists()
+
+
+def test_pinned_pages_are_unlocked_while_they_are_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver knows them by their address, which the next mapping may get as soon as they are unmapped."""
+    seen: list[bool] = []
+
+    def mapped(address: int) -> bool:
+        ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+        return any(int(low, 16) <= address < int(high, 16) for low, high in ranges)
+
+    class Driver:
+        def cudaHostRegister(self, address: int, count: int, flags: int) -> int:
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            seen.append(mapped(address))
+
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    held = torch.frombuffer(checkpoint.pages(1 << 26, pin=True), dtype=torch.uint8)
+    assert not seen
+    del held
+    assert seen == [True]
