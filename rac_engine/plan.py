@@ -19,9 +19,9 @@ from rac_engine.models import Matrix, Model
 from rac_engine.recipe import PruneSettings
 from rac_engine.results import percent
 from rac_engine.sizes import format_bytes, format_count, format_seconds
-from rac_engine.solve import METHODS, rac
+from rac_engine.solve import METHODS, alps, rac
 from rac_kernels import roofline
-from rac_kernels.admm import RENEW
+from rac_kernels.admm import CHECK, RENEW
 from rac_kernels.roofline import Peaks
 
 # Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
@@ -205,7 +205,7 @@ def _memory(plan: Plan) -> list[str]:
 
 def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, peaks: Peaks) -> float:
     """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
-    dense = ("first pass", "forward", "attention", "Hessian", "norms")
+    dense = ("first pass", "forward", "attention", "Hessian", "norms", "outputs to match")
     computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
     reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
     moving = ((reads + 1) * disk + (4 * memory.disk * layers)) / DISK
@@ -305,14 +305,21 @@ def _work(
             Work("factor", sum(roofline.factor_flops(n) for n, _ in stages), "n³/3"),
         ]
         if matched:
-            cross = sum(
-                share * 4.0 * min(n * n, n * rows) * tokens for (n, rows), share in zip(stages, shares, strict=True)
-            )
+            own = [group for group in groups if group and group[0].group.expert is None]  # experts are not matched
+            tied = [(group[0].columns, sum(matrix.rows for matrix in group)) for group in own]
+            cross = sum(4.0 * min(n * n, n * rows) * tokens for n, rows in tied)
             work.append(Work("outputs to match", cross, "4 · n · min(n, rows) · tokens at most"))
         if settings.method == "rac":
             steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
             flops = sum(2.0 * rows * n * n * (steps + refining) + n**3 / 3 * inverses for n, rows in stages)
             work.append(Work("mask and weights", flops, f"{steps + refining} · 2 · rows · n² + {inverses} · n³/3"))
+        elif settings.method == "alps":
+            flops = sum(
+                roofline.refine_flops(rows, n, alps.REFINING_STEPS)
+                + alps.STEPS * (2.0 * rows * n * n + 2.0 * n**3 / CHECK)
+                for n, rows in stages
+            )
+            work.append(Work("mask and weights", flops, f"{alps.STEPS} · (2 · rows · n² + 2 · n³ / {CHECK}) at most"))
         else:
             work.append(Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"))
     return work
