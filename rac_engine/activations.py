@@ -155,6 +155,12 @@ class _Transfer:
                 self._leaving.popleft().synchronize()
         return left
 
+    def settle(self) -> None:
+        """Until nothing is on its way: host memory that chunks came from or went to may be used for others, or go."""
+        with self._timeline.waiting():
+            self._in.synchronize()
+            self._out.synchronize()
+
     def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> torch.cuda.Event:
         """Copy on that stream; returns the event of its end."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -186,6 +192,9 @@ class _Pinned(Activations):
 
     def write(self, start: int, values: Tensor) -> None:
         self._transfer.leave(values, self._all[start : start + len(values)])
+
+    def close(self) -> None:
+        self._transfer.settle()
 
 
 class _OnDisk(Activations):
@@ -221,6 +230,7 @@ class _OnDisk(Activations):
                     reads.append(self._fetch(spans[at], at))
                 yield self._wait(reads.popleft())
             return
+        self._transfer.settle()  # the last chunks of the pass before may still leave the buffers that are read into
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         for number in range(len(spans)):
             for at in range(number + len(coming), min(number + AHEAD, len(spans))):
@@ -281,6 +291,8 @@ class _OnDisk(Activations):
     def close(self) -> None:
         self._reader.shutdown()
         self._writer.shutdown()
+        if self._transfer is not None:
+            self._transfer.settle()
         self._close()
 
     def _sum(self, values: Tensor) -> np.ndarray:
