@@ -55,6 +55,7 @@ def _run(order: dict[str, Any]) -> int:
             os.dup2(fd, 1)
             os.dup2(fd, 2)
             torch.set_num_threads(order.get("threads", 1))
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
             faults.arm(order.get("plans", ""))
             if "free" in order:
                 vars(shutil)["disk_usage"] = lambda _: SimpleNamespace(free=order["free"])

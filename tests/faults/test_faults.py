@@ -124,7 +124,7 @@ def test_every_operation_is_among_the_points(bench: Bench) -> None:
 @pytest.mark.parametrize(("sent", "name"), [(signal.SIGTERM, "prune"), (signal.SIGINT, "trace")])
 def test_a_signal_in_the_middle_of_a_job_ends_it_with_75(bench: Bench, sent: signal.Signals, name: str) -> None:
     job, ends, after = bench.jobs[name], list[int](), 0.04
-    while 75 not in ends and len(ends) < 12:
+    while 75 not in ends and len(ends) < 40:
         ends.append(bench.run(job, signal=int(sent), after=after))
         if ends[-1] == 75:
             assert f"to go on: rac {name} " in bench.said
