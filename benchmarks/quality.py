@@ -42,6 +42,7 @@ HELD_TOKENS = 20_000
 def main() -> None:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
+    _same_settings(args)
     sources = _sources(args)
     tokenizer = load_tokenizer(args.model)
     held = {
@@ -112,6 +113,21 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _same_settings(args: argparse.Namespace) -> None:
+    """Cells that are there were made with the same settings: another kind of cell asks for another WORK."""
+    kept = args.work / "settings.json"
+    names = ("model", "prompts", "evaluation", "tokens", "samples", "problems", "max_new_tokens")
+    settings = {name: str(getattr(args, name)) for name in names}
+    if not kept.exists():
+        kept.write_text(json.dumps(settings, indent=1) + "\n")
+    elif (found := json.loads(kept.read_text())) != settings:
+        changed = next(name for name in names if found.get(name) != settings[name])
+        raise SystemExit(
+            f"{args.work}: its cells were made with {changed} {found.get(changed)}, not {settings[changed]}; "
+            "choose another --work"
+        )
 
 
 def table(cells: list[dict[str, Any]]) -> str:
