@@ -28,6 +28,7 @@ from rac_engine.results import (
     read_json,
     step_times,
 )
+from rac_engine.sizes import format_seconds
 
 REPORT = "report.html"
 
@@ -154,6 +155,8 @@ def render(out: Path) -> str:
             changes=_changes(results),
             traces=_traces(out) if _calibrated_on_own_traces(metrics) else [],
             times=_times(step_times(out), metrics),
+            memory=_memory(metrics),
+            lanes=_lanes(metrics),
             notes=[*_short_traces(out, metrics), *_notes(metrics)],
             recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
         )
@@ -363,6 +366,34 @@ def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:
         for title, seconds in groups.items()
         if seconds
     ]
+
+
+def _memory(metrics: Metrics) -> list[tuple[str, int, int]]:
+    """Where, bytes planned and bytes measured at the peak; the host's beyond what the program had before."""
+    peaks = metrics.end.get("memory")
+    found = []
+    for where, name in (("host", "host, beyond the program"), ("device", "GPU")):
+        if isinstance(peaks, dict):
+            planned, measured = peaks.get(f"{where}_planned"), peaks.get(f"{where}_measured")
+            if isinstance(planned, int) and isinstance(measured, int):
+                found.append((name, planned, measured))
+    return found
+
+
+def _lanes(metrics: Metrics) -> list[tuple[str, list[tuple[float, float, str]]]]:
+    """The job's timeline: for each lane its spans, as start and width in per cent of the job, and what to call them."""
+    timeline = metrics.end.get("timeline")
+    spans: dict[str, list[tuple[float, float, str]]] = {}
+    try:
+        rows = [(str(row["lane"]), row["layer"], float(row["start"]), float(row["end"])) for row in timeline or []]
+    except (KeyError, TypeError, ValueError):
+        return []
+    whole = max((end for *_, end in rows), default=0.0)
+    for lane, layer, start, end in rows:
+        if whole > 0 and 0 <= start <= end:
+            name = f"{lane}, layer {layer}: {format_seconds(end - start)}"
+            spans.setdefault(lane, []).append((100 * start / whole, 100 * (end - start) / whole, name))
+    return list(spans.items())
 
 
 def _notes(metrics: Metrics) -> list[tuple[str, list[str]]]:

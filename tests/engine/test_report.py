@@ -190,6 +190,27 @@ def test_a_job_without_evaluation_still_has_its_page(tmp_path):
     assert "without calibration" in text and "How it compares" not in text
 
 
+def test_memory_and_the_timeline_are_shown(tmp_path):
+    lines = metrics_lines()
+    lines[-1]["memory"] = {"baseline": 1, "host_planned": 3 << 30, "host_measured": 5 << 29}
+    lines[-1]["timeline"] = [
+        {"lane": "read", "layer": 0, "start": 0.0, "end": 1.0, "busy": 1.0},
+        {"lane": "compute", "layer": 0, "start": 1.0, "end": 4.0, "busy": 3.0},
+        {"lane": "read", "layer": 1, "start": 1.0, "end": 2.0, "busy": 1.0},
+    ]
+    write_lines(tmp_path / "rac" / "metrics.jsonl", lines)
+    page = _write(tmp_path)
+    assert "planned 3 GiB" in page.text and "measured 2.5 GiB" in page.text
+    assert "From top to bottom: read, compute" in page.text
+    own = [attrs for tag, attrs in page.tags if tag == "rect" and attrs.get("height") == "4"]
+    spans = [[float(attrs[key] or 0) for key in ("y", "x", "width")] for attrs in own]
+    assert [1, 0, 25] in spans and [1, 25, 25] in spans and [7, 25, 75] in spans
+    for nonsense in ("x", [1], [{"lane": "read"}], None):
+        lines[-1].update(timeline=nonsense, memory=nonsense)
+        write_lines(tmp_path / "rac" / "metrics.jsonl", lines)
+        assert "From top to bottom" not in _write(tmp_path).text
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
