@@ -26,7 +26,7 @@ import torch
 from common import machine
 from safetensors.torch import save_file
 
-from rac_engine import activations, checkpoint
+from rac_engine import checkpoint, faults
 from rac_engine.engine import PruneReport, prune
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes, format_seconds, parse_size
@@ -113,27 +113,19 @@ def slow_down(bytes_a_second: float) -> Callable[[str], None]:
 
     Returns what starts it.
     """
-    read, write, started = checkpoint._read_into, checkpoint._write_at, list[str]()
-    fetch, put = activations._read, activations._write
+    preadv, pwrite, started = faults.preadv, faults.pwrite, list[str]()
 
-    def slow_read(fd: int, file: Path, offset: int, target: memoryview) -> None:
-        read(fd, file, offset, target)
-        time.sleep(len(target) / bytes_a_second if started else 0)
+    def slow_preadv(fd: int, buffers: list[Any], offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        time.sleep(count / bytes_a_second if started else 0)
+        return count
 
-    def slow_write(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-        write(fd, data, offset)
-        time.sleep(len(data) / bytes_a_second if started else 0)
+    def slow_pwrite(fd: int, data: Any, offset: int) -> int:
+        count = pwrite(fd, data, offset)
+        time.sleep(count / bytes_a_second if started else 0)
+        return count
 
-    def slow_fetch(fd: int, target: memoryview, offset: int) -> None:
-        fetch(fd, target, offset)
-        time.sleep(len(target) / bytes_a_second if started else 0)
-
-    def slow_put(fd: int, data: memoryview, offset: int) -> None:
-        put(fd, data, offset)
-        time.sleep(len(data) / bytes_a_second if started else 0)
-
-    checkpoint._read_into, checkpoint._write_at = slow_read, slow_write
-    activations._read, activations._write = slow_fetch, slow_put
+    vars(faults).update(preadv=slow_preadv, pwrite=slow_pwrite)
     return started.append
 
 

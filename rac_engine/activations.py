@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rac_engine import faults
-from rac_engine.checkpoint import disk_errors, pages
+from rac_engine.checkpoint import disk_errors, pages, write_at
 from rac_engine.errors import Damaged
 from rac_engine.timeline import Timeline
 
@@ -284,7 +284,7 @@ class _OnDisk(Activations):
                 left.synchronize()
             with self._timeline.span("copy"):
                 self._sums[start : start + len(values)] = self._sum(values)
-                _write(self._fd, _bytes(values), start * self._row)
+                write_at(self._fd, _bytes(values), start * self._row)
 
         self._writes.append(((start, start + len(values)), self._writer.submit(put)))
 
@@ -334,9 +334,3 @@ def _read(fd: int, target: memoryview, offset: int) -> None:
         if count == 0:
             raise OSError(f"the file of activations ends before byte {offset + len(target)}")
         done += count
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += faults.pwrite(fd, data[done : done + (1 << 30)], offset + done)

@@ -263,7 +263,7 @@ class CheckpointWriter:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} given for {place.dtype} {place.shape}")
         data = _bytes_of(tensor.detach().cpu().contiguous())
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as fd:
-            _write_at(fd, data, place.offset)
+            write_at(fd, data, place.offset)
         self._done(place)
         return hashlib.sha256(data).hexdigest()
 
@@ -275,7 +275,7 @@ class CheckpointWriter:
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as target:
             for piece in _pieces(there.file, there.offset, there.nbytes):
-                _write_at(target, piece, at)
+                write_at(target, piece, at)
                 digest.update(piece)
                 at += len(piece)
         self.source.hold(name, digest)
@@ -415,7 +415,7 @@ def other_files(folder: Path) -> list[str]:
 def write_file(file: Path, data: bytes) -> None:
     """Write a small file and wait until it is on the disk."""
     with _opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
-        _write_at(fd, data, 0)
+        write_at(fd, data, 0)
         faults.fsync(fd)
 
 
@@ -439,7 +439,7 @@ def copy_file(source: Path, target: Path) -> None:
     with _opened(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         at = 0
         for piece in _pieces(source, 0, size):
-            _write_at(fd, piece, at)
+            write_at(fd, piece, at)
             at += len(piece)
 
 
@@ -659,7 +659,7 @@ def _reserve(file: Path, header: bytes, size: int) -> None:
     with _opened(file, os.O_WRONLY | os.O_CREAT) as fd:
         faults.truncate(fd, min(size, os.fstat(fd).st_size))
         faults.reserve(fd, 0, size)
-        _write_at(fd, header, 0)
+        write_at(fd, header, 0)
 
 
 @contextmanager
@@ -744,7 +744,8 @@ def pages(count: int, pin: bool = False) -> mmap.mmap:
     return memory
 
 
-def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """All of `data`, in as many writes as it takes."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += faults.pwrite(fd, view[done : done + (1 << 30)], offset + done)

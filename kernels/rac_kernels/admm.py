@@ -78,7 +78,7 @@ def admm_short_(
     if W.ndim != 2 or W.shape[1] != n or steps < 1:
         raise ValueError(f"factor of H [{n}, {n}] must fit W {list(W.shape)}, steps {steps} be at least 1")
     pattern, U = parse_pattern(pattern), factor.U
-    weight = torch.where(factor.dead, 1.0, factor.diagonal + factor.ridge)
+    weight = factor.damped
     root = weight.sqrt()
     groups = [len(W)] if row_groups is None else list(row_groups)
     Q = W.to(U.dtype, copy=True)

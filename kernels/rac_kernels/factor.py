@@ -49,6 +49,11 @@ class Factor:
     attempts: list[float]
     """Every damping tried; the last one is ``damping``."""
 
+    @property
+    def damped(self) -> Tensor:
+        """[n] fp32: the diagonal of H + λI as it was factored, 1 where a column is dead."""
+        return torch.where(self.dead, 1.0, self.diagonal + self.ridge)
+
 
 def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> Factor:
     """Factors H + λI = U Uᵀ in place, λ = damping · mean(H_ii over live columns).
@@ -86,7 +91,7 @@ def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
     """
     if added.shape != factor.diagonal.shape:
         raise ValueError(f"added must be {list(factor.diagonal.shape)}, not {list(added.shape)}")
-    wanted = torch.where(factor.dead, 1.0, factor.diagonal + factor.ridge) + added
+    wanted = factor.damped + added
     if not _refactor_op(factor.U, wanted, choose(backend, factor.U.device, triton=True)):
         raise FactorError(f"H {list(factor.U.shape)} is not positive definite with what was added to its diagonal")
 

@@ -59,7 +59,7 @@ class Outputs:
     @classmethod
     def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
         """Where both models' inputs are known: X′ᵀX [columns, columns] and XᵀX (upper triangle), with Y = X Wᵀ."""
-        powers = [objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), gram) for weight in weights]
+        powers = [_power(weight, gram) for weight in weights]
         return cls(cross, powers, powers, shared=True)
 
     def of(self, weight: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def prune_matrix(
         statistic = (H if needs == "hessian" else H.diagonal()).to(torch.float32, copy=True).contiguous()
     (result,) = prune_matrices([W], statistic, method, Target(sparsity, pattern, damping, block_size))
     if result.objective is None:
-        cost, share = _measure(W, result.weight, H)
-        result = replace(result, objective=cost, relative_error=share)
+        cost, whole = objective(W, result.weight, H), _power(W, H)
+        result = replace(result, objective=cost, relative_error=cost / whole if whole else 0.0)
     return result
 
 
@@ -159,11 +159,15 @@ def prune_matrices(
     compared = []
     for number, weight in enumerate(weights):
         cross = None if outputs is None else outputs.of(weight)
+        whole = _power(weight, H) if outputs is None else outputs.dense[number]
 
-        def error(candidate: Tensor, number: int = number, cross: Tensor | None = cross) -> tuple[float, float]:
+        def error(
+            candidate: Tensor, number: int = number, cross: Tensor | None = cross, whole: float = whole
+        ) -> tuple[float, float]:
             if outputs is None or cross is None:
-                return _measure(weights[number], candidate, H)
-            cost, whole = reconstruction_error(candidate, H, cross, outputs.power[number]), outputs.dense[number]
+                cost = objective(weights[number], candidate, H)
+            else:
+                cost = reconstruction_error(candidate, H, cross, outputs.power[number])
             return cost, cost / whole if whole else 0.0
 
         cost, share = error(results[number].weight)
@@ -209,8 +213,6 @@ def left_dense(weight: Tensor, why: str) -> MatrixResult:
     return MatrixResult(weight, None, weight.numel() - int(weight.count_nonzero()), None, [], skipped=why)
 
 
-def _measure(weight: Tensor, pruned: Tensor, hessian: Tensor) -> tuple[float, float]:
-    """The objective, and its share of what pruning everything would cost."""
-    cost = objective(weight, pruned, hessian)
-    whole = objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), hessian)
-    return cost, cost / whole if whole else 0.0
+def _power(weight: Tensor, hessian: Tensor) -> float:
+    """‖X Wᵀ‖²: what pruning everything would cost."""
+    return objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), hessian)

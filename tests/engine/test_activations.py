@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_engine import activations, faults
+from rac_engine import faults
 from rac_engine.activations import Activations, Place
 from rac_engine.errors import BadInput, Damaged
 
@@ -91,7 +91,7 @@ def test_error_of_the_writing_thread_is_raised(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(activations, "_write", fail)
+    monkeypatch.setattr(faults, "pwrite", fail)
     stored.write(0, torch.zeros(4, 3))
     with pytest.raises(OSError, match="Input/output"):
         stored.read(0, 4)
