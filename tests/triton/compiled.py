@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rac_kernels import hessian
+
 CAPABILITIES = (80, 90, 100)
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program may have this much; for 80 what 86 and 89 have
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Of what sums over tokens: dtype, weighted, the result's row stride: 16 stands for its multiples, 1 for one column, 7
+# for all others.
+LAUNCHES = [(dtype, weighted, 16) for dtype in TYPES for weighted in (False, True)]
+LAUNCHES += [(torch.bfloat16, False, 1), (torch.bfloat16, False, 7)]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -53,6 +62,59 @@ def compile_for(
     source = ASTSource(kernel, signature, constants, attributes)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return Compiled(**_usage(found.asm["cubin"]), shared=found.metadata.shared, ptx=found.asm["ptx"])
+
+
+def check_sums(
+    capability: int,
+    kernel: Any,
+    group: int,
+    launch: tuple[torch.dtype, bool, int],
+    stride: str,
+    kinds: dict[str, str],
+    aligned: tuple[str, ...],
+) -> None:
+    """A kernel that sums over tokens, in the configuration that a launch of LAUNCHES chooses: no spills, its programs
+    fit the multiprocessor, and the tensor cores of the capability at work. `stride` names the result's row stride."""
+    dtype, weighted, value = launch
+    chosen = hessian.config(dtype, weighted)
+    constants: dict[str, object] = {"WEIGHTED": weighted, "BLOCK": chosen.block, "STEP": chosen.step}
+    constants |= {"RUN": chosen.run, "GROUP": group} | ({stride: 1} if value == 1 else {})
+    found = compile_for(
+        capability,
+        kernel,
+        kinds | {"weights": "*fp32", "partial": "*fp32"},
+        constants,
+        (*aligned, "weights", "partial", *([stride] if value == 16 else [])),
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        enable_fp_fusion=True,
+    )
+    assert found.stack == 0
+    assert found.shared * chosen.resident <= SHARED[capability]
+    assert found.registers * chosen.warps * 32 * chosen.resident <= 65536
+    assert found.tensor_core_instructions() >= chosen.step // 16
+    if capability == 90:
+        assert "wgmma.mma_async" in found.ptx and "mma.sync" not in found.ptx
+    if dtype != torch.float32 and not weighted:
+        assert "cp.async.cg.shared.global" in found.ptx  # whole vectors, straight into shared memory
+        assert "tf32" not in found.ptx
+    else:
+        assert "tf32" in found.ptx
+
+
+def check_parts(capability: int, kernel: Any, constants: dict[str, object], result: str, kinds: dict[str, str]) -> None:
+    """The kernel that adds the parts of `result`'s tiles: no spills, eight programs on a multiprocessor."""
+    found = compile_for(
+        capability,
+        kernel,
+        kinds | {result: "*fp32", "partial": "*fp32"},
+        constants,
+        (result, f"{result.lower()}_stride", "partial"),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    assert found.stack == 0
+    assert found.registers * 32 * 4 * 8 <= 65536  # eight programs on a multiprocessor: bound by memory
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.triton.compiled import CAPABILITIES, Compiled, compile_for
+from tests.triton.compiled import CAPABILITIES, SHARED, Compiled, compile_for
 
 # The packages' names are the functions.
 factor, product, select, sweep = (
@@ -17,7 +17,6 @@ factor, product, select, sweep = (
 )
 
 FLOATS = ["A", "B", "D", "H", "Q", "U", "inverse", "inverses", "out", "pulls", "scales", "scores", "thresholds"]
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program may have this much; for 80 what 86 and 89 have
 #: What sizes and strides are multiples of 16: all for most models; a block size of 60 leaves lo; odd n leaves none.
 ALIGNED = {"whole": ("n", "lo", "u_row", "h_row", "a_row", "b_row", "b_column"), "odd block": ("n", "u_row"), "odd": ()}
 
