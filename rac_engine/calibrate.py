@@ -210,10 +210,7 @@ class Stream:
         If the input [tokens, block.width] of the block's last matrix is among them, returns it for `advance`, unless it
         is too large to be kept.
         """
-        kept = None
-        if block.last in statistics:
-            fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
-            kept = self._room(block.width) if fits or block.plan.attention else None
+        kept = self._room_for(block) if block.last in statistics else None
         for chunk, hidden in self._chunks():
             x, taps = block.norm(hidden), self._taps(statistics, chunk)
             if kept is None:
@@ -236,10 +233,7 @@ class Stream:
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
         block. Mixtures are not for this: their experts have other tokens in the one model than in the other.
         """
-        kept = None
-        if block.last in statistics:
-            fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
-            kept = self._room(block.width) if fits or block.plan.attention else None
+        kept = self._room_for(block) if block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
             weights = self._weights(chunk)
             given, dense = dict[str, Tensor](), dict[str, Tensor]()
@@ -303,6 +297,11 @@ class Stream:
     def close(self) -> None:
         """Let go of the hidden states."""
         self.hidden.close()
+
+    def _room_for(self, block: Block) -> Activations | None:
+        """Where a block's inner activations are kept, unless they are too large."""
+        fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
+        return self._room(block.width) if fits or block.plan.attention else None
 
     def _room(self, width: int) -> Activations:
         tokens = len(self.packing.token_ids)

@@ -42,7 +42,7 @@ from rac_engine.decode import load_tokenizer
 from rac_engine.doctor import code_sha256, cpu_name, versions
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal, records_of
-from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, plan_memory
+from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, dtype_of, plan_memory
 from rac_engine.models import Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
 from rac_engine.sizes import format_bytes, format_seconds
@@ -141,17 +141,19 @@ def _prune(
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction((device_memory or total) / total, device)
     chunk = memory.choice.chunk_tokens
-    journal = open_journal(partial, JOURNAL, _identity(run), restart, chunk_tokens=chunk, activations=REPLAY)
+    identity = _identity(run)
+    journal = open_journal(partial, JOURNAL, identity, restart, chunk_tokens=chunk, activations=REPLAY)
     try:
         with torch.inference_mode():
             allocation, clock = None, _Clock()
             if packing is not None and any(layers := allocated(source, settings, skipped)):
                 with clock("first pass"):
-                    where = (memory.choice, device, partial)
-                    allocation = allocate(source, settings, layers, packing, *where, _identity(run), progress)
-            job = _Job(source, settings, skipped, packing, memory, begun, device, partial, journal, progress)
-            job.allocation, job.clock.started = allocation, clock.started
-            job.clock.phases |= clock.phases
+                    choice = memory.choice
+                    allocation = allocate(
+                        source, settings, layers, packing, choice, device, partial, identity, progress
+                    )
+            where = (device, partial, journal)
+            job = _Job(source, settings, skipped, packing, memory, begun, *where, allocation, clock, progress)
             job.hessians = hessians or memory.choice.hessians
             job.run()
             report = job.report(out, run, dump(absolute(recipe)), _short_of(recipe, calibration))
@@ -285,16 +287,17 @@ class _Job:
         device: str,
         partial: Path,
         journal: Journal,
+        allocation: Allocation | None,
+        clock: _Clock,
         progress: Callable[[str], None],
     ) -> None:
         self.model, self.settings, self.skipped, self.device = model, settings, skipped, device
         self.partial, self.journal, self.progress = partial, journal, progress
         self.memory, self.begun = memory, begun
-        self.dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        self.allocation: Allocation | None = None
+        self.dtype, self.allocation = dtype_of(model, settings), allocation
         self.hessians: int | None = None
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
-        self.clock, self.timeline = _Clock(), Timeline()
+        self.clock, self.timeline = clock, Timeline()
         self.resumed = 0
         self.writer = CheckpointWriter(model.checkpoint, partial, memory.disk if packing is not None else 0)
         wanted = [

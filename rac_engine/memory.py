@@ -66,6 +66,11 @@ class Input:
         return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[METHODS[method].needs]
 
 
+def dtype_of(model: Model, settings: PruneSettings) -> torch.dtype:
+    """What the tokens go through a model in: its own dtype, unless the settings name one."""
+    return model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
 @dataclass(frozen=True)
 class Shape:
     """What a job's memory depends on: the largest layer, in bytes and elements."""
@@ -86,7 +91,7 @@ class Shape:
     def of(cls, model: Model, settings: PruneSettings) -> Shape:
         """The shape of a model that goes through in the dtype of the settings."""
         infos = model.checkpoint.tensors
-        dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+        dtype = dtype_of(model, settings)
         # Layers of one kind are alike: those with the most bytes and the most inputs are looked at.
         sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
         largest = sizes.index(max(sizes))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import disk_errors, replace_file
-from rac_engine.memory import Choice
+from rac_engine.memory import Choice, dtype_of
 from rac_engine.models import Matrix, Model
 from rac_engine.recipe import PruneSettings
 from rac_engine.results import percent
@@ -114,9 +114,8 @@ def _survey(
     progress: Callable[[str], None],
 ) -> list[tuple[_Seen, float]]:
     """Every input of the dense model with its profile, and the share of outliers in its layer."""
-    dtype = model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     last = max((layer for layer, matrices in enumerate(layers) if matrices), default=-1)
-    stream = Stream(model, packing, dtype, device, choice.place, folder, choice.keep_bytes)
+    stream = Stream(model, packing, dtype_of(model, settings), device, choice.place, folder, choice.keep_bytes)
     found: list[tuple[_Seen, float]] = []
     try:
         for layer in range(last + 1):

@@ -285,26 +285,34 @@ struct Kept {
     const int64_t* selected = nullptr;
 };
 
+// Calls run(zero, products) with a zero of the tokens' type and the products that suit them: pairs of bf16 where the CPU
+// multiplies those and every token counts 1, else fp32.
+template <class Run>
+Status with_products(DType dtype, [[maybe_unused]] const Kept& kept, Run run) {
+    Status ended = Status::done;
+    with_dtype(dtype, [&](auto zero) {
+#if defined(__AVX512BF16__)
+        if constexpr (is_bf16(decltype(zero){}))
+            if (!kept.weights) {
+                ended = run(zero, Pairs{});
+                return;
+            }
+#endif
+        ended = run(zero, Singles{});
+    });
+    return ended;
+}
+
 }  // namespace
 
 rac::Status rac::RAC_ISA::hessian(float* H, int64_t h_stride, const void* X, DType dtype, int64_t tokens, int64_t n,
                                   int64_t row_stride, int64_t column_stride, const float* weights, int threads) {
     const Kept kept(weights, tokens);
     if (!kept.indices.data) return Status::no_memory;
-    Status ended = Status::done;
-    with_dtype(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        const Tokens<T> all = kept.of<T>(X, row_stride, column_stride);
-#if defined(__AVX512BF16__)
-        if constexpr (is_bf16(T{}))
-            if (!all.weights) {
-                ended = accumulate<Pairs>(H, h_stride, n, all, threads);
-                return;
-            }
-#endif
-        ended = accumulate<Singles>(H, h_stride, n, all, threads);
+    return with_products(dtype, kept, [&](auto zero, auto dot) {
+        const auto all = kept.of<decltype(zero)>(X, row_stride, column_stride);
+        return accumulate<decltype(dot)>(H, h_stride, n, all, threads);
     });
-    return ended;
 }
 
 rac::Status rac::RAC_ISA::cross(float* C, int64_t c_stride, const void* X, const void* Y, DType dtype, int64_t tokens,
@@ -312,19 +320,9 @@ rac::Status rac::RAC_ISA::cross(float* C, int64_t c_stride, const void* X, const
                                 int64_t y_row_stride, int64_t y_column_stride, const float* weights, int threads) {
     const Kept kept(weights, tokens);
     if (!kept.indices.data) return Status::no_memory;
-    Status ended = Status::done;
-    with_dtype(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        const Tokens<T> left = kept.of<T>(X, x_row_stride, x_column_stride);
-        const Tokens<T> right = kept.of<T>(Y, y_row_stride, y_column_stride);
-#if defined(__AVX512BF16__)
-        if constexpr (is_bf16(T{}))
-            if (!left.weights) {
-                ended = accumulate_cross<Pairs>(C, c_stride, n, m, left, right, threads);
-                return;
-            }
-#endif
-        ended = accumulate_cross<Singles>(C, c_stride, n, m, left, right, threads);
+    return with_products(dtype, kept, [&](auto zero, auto dot) {
+        const auto left = kept.of<decltype(zero)>(X, x_row_stride, x_column_stride);
+        const auto right = kept.of<decltype(zero)>(Y, y_row_stride, y_column_stride);
+        return accumulate_cross<decltype(dot)>(C, c_stride, n, m, left, right, threads);
     });
-    return ended;
 }
