@@ -103,23 +103,30 @@ def code_sha256() -> dict[str, str]:
     return found
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """What decides the last bits of a result beside its input: versions, processor, threads, device and kernels."""
+def machine(device: str) -> dict[str, Any]:
+    """What of the machine decides the last bits of a result: processor, threads, device and kernels."""
     import torch
 
-    import rac_engine
     from rac_kernels import native
 
-    named = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    found = {f"versions.{name}": version for name, version in versions().items()}
-    return found | {
-        "versions.rac_engine": rac_engine.__version__,
-        **{f"code.{name}": digest for name, digest in code_sha256().items()},
-        "machine.cpu": cpu_name(),
-        "machine.threads": torch.get_num_threads(),
-        "machine.device": named,
-        "machine.kernels": f"native {native.info()['isa']}" if native.available() else "torch",
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "kernels": f"native {native.info()['isa']}" if native.available() else "torch",
     }
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """What decides the last bits of a result beside its input, by dotted names: versions, sources and the machine."""
+    import rac_engine
+
+    parts = {
+        "versions": {**versions(), "rac_engine": rac_engine.__version__},
+        "code": code_sha256(),
+        "machine": machine(device),
+    }
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def _version(name: str) -> str | None:

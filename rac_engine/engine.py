@@ -39,7 +39,7 @@ from rac_engine.checkpoint import (
     write_manifest,
 )
 from rac_engine.decode import load_tokenizer
-from rac_engine.doctor import code_sha256, cpu_name, versions
+from rac_engine.doctor import code_sha256, machine, surroundings, versions
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal, records_of
 from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, dtype_of, plan_memory
@@ -51,7 +51,7 @@ from rac_engine.survey import ALLOCATION, Allocation, allocate, allocated
 from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration, Weighting, load_calibration
 from rac_engine.verify import verify
-from rac_kernels import FactorError, native
+from rac_kernels import FactorError
 
 JOURNAL = "rac/journal.jsonl"
 REPLAY = "replay: embeddings, then every finished layer in turn, from the tensors that its record vouches for"
@@ -122,7 +122,7 @@ def _prune(
     device_memory, host_memory = given_limits
     source, settings = Model.open(Checkpoint.open(model)), recipe.prune
     skipped = {**skipped_matrices(source, settings), **not_finite(source, settings)}
-    device, described = _device(device)
+    device = _device(device)
     packing, shape, begun = None, Shape.of(source, settings), resident()
     limits = _limits(device, device_memory, host_memory, begun)
     if find_method(settings.method).needs == "nothing":
@@ -134,14 +134,14 @@ def _prune(
         chunk = None if restart else _begun_with(partial)
         memory = plan_memory(shape, settings, tokens, longest, chunk=chunk, **limits)
         packing = Packing.of(calibration, memory.choice.chunk_tokens)
-    run = {**_describe(source, settings, calibration, packing, described), "memory": memory.summary()}
+    run = {**_describe(source, settings, calibration, packing, device), "memory": memory.summary()}
     peak_memory(reset=True)
     if memory.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction((device_memory or total) / total, device)
     chunk = memory.choice.chunk_tokens
-    identity = _identity(run)
+    identity = _identity(run, device)
     journal = open_journal(partial, JOURNAL, identity, restart, chunk_tokens=chunk, activations=REPLAY)
     try:
         with torch.inference_mode():
@@ -831,17 +831,16 @@ def _short_of(recipe: Recipe, calibration: Calibration | None) -> list[str]:
     return [f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for"]
 
 
-def _device(name: str) -> tuple[str, str]:
-    """The device by its full name ("cuda:0" for "cuda"), and what is reported for it; `BadInput` if it is not there."""
+def _device(name: str) -> str:
+    """The device by its full name ("cuda:0" for "cuda"); `BadInput` if it is not there."""
     # A limit bounds what torch has reserved, so the pieces of it have to fit together: segments that grow and shrink
     # leave next to nothing lying idle. Heeded if CUDA has not started yet, and unless the user has chosen.
     if not any(f"PYTORCH_{part}ALLOC_CONF" in os.environ for part in ("CUDA_", "")):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     try:
-        device = torch.empty(0, device=name).device
+        return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device {name!r}: {str(error).splitlines()[0]}; `rac doctor` shows what there is") from None
-    return str(device), torch.cuda.get_device_name(device) if device.type == "cuda" else name
 
 
 def _describe(
@@ -853,12 +852,9 @@ def _describe(
         "type": "run",
         "versions": {"rac_engine": rac_engine.__version__, **versions()},
         "machine": {
-            "cpu": cpu_name(),
+            **machine(device),
             "cores": psutil.cpu_count(logical=False),
-            "threads": torch.get_num_threads(),
             "memory": psutil.virtual_memory().total,
-            "device": device,
-            "kernels": f"native {native.info()['isa']}" if native.available() else "torch",
         },
         "model": {
             "path": str(checkpoint.path),
@@ -883,11 +879,12 @@ def _describe(
     }
 
 
-def _identity(run: dict[str, Any]) -> dict[str, Any]:
+def _identity(run: dict[str, Any], device: str) -> dict[str, Any]:
     """What has to be the same for an unfinished job to go on, by names a user understands."""
-    machine = {key: run["machine"][key] for key in ("cpu", "threads", "device", "kernels")}
-    calibration = run["calibration"] and run["calibration"]["sha256"]
-    parts = {"versions": run["versions"], "code": run["code"], "machine": machine, "settings": run["settings"]}
-    named = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    named["chunk_tokens by the memory plan"] = run["memory"]["chunk_tokens"]
-    return {"model": run["model"]["sha256"], "calibration": calibration, **named}
+    return {
+        "model": run["model"]["sha256"],
+        "calibration": run["calibration"] and run["calibration"]["sha256"],
+        **surroundings(device),
+        **{f"settings.{name}": value for name, value in run["settings"].items()},
+        "chunk_tokens by the memory plan": run["memory"]["chunk_tokens"],
+    }

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import rac_engine
 from rac_engine import engine
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, write_manifest
+from rac_engine.doctor import machine
 from rac_engine.engine import JOURNAL, prune
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.journal import records_of
@@ -401,9 +402,9 @@ def test_a_device_goes_by_its_full_name_and_its_limit_is_no_more_than_it_has(mon
         device = torch.device("cuda", 0)
 
     monkeypatch.setattr(torch, "empty", lambda *_, **__: OnGpu)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {torch.device(device).index}")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
-    assert engine._device("cuda") == ("cuda:0", "card 0")
+    assert (found := engine._device("cuda")) == "cuda:0" and machine(found)["device"] == "card 0"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
