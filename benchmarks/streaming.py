@@ -210,7 +210,7 @@ def main() -> None:
         "seconds": round(seconds, 2),
         "seconds_of_layers": round(end["seconds"], 2),
         "phases": {name: round(seconds, 2) for name, seconds in end["phases"].items()},
-        "plan": report.run["memory"],
+        "plan": report.end["plan"],
         "memory": end["memory"],
         "peak_memory": end["peak_memory"],
         "overlap": overlap(report),

@@ -134,14 +134,14 @@ def _prune(
         chunk = None if restart else _begun_with(partial)
         memory = plan_memory(shape, settings, tokens, longest, chunk=chunk, **limits)
         packing = Packing.of(calibration, memory.choice.chunk_tokens)
-    run = {**_describe(source, settings, calibration, packing, device), "memory": memory.summary()}
+    run = _describe(source, settings, calibration, packing, device)
     peak_memory(reset=True)
     if memory.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         _, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction((device_memory or total) / total, device)
     chunk = memory.choice.chunk_tokens
-    identity = _identity(run, device)
+    identity = _identity(run, device, chunk)
     journal = open_journal(partial, JOURNAL, identity, restart, chunk_tokens=chunk, activations=REPLAY)
     try:
         with torch.inference_mode():
@@ -428,6 +428,7 @@ class _Job:
             "timeline": self.timeline.rows(),
             "busy": self.timeline.busy(),
             "peak_memory": peak_memory(),
+            "plan": self.memory.summary(),
             "memory": self._memory(),
             "notes": notes,
         }
@@ -879,12 +880,12 @@ def _describe(
     }
 
 
-def _identity(run: dict[str, Any], device: str) -> dict[str, Any]:
+def _identity(run: dict[str, Any], device: str, chunk_tokens: int) -> dict[str, Any]:
     """What has to be the same for an unfinished job to go on, by names a user understands."""
     return {
         "model": run["model"]["sha256"],
         "calibration": run["calibration"] and run["calibration"]["sha256"],
         **surroundings(device),
         **{f"settings.{name}": value for name, value in run["settings"].items()},
-        "chunk_tokens by the memory plan": run["memory"]["chunk_tokens"],
+        "chunk_tokens by the memory plan": chunk_tokens,
     }

@@ -669,6 +669,18 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
         with pytest.raises(Interrupted):
             prune(source, tmp_path / "out", settings, tiny.calibration(), progress=begin)
         report = prune(source, tmp_path / "out", settings, tiny.calibration())
-    assert report.resumed and report.run["memory"]["chunk_tokens"] == 64 and chunks == [128]
+    assert report.resumed and report.end["plan"]["chunk_tokens"] == 64 and chunks == [128]
     record = records_of(tmp_path / "out" / "rac" / "journal.jsonl")[0]
     assert record["chunk_tokens"] == 64 and record["activations"].startswith("replay: ")
+
+
+def test_what_decides_the_result_is_said_alike_by_a_larger_process(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much the process had resident when it began, and so what was planned, is told beside the times."""
+    source, settings = checkpoint("qwen2"), PruneSettings(chunk_tokens=64, block_size=16)
+    one = prune(source, tmp_path / "one", settings, tiny.calibration())
+    resident = engine.resident()
+    monkeypatch.setattr(engine, "resident", lambda: resident + (1 << 30))
+    other = prune(source, tmp_path / "other", settings, tiny.calibration())
+    assert other.run == one.run and other.end["plan"] != one.end["plan"]

@@ -145,7 +145,7 @@ assert ample.choice.place == "host"
 limit = ample.host_peak - (20 << 20)
 report = engine.prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, calibration, host_memory=limit)
 memory = report.end["memory"]
-print(report.run["memory"]["place"], limit, report.end["peak_memory"], memory["host_planned"], memory["host_measured"])
+print(report.end["plan"]["place"], limit, report.end["peak_memory"], memory["host_planned"], memory["host_measured"])
 """
 
 
