@@ -104,6 +104,7 @@ def mask_by_score(
 BINS = 2048
 LEVELS = 3
 COUNTED = 2048  # scores a program counts at a time
+WARPS = 8  # four spill with Triton before 3.9
 PROGRAM_SCORES = 16 * COUNTED
 
 
@@ -209,9 +210,8 @@ class Selection:
         table = _group_table(tuple(counts), tuple(ks), scores.device)
         grid = (max(-(-max(counts) // PROGRAM_SCORES), 1), len(counts))
         for level in range(LEVELS):
-            count_kernel[grid](
-                scores, table, self._state, LEVEL=level, BINS=BINS, STEP=COUNTED, STEPS=PROGRAM_SCORES // COUNTED
-            )
+            fixed = {"LEVEL": level, "BINS": BINS, "STEP": COUNTED, "STEPS": PROGRAM_SCORES // COUNTED}
+            count_kernel[grid](scores, table, self._state, **fixed, num_warps=WARPS)
         resolve_kernel[(len(counts),)](
-            scores, table, self._state, self.thresholds, self.last, BINS=BINS, STEP=COUNTED, num_warps=8
+            scores, table, self._state, self.thresholds, self.last, BINS=BINS, STEP=COUNTED, num_warps=WARPS
         )

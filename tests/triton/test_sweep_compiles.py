@@ -103,9 +103,15 @@ def test_selection(capability):
     sizes = {"BINS": select.BINS, "STEP": select.COUNTED}
     for level in range(select.LEVELS):
         compiled(
-            capability, select.count_kernel, (), LEVEL=level, STEPS=select.PROGRAM_SCORES // select.COUNTED, **sizes
+            capability,
+            select.count_kernel,
+            (),
+            select.WARPS,
+            LEVEL=level,
+            STEPS=select.PROGRAM_SCORES // select.COUNTED,
+            **sizes,
         )
-    compiled(capability, select.resolve_kernel, (), 8, **sizes)
+    compiled(capability, select.resolve_kernel, (), select.WARPS, **sizes)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 3584, 18944])
