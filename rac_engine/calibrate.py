@@ -194,13 +194,15 @@ class Stream:
         folder: Path | None = None,
         keep_bytes: int = KEEP_BYTES,
         timeline: Timeline | None = None,
+        table: Tensor | None = None,
     ) -> None:
+        """`table` are the embeddings, if they are not the checkpoint's own."""
         self.packing, self.dtype, self.device = packing, dtype, device
         self._place, self._folder, self._keep_bytes, self._timeline = place, folder, keep_bytes, timeline
         self._spans = [(chunk.start, chunk.stop) for chunk in packing.chunks]
         self.hidden = self._room(model.hidden_size)
         """[tokens, hidden]"""
-        table = model.embedding()
+        table = model.embedding() if table is None else table
         for start, stop in self._spans:
             self.hidden.write(start, model.embed(packing.token_ids[start:stop], dtype, table).to(device))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from rac_engine.results import Metrics, figure, percent, rule_text
+from rac_engine.results import Metrics, figure, layer_of, percent, place_of, rule_text
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -46,6 +46,8 @@ def environment(autoescape: bool) -> jinja2.Environment:
         seconds=format_seconds,
         pattern=rule_text,
         code=code,
+        layer=layer_of,
+        place=place_of,
         capitalize_first=lambda text: text[:1].upper() + text[1:],
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),
         method=lambda name: METHODS.get(name, name),

@@ -169,7 +169,7 @@ def _fields(parser: argparse.ArgumentParser, title: str, model: type[BaseModel],
         if get_origin(field.annotation) is list and name == "weight_positions":
             options |= {"type": str, "metavar": "S:W,…"}
         elif get_origin(field.annotation) is list:
-            options |= {"action": "append", "metavar": "NAME"}
+            options |= {"action": "append"} if "choices" in options else {"action": "append", "metavar": "NAME"}
         shown = field.description or ""
         if field.is_required():
             options["required"] = True

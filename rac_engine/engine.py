@@ -43,10 +43,20 @@ from rac_engine.doctor import code_sha256, machine, surroundings, versions
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal, records_of
 from rac_engine.memory import PROGRAM_BYTES, MemoryPlan, Shape, dtype_of, plan_memory
-from rac_engine.models import Block, Matrix, Model
+from rac_engine.models import EMBEDDINGS, Block, Matrix, Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe, parse_pattern
 from rac_engine.sizes import format_bytes, format_seconds
-from rac_engine.solve import MatrixResult, Outputs, Target, find_method, left_dense, prune_matrices
+from rac_engine.solve import (
+    MatrixResult,
+    Outputs,
+    Target,
+    find_method,
+    joined,
+    left_dense,
+    prune_matrices,
+    prune_table,
+    split_rows,
+)
 from rac_engine.survey import ALLOCATION, Allocation, allocate, allocated
 from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration, Weighting, load_calibration
@@ -195,8 +205,8 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
         return found
 
     for name in (model.family.embedding, model.family.head):
-        naming(name.removesuffix(".weight"))  # dense in any case
-    for matrix in (matrix for layer in range(model.layers) for matrix in model.matrices(layer)):
+        naming(name.removesuffix(".weight"))  # known, whether or not they would be pruned
+    for matrix in (matrix for part in model.parts(settings.also) for matrix in model.matrices(part)):
         own = settings.of(matrix.path, matrix.module)
         unfit = [override for override in unfit if not override.names(matrix.path, matrix.module)]
         if found := naming(matrix.path, matrix.module):
@@ -234,7 +244,8 @@ def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
             f"{model.checkpoint.path}: tensor {names[0]!r}{more} holds NaN or Inf; the model is damaged "
             "(nonfinite: dense leaves such a matrix as it is)"
         )
-    matrices = (matrix for layer in range(model.layers) for matrix in model.matrices(layer)) if names else ()
+    parts = model.parts(settings.also) if names else []
+    matrices = (matrix for part in parts for matrix in model.matrices(part))
     stacked = [matrix.name for matrix in matrices if matrix.tensor in names]
     return dict.fromkeys([*names, *stacked], "holds NaN or Inf")
 
@@ -300,11 +311,13 @@ class _Job:
         self.clock, self.timeline = clock, Timeline()
         self.resumed = 0
         self.writer = CheckpointWriter(model.checkpoint, partial, memory.disk if packing is not None else 0)
-        wanted = [
-            matrix.layer for layer in range(model.layers) for matrix in model.matrices(layer) if self._wants(matrix)
-        ]
+        parts = model.parts(settings.also)
+        self.stages = parts[-1] + 1
+        """The decoder layers and, if it is to be pruned, lm_head behind them."""
+        wanted = [matrix.layer for part in parts if part >= 0 for matrix in model.matrices(part) if self._wants(matrix)]
         self.last = max(wanted, default=-1)
-        """The last layer with anything to prune: the tokens need to come no further."""
+        """The last of them with anything to prune: the tokens need to come no further."""
+        self._table = model.matrices(EMBEDDINGS) if EMBEDDINGS in parts else []
         self.stream: Stream | None = None
         self.dense: Stream | None = None
         """The dense model's hidden states, where its outputs are to be reconstructed."""
@@ -312,7 +325,9 @@ class _Job:
             with self.clock("embed"), self.timeline.span("compute"):
                 choice = memory.choice
                 where = (choice.place, partial, choice.keep_bytes, self.timeline)
-                self.stream = Stream(model, packing, self.dtype, device, *where)
+                table = next((pruned.weight for _, _, pruned in self._pruned_table()), None)
+                self.stream = Stream(model, packing, self.dtype, device, *where, table)
+                del table
                 if settings.reconstructs != "layer":
                     self.dense = Stream(model, packing, self.dtype, device, *where)
 
@@ -323,13 +338,13 @@ class _Job:
             ahead = reader.submit(self._read, 0)
             behind: Future[None] | None = None
             fresh = False
-            for layer in range(self.model.layers):
+            for layer in range(self.stages):
                 with self.clock("read"):
                     tensors, finished = ahead.result()
                 if not (finished or fresh):
                     self.journal.cut(1 + layer)
                     fresh = True
-                more = layer + 1 < self.model.layers
+                more = layer + 1 < self.stages
                 if more and overlap:
                     ahead = reader.submit(self._read, layer + 1)
                 self.timeline.layer = layer
@@ -352,9 +367,25 @@ class _Job:
                 if more and not overlap:
                     ahead = reader.submit(self._read, layer + 1)
             self._wait(behind)
-        self.journal.cut(1 + self.model.layers)
+        self.journal.cut(1 + self.stages)
         with self.clock("write"):
-            self.journal.append({"tensors": self.writer.finish(), "matrices": []})
+            rows, digests = list[dict[str, Any]](), dict[str, str]()
+            for matrix, table, pruned in self._pruned_table():
+                rows.append(self.row(matrix, pruned, table))
+                if pruned.skipped is None:
+                    digests[matrix.name] = self.writer.write(matrix.name, pruned.weight)
+            self.journal.append({"tensors": digests | self.writer.finish(), "matrices": rows})
+
+    def _pruned_table(self) -> Iterator[tuple[Matrix, Tensor, MatrixResult]]:
+        """The table of embeddings as it was and is to be, if that was asked for: so quick that it is not held."""
+        for matrix in self._table:
+            table = self.model.embedding()
+            if not self._wants(matrix):
+                yield matrix, table, left_dense(table, self.skipped[matrix.name])
+                continue
+            tied = ["tied: lm_head has the same zeros"] if self.model.config.tie_word_embeddings else []
+            result = prune_table(table, self.target(matrix))
+            yield matrix, table, replace(result, notes=[*result.notes, *tied])
 
     def _wait(self, behind: Future[None] | None) -> None:
         """Until the layer before is written: one at a time, so that no more than one waits in memory."""
@@ -408,8 +439,8 @@ class _Job:
     def tell(self, layer: int, what: str) -> None:
         """Report progress."""
         done, layers = layer - self.resumed, self.model.layers
-        left = f", {format_seconds(self.clock.seconds() / done * (layers - layer))} left" if done > 0 else ""
-        self.progress(f"layer {layer + 1}/{layers}: {what}{left}")
+        left = f", {format_seconds(self.clock.seconds() / done * (layers - layer))} left" if 0 < done < layers else ""
+        self.progress(f"layer {layer + 1}/{layers}: {what}{left}" if layer < layers else f"behind the layers: {what}")
 
     def report(self, out: Path, run: dict[str, Any], recipe: str, remarks: list[str]) -> PruneReport:
         """Write what goes beside the weights."""
@@ -471,6 +502,39 @@ class _Job:
         if self.allocation is None or matrix.name not in self.allocation.sparsities:
             return target
         return replace(target, sparsity=self.allocation.sparsities[matrix.name])
+
+    def row(
+        self, matrix: Matrix, result: MatrixResult, dense: Tensor, seconds: float = 0.0, tokens: int | None = None
+    ) -> dict[str, Any]:
+        """A matrix's line of metrics.jsonl; `dense` is its tensor as it was."""
+        row = {
+            "type": "matrix",
+            "layer": matrix.layer,
+            "module": matrix.module,
+            "name": matrix.name,
+            "rows": matrix.rows,
+            "columns": matrix.columns,
+            "sparsity": result.zeros / (matrix.rows * matrix.columns),
+            "zeros": result.zeros,
+            "zeros_before": int((matrix.of(dense) == 0).sum()),
+            "objective": result.objective,
+            "relative_error": result.relative_error,
+            "magnitude_error": result.magnitude_error,
+            "damping": result.damping,
+            "ridge": result.ridge,
+            "iterations": result.iterations,
+            "tokens": tokens,
+            "seconds": seconds,
+            "notes": result.notes,
+        }
+        if result.skipped is None:
+            target = self.target(matrix)
+            row["target"] = {"sparsity": target.sparsity, "pattern": target.pattern}
+        if matrix.group.expert is not None:
+            row["expert"] = matrix.group.expert
+        if matrix.tensor != matrix.name:
+            row["tensor"] = matrix.tensor
+        return row if result.skipped is None else {**row, "skipped": result.skipped}
 
     def _wants(self, matrix: Matrix) -> bool:
         return matrix.name not in self.skipped
@@ -546,7 +610,7 @@ class _Layer:
             matches: dict[str, DenseInputs | DenseOutputs] = {}
             with job.clock("calibrate"):
                 statistics = {group[0].group.input: self._statistic(group) for group in some}
-                if number not in self.beside or block.last is None:
+                if number not in self.beside or block.plan.experts is not None:
                     kept = stream.observe(block, statistics)
                 else:
                     matches = {group[0].group.input: self._match(block, group) for group in some}
@@ -673,13 +737,18 @@ class _Layer:
                 else:
                     if scarce is not None and otherwise == "magnitude":
                         method, known = "magnitude", None
+                    parts = [[weight] for weight in weights]
+                    if known is not None and not isinstance(match, DenseOutputs):
+                        parts = [split_rows(weight) for weight in weights]
                     outputs = None
                     if isinstance(match, DenseInputs):
-                        outputs = Outputs.of_inputs(match.cross, match.gram, weights)
+                        outputs = Outputs.of_inputs(match.cross, match.gram, list(itertools.chain(*parts)))
                     elif match is not None:
                         outputs = Outputs(match.cross, [match.wanted], [match.dense])
-                    targets = [job.target(matrix) for matrix in group]
-                    results = prune_matrices(weights, known, method, targets, settings.unseen, outputs)
+                    every = [(part, job.target(m)) for m, some in zip(group, parts, strict=True) for part in some]
+                    pieces, targets = [part for part, _ in every], [target for _, target in every]
+                    found = iter(prune_matrices(pieces, known, method, targets, settings.unseen, outputs))
+                    results = [joined(list(itertools.islice(found, len(some)))) for some in parts]
             except FactorError as error:
                 raise FactorError(f"{group[0].path}: {error}") from None
         seconds = time.monotonic() - began
@@ -726,34 +795,7 @@ class _Layer:
         stream = self.job.stream
         if tokens is None and stream is not None and not result.skipped:
             tokens = stream.packing.counted
-        row = {
-            "type": "matrix",
-            "layer": matrix.layer,
-            "module": matrix.module,
-            "name": matrix.name,
-            "rows": matrix.rows,
-            "columns": matrix.columns,
-            "sparsity": result.zeros / (matrix.rows * matrix.columns),
-            "zeros": result.zeros,
-            "zeros_before": int((matrix.of(self.tensors[matrix.tensor]) == 0).sum()),
-            "objective": result.objective,
-            "relative_error": result.relative_error,
-            "magnitude_error": result.magnitude_error,
-            "damping": result.damping,
-            "ridge": result.ridge,
-            "iterations": result.iterations,
-            "tokens": tokens,
-            "seconds": seconds,
-            "notes": result.notes,
-        }
-        if result.skipped is None:
-            target = self.job.target(matrix)
-            row["target"] = {"sparsity": target.sparsity, "pattern": target.pattern}
-        if matrix.group.expert is not None:
-            row["expert"] = matrix.group.expert
-        if matrix.tensor != matrix.name:
-            row["tensor"] = matrix.tensor
-        self.rows.append(row if result.skipped is None else {**row, "skipped": result.skipped})
+        self.rows.append(self.job.row(matrix, result, self.tensors[matrix.tensor], seconds, tokens))
 
 
 def _batches(groups: list[list[Matrix]], most: int | None) -> Iterator[list[list[Matrix]]]:

@@ -22,7 +22,7 @@ from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS
-from rac_engine.solve.matrices import TOGETHER
+from rac_engine.solve.matrices import TOGETHER, WHOLE
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
 from rac_kernels.profile import ROWS_BYTES as SCORE_BYTES
 
@@ -86,6 +86,9 @@ class Shape:
     key_values: int
     """Elements of keys and values a token."""
     inputs: tuple[Input, ...]
+    head: Input | None = None
+    """That of lm_head, if it is to be pruned."""
+    head_bytes: int = 0
 
     @classmethod
     def of(cls, model: Model, settings: PruneSettings) -> Shape:
@@ -106,12 +109,19 @@ class Shape:
             # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
             head = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
             key_values = int(latent) + int(config.qk_rope_head_dim) + 3 * heads * head
+        last: Input | None = None
+        if "lm_head" in settings.also:
+            (matrix,) = model.matrices(model.layers)
+            run = matrix.rows if matrix.rows * matrix.columns <= WHOLE else TOGETHER // matrix.columns
+            last = Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False)
         return cls(
+            head=last,
+            head_bytes=0 if last is None else infos[model.family.head].nbytes,
             hidden=model.hidden_size,
             layer_bytes=max(sizes),
             weight_size=model.matrices(largest)[0].dtype.itemsize,
             size=dtype.itemsize,
-            embedding_bytes=infos[model.family.embedding].nbytes,
+            embedding_bytes=infos[model.family.embedding].nbytes * (2 if "embeddings" in settings.also else 1),
             key_values=key_values,
             inputs=tuple(inputs),
         )
@@ -326,29 +336,33 @@ def _phases(
     base_host = {"program": program + (CUDA_HOST_BYTES if on_gpu else 0)}
     if calibrated:
         base_host["calibration tokens"] = tokens * TOKEN_BYTES
+    ahead = max(shape.layer_bytes, shape.head_bytes)
     layers_host = {
         "weights of the layer": shape.layer_bytes,
-        **({"weights read ahead and written behind": 2 * shape.layer_bytes} if choice.overlap else {}),
+        **({"weights read ahead and written behind": ahead + shape.layer_bytes} if choice.overlap else {}),
     }
     workspace = {"libraries": WORKSPACE_BYTES}
-    device_layer = {"weights of the layer": weights_on_device * streams} if on_gpu else {}
+    alone = {"weights of the layer": weights_on_device}
+    device_layer = {"weights of the layer": weights_on_device * streams}
     if not on_gpu and (converted or matched):
         layers_host["converted weights"] = converted + (shape.layer_bytes if matched else 0)
     phases: list[Phase] = []
     disk = 0
 
-    def phase(name: str, width: int, work: dict[str, int], dense_too: bool = True) -> None:
+    def phase(name: str, width: int, work: dict[str, int], dense_too: bool = True, head: bool = False) -> None:
         nonlocal disk
+        layer_host, layer_device = layers_host, device_layer if dense_too else alone
+        if head:  # of its weights nothing is on the device until they are solved, and no dense ones are beside
+            behind = {"weights written behind": shape.layer_bytes} if choice.overlap else {}
+            layer_host, layer_device = {"weights of the layer": shape.head_bytes, **behind}, {}
         device, host, file = stores(width) if calibrated else ({}, {}, 0)
         disk = max(disk, file)
         work = {purpose: count for purpose, count in {**work, **workspace}.items() if count}
         phases.append(
             Phase(
                 name,
-                {**(device_layer if dense_too else {"weights of the layer": weights_on_device}), **device, **work}
-                if on_gpu
-                else {},
-                {**base_host, **layers_host, **host, **({} if on_gpu else work)},
+                {**layer_device, **device, **work} if on_gpu else {},
+                {**base_host, **layer_host, **host, **({} if on_gpu else work)},
             )
         )
 
@@ -366,7 +380,8 @@ def _phases(
             work["keys and values"] = longest * shape.key_values * size
             work["attention mask"] = 0 if on_gpu else MASK_BYTES
         phase("first pass", kept, work)
-    for found in shape.inputs:
+    for found in (*shape.inputs, *([] if shape.head is None else [shape.head])):
+        head = found is shape.head
         statistic = found.statistic(method)
         tied = matched and found.tied and METHODS[method].needs == "hessian"
         gathered = statistic * (3 if tied and not found.last else 1)
@@ -382,12 +397,13 @@ def _phases(
             if found.attention and found.last and longest > chunk:
                 work["keys and values"] = streams * longest * shape.key_values * size
                 work["attention mask"] = 0 if on_gpu else MASK_BYTES
-            phase(f"observe {found.name}", kept, work)
+            phase(f"observe {found.name}", kept, work, head=head)
         phase(
             f"solve {found.name}",
             kept,
             _solving(found, settings, shape.weight_size, gathered, at_once, tied, on_gpu),
             dense_too=not found.last or found.attention,  # behind an MLP's last input, all of the dense layer is gone
+            head=head,
         )
     return phases, disk
 
@@ -423,6 +439,8 @@ def _solving(
     pruned = rows * n * size
     if settings.method in COPIES:
         pruned -= some * n * size  # not there yet while these are solved
+    if rows > some and found.matrices == 1:
+        stacked = rows * n * size  # the runs of its rows as they are joined
     work = {
         "Hessian" if needs == "hessian" else "norms": gathered * at_once,
         "weights, stacked and pruned": stacked + moved + pruned,

@@ -36,6 +36,7 @@ from rac_engine.checkpoint import Checkpoint, TensorInfo, fp8_block
 from rac_engine.errors import BadInput
 
 ATTENTION = "rac_packed"
+EMBEDDINGS = -1  # where the table of embeddings stands among the layers; lm_head stands behind the last one
 _QUERY_BLOCK = 1024  # rows of a sliding window's mask that exist at a time
 _MASK_BYTES = 64 << 20  # of such a mask, at most, as fp32
 _SCORE_BYTES = 128 << 20  # of attention scores that exist at a time, where they have to be computed in the open
@@ -540,6 +541,23 @@ class Block:
         return self.linears[name].register_forward_pre_hook(hook)
 
 
+class Head(Block):
+    """The final norm, behind it `lm_head`, as a block that no token needs to get through: its input is all there is."""
+
+    def __init__(self, norm: nn.Module, group: Group) -> None:
+        self.plan = BlockPlan("", None, group.modules, group.input)
+        self.groups, self.norm, self.linears = [group], norm, {}
+        self.first, self.last, self.width = group.input, None, 0
+
+    def leave(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """Nothing comes of it."""
+        return hidden
+
+    def _pass(self, x: Tensor, chunk: Chunk, viewing: _Viewing) -> Tensor:
+        viewing.see(self.first, x)
+        return x
+
+
 class Model:
     """A checkpoint of a known family, taken apart into embedding and decoder layers. Made by `open`."""
 
@@ -635,8 +653,23 @@ class Model:
             found.append(f"layer {layers} predicts further tokens and was not pruned: transformers does not run it")
         return found
 
+    def parts(self, also: Sequence[str] = ()) -> list[int]:
+        """Numbers of the decoder layers and, where `also` asks for them, of `EMBEDDINGS` and lm_head around them.
+
+        Raises `BadInput` for a lm_head that is the table of embeddings.
+        """
+        if "lm_head" in also and self.config.tie_word_embeddings:
+            raise BadInput(
+                f"also: lm_head: {self.checkpoint.path} has it tied to the embeddings; ask for embeddings, "
+                "which then prunes both"
+            )
+        before, behind = [EMBEDDINGS] * ("embeddings" in also), [self.layers] * ("lm_head" in also)
+        return [*before, *range(self.layers), *behind]
+
     def tensor_names(self, layer: int) -> list[str]:
-        """On-disk names of everything in a decoder layer."""
+        """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
+        if layer == self.layers:
+            return [self.family.norm, self.family.head]
         return [name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer))]
 
     def plans(self, layer: int) -> tuple[BlockPlan, ...]:
@@ -659,8 +692,13 @@ class Model:
         return self._groups[kind]
 
     def matrices(self, layer: int) -> list[Matrix]:
-        """The matrices of a decoder layer that can be pruned, in the order of the data's way."""
+        """The matrices of a decoder layer that can be pruned, in the data's order, or of another of `parts`."""
         found = []
+        if not 0 <= layer < self.layers:
+            info = self.checkpoint.tensors[self.family.embedding if layer == EMBEDDINGS else self.family.head]
+            module = info.name.removesuffix(".weight").rpartition(".")[2]
+            rows, columns = info.shape
+            return [Matrix(layer, Group(0, 0, (module,)), module, info.name, rows, columns, info.dtype, info.name)]
         for group in self.groups(layer):
             for module in group.modules:
                 stacked = self._stacked(layer, group, module)
@@ -680,6 +718,8 @@ class Model:
 
     def build_layer(self, layer: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> list[Block]:
         """The residual blocks of a decoder layer with weights from `tensors` (by on-disk names)."""
+        if layer == self.layers:
+            return [self._head(tensors, dtype, device)]
         bare = self._layer(layer)
         prefix = self._prefix(layer)
         state = {}
@@ -696,6 +736,14 @@ class Model:
             Block(bare, plan, [group for group in groups if group.block == number], self.family, rotary, scale)
             for number, plan in enumerate(self.plans(layer))
         ]
+
+    def _head(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Head:
+        plan = self.plans(0)[0]
+        norm = self._bare_layer(0).get_submodule(plan.norm or plan.after or "")  # the final one is of the same class
+        own = torch.float32 if self._stays_fp32("norm", dtype) else dtype
+        norm.load_state_dict({"weight": tensors[self.family.norm].to(device, own)}, assign=True)
+        (matrix,) = self.matrices(self.layers)
+        return Head(norm.requires_grad_(False).eval(), matrix.group)
 
     def embedding(self) -> Tensor:
         """The table of embeddings [size, hidden], read from the checkpoint."""

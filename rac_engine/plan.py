@@ -65,7 +65,7 @@ class Plan:
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
     stages: list[Stage]
-    """Of the first layer, and of the first with experts; the experts' by that of one."""
+    """Of the first layer, and of the first with experts; the experts' by that of one; and of lm_head if it is one."""
     memory: MemoryPlan
     disk: int
     """Bytes of the output; while the job runs, `memory.disk` more."""
@@ -109,7 +109,8 @@ def make_plan(
     opened = _open(Path(model))
     left_dense = skipped_matrices(opened, settings)
     layers = [opened.matrices(layer) for layer in range(opened.layers)]
-    pruned = [matrix for layer in layers for matrix in layer if matrix.name not in left_dense]
+    around = [opened.matrices(part) for part in opened.parts(settings.also) if not 0 <= part < opened.layers]
+    pruned = [matrix for layer in [*layers, *around] for matrix in layer if matrix.name not in left_dense]
     infos = opened.checkpoint.tensors
     kinds = {opened.is_mixture(layer): layers[layer] for layer in reversed(range(opened.layers))}
     first = [
@@ -118,6 +119,7 @@ def make_plan(
         for group in _stages(kinds[kind])
         if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
     ]
+    head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
     memory = plan_memory(
         Shape.of(opened, settings),
@@ -128,7 +130,7 @@ def make_plan(
         device_limit=device_memory,
         host_limit=host_memory,
     )
-    work = _work(opened, settings, layers, left_dense, tokens, length)
+    work = _work(opened, settings, layers, head, left_dense, tokens, length)
     disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
     return Plan(
         model=str(model),
@@ -139,7 +141,7 @@ def make_plan(
         matrices=len(pruned),
         left_dense=left_dense,
         tokens=tokens,
-        stages=[_stage(group, settings.method) for group in first if group],
+        stages=[_stage(group, settings.method) for group in [*first, head] if group],
         memory=memory,
         disk=disk,
         hessians=METHODS[settings.method].needs == "hessian",
@@ -268,6 +270,7 @@ def _work(
     model: Model,
     settings: PruneSettings,
     layers: list[list[Matrix]],
+    head: list[Matrix],
     left_dense: dict[str, str],
     tokens: int,
     length: int,
@@ -278,7 +281,9 @@ def _work(
     matched = settings.reconstructs != "layer"
     passes = 2 if settings.order == "layer" or matched else 1
     groups = [
-        [matrix for matrix in stage if matrix.name not in left_dense] for layer in layers for stage in _stages(layer)
+        [matrix for matrix in stage if matrix.name not in left_dense]
+        for layer in [*layers, head]
+        for stage in _stages(layer)
     ]
     stages = [(group[0].columns, sum(matrix.rows for matrix in group)) for group in groups if group]
     shares = [group[0].group.share for group in groups if group]

@@ -245,6 +245,9 @@ class PruneSettings(Settings):
     dense: list[ModuleName] = Field(
         default=[], description="modules left dense, by name or regular expression; may be repeated"
     )
+    also: list[Literal["lm_head", "embeddings"]] = Field(
+        default=[], description="prune lm_head or embeddings too, which otherwise stay dense; may be repeated"
+    )
     allocation: Literal["uniform", "owl", "error"] = Field(
         default="uniform",
         description="the same sparsity everywhere, less where outliers are (owl, as published), or such that the next "

@@ -23,8 +23,10 @@ from rac_engine.results import (
     Row,
     evaluations,
     figure,
+    layer_of,
     load_metrics,
     percent,
+    place_of,
     read_json,
     step_times,
 )
@@ -57,7 +59,7 @@ class Heatmap:
     title: str
     caption: str
     modules: list[str]
-    rows: list[tuple[int, list[Cell | None]]]
+    rows: list[tuple[str, list[Cell | None]]]
     scale: Sequence[str]
     low: str
     high: str
@@ -189,14 +191,14 @@ def _grid(
     metrics: Metrics, title: str, caption: str, scale: Sequence[str], key: str, top: float, show: Callable[[float], str]
 ) -> Heatmap:
     modules = list(dict.fromkeys(matrix["module"] for matrix in metrics.matrices))
-    layers = sorted({matrix["layer"] for matrix in metrics.matrices})
+    layers = {matrix["layer"]: layer_of(matrix) for matrix in metrics.matrices}
     at = {(matrix["layer"], matrix["module"]): matrix for matrix in metrics.matrices}
 
     def cell(layer: int, module: str) -> Cell | None:
         matrix = at.get((layer, module))
         if matrix is None:
             return None
-        place = f"layer {layer}, {module} ({matrix['rows']} × {matrix['columns']})"
+        place = f"{place_of(matrix)} ({matrix['rows']} × {matrix['columns']})"
         if matrix.get("skipped"):
             return Cell("dense", f"{place}: {matrix['skipped']}")
         value = matrix.get(key)
@@ -204,7 +206,7 @@ def _grid(
             return Cell("–", f"{place}: not measured")
         return Cell(show(value), f"{place}: {title.lower()} {value:.6g}", *_colour(scale, value / top if top else 0))
 
-    rows = [(layer, [cell(layer, module) for module in modules]) for layer in layers]
+    rows = [(layers[layer], [cell(layer, module) for module in modules]) for layer in sorted(layers)]
     return Heatmap(title, caption, [_short(module) for module in modules], rows, scale, "0", show(top))
 
 
@@ -382,7 +384,7 @@ def _memory(metrics: Metrics) -> list[tuple[str, int, int]]:
 
 def _lanes(metrics: Metrics) -> list[tuple[str, list[tuple[float, float, str]]]]:
     """The job's timeline: for each lane its spans, as start and width in per cent of the job, and what to call them."""
-    timeline = metrics.end.get("timeline")
+    timeline, layers = metrics.end.get("timeline"), (metrics.run.get("model") or {}).get("layers")
     spans: dict[str, list[tuple[float, float, str]]] = {}
     try:
         rows = [(str(row["lane"]), row["layer"], float(row["start"]), float(row["end"])) for row in timeline or []]
@@ -391,7 +393,8 @@ def _lanes(metrics: Metrics) -> list[tuple[str, list[tuple[float, float, str]]]]
     whole = max((end for *_, end in rows), default=0.0)
     for lane, layer, start, end in rows:
         if whole > 0 and 0 <= start <= end:
-            name = f"{lane}, layer {layer}: {format_seconds(end - start)}"
+            what = "lm_head" if layer == layers else f"layer {layer}"
+            name = f"{lane}, {what}: {format_seconds(end - start)}"
             spans.setdefault(lane, []).append((100 * start / whole, 100 * (end - start) / whole, name))
     return list(spans.items())
 
@@ -401,7 +404,7 @@ def _notes(metrics: Metrics) -> list[tuple[str, list[str]]]:
     of_matrices = {f"{matrix['name']}: {note}" for matrix in metrics.matrices for note in matrix.get("notes") or []}
     places: dict[str, list[str]] = {str(note): [] for note in metrics.end.get("notes") or [] if note not in of_matrices}
     for matrix in metrics.matrices:
-        where = f"layer {matrix['layer']} {matrix['module']}"
+        where = place_of(matrix, " ")
         if matrix.get("skipped"):
             places.setdefault(str(matrix["skipped"]), []).append(where)
         for note in matrix.get("notes") or []:

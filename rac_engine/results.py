@@ -91,6 +91,17 @@ class Metrics:
         return [matrix for matrix in self.pruned if matrix.get("relative_error") is not None]
 
 
+def layer_of(matrix: dict[str, Any]) -> str:
+    """Number of a matrix's decoder layer; nothing for lm_head and embeddings, whose modules stand by themselves."""
+    return str(matrix["layer"]) if "." in str(matrix["module"]) else ""
+
+
+def place_of(matrix: dict[str, Any], between: str = ", ") -> str:
+    """Where a matrix stands, in words."""
+    layer = layer_of(matrix)
+    return f"layer {layer}{between}{matrix['module']}" if layer else str(matrix["module"])
+
+
 @dataclass(frozen=True)
 class Row:
     """One model of the comparison: shares in [0, 1], lengths in tokens."""

@@ -173,7 +173,12 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
                 f"recipe.yaml: {name} is {wanted[name]!r}, metrics.jsonl says {settings.get(name)!r}"
             )
     rows = {row["name"]: row for row in metrics.matrices}
-    for matrix in (matrix for layer in range(model.layers) for matrix in model.matrices(layer)):
+    try:
+        parts = model.parts(recipe.prune.also)
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    for matrix in (matrix for part in parts for matrix in model.matrices(part)):
         row = rows.get(matrix.name)
         named = any(re.fullmatch(entry, name) for entry in recipe.prune.dense for name in (matrix.path, matrix.module))
         if row is None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
-from rac_kernels import matched_target, objective, output_cross, reconstruction_error
+from rac_kernels import mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
+WHOLE = 1 << 28  # weights of a matrix beyond which it is solved by runs of rows, with thresholds of their own
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class MatrixResult:
     iterations: int | None = None
     seconds: float = 0.0
     magnitude_error: float | None = None
+    power: float | None = None
+    """‖X Wᵀ‖², where the errors are known."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,52 @@ def prune_matrices(
         if share > simple:
             told = [*told, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
         compared.append(
-            replace(results[number], objective=cost, relative_error=share, magnitude_error=simple, notes=told)
+            replace(
+                results[number], objective=cost, relative_error=share, magnitude_error=simple, power=whole, notes=told
+            )
         )
     return compared
+
+
+def split_rows(weight: Tensor) -> list[Tensor]:
+    """A matrix as the runs of rows that it is solved by: whole, but for tables of a large vocabulary."""
+    return [weight] if weight.numel() <= WHOLE else list(weight.split(max(TOGETHER // weight.shape[1], 1)))
+
+
+def joined(results: Sequence[MatrixResult]) -> MatrixResult:
+    """The result for a matrix from those for its runs of rows, in their order."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    made = replace(
+        first,
+        weight=torch.cat([result.weight for result in results]),
+        zeros=sum(result.zeros for result in results),
+        notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+        seconds=sum(result.seconds for result in results),
+    )
+    known = [(r.objective, r.magnitude_error, r.power) for r in results if r.power is not None]
+    if len(known) < len(results):
+        return made
+    cost, power = sum(c or 0.0 for c, _, _ in known), sum(p for *_, p in known)
+    simple = sum((m or 0.0) * p for _, m, p in known)
+    shares = (cost / power, simple / power) if power else (0.0, 0.0)
+    return replace(made, objective=cost, relative_error=shares[0], magnitude_error=shares[1], power=power)
+
+
+def prune_table(table: Tensor, target: Target) -> MatrixResult:
+    """Prune embeddings [tokens, hidden] by magnitude within each token's row.
+
+    Their input is the token's number, one 1 among zeros: H is diagonal, nothing can make up for a weight that goes, and
+    the best that a row can keep are its largest. Counts of tokens would only say which words may be forgotten.
+    """
+    made = torch.empty_like(table)
+    for rows in torch.arange(len(table)).split(max(TOGETHER // table.shape[1], 1)):
+        some = slice(int(rows[0]), int(rows[-1]) + 1)
+        mask = mask_by_score(table[some].float().abs(), target.sparsity, target.pattern, per="row")
+        made[some] = table[some].masked_fill(mask, 0).add_(0.0)  # +0.0, never −0.0
+    zeros = made.numel() - int(made.count_nonzero())
+    return MatrixResult(made, None, zeros, None, ["by magnitude within each token's row: their input is a number"])
 
 
 def _batches(weights: Sequence[Tensor], targets: Sequence[Target]) -> Iterator[tuple[Target, list[int]]]:

@@ -32,6 +32,8 @@ from rac_engine.journal import records_of
 from rac_engine.memory import MemoryPlan, plan_memory
 from rac_engine.models import Block, Model
 from rac_engine.recipe import PruneSettings, Recipe, dump, load_recipe
+from rac_engine.report import write_report
+from rac_engine.solve import matrices
 from rac_engine.verify import verify
 from tests import tiny
 from tests.engine.inputs import inputs_of
@@ -360,6 +362,101 @@ def test_overrides_prune_some_matrices_otherwise(checkpoint: Make, tmp_path: Pat
     assert "50% unstructured, 4 overrides" in card
 
 
+UNTIED = [family for family, config in tiny.FAMILIES.items() if not config["tie_word_embeddings"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "rac") for family in UNTIED), *(("llama", other) for other in ("sparsegpt", "wanda", "magnitude"))],
+)
+def test_lm_head_and_embeddings_are_pruned_if_asked_for(
+    checkpoint: Make, tmp_path: Path, family: str, method: str
+) -> None:
+    """The head's objective is the distance of the logits from what is wanted; the model follows the pruned table."""
+    source, out = checkpoint(family, dtype=torch.float32), tmp_path / "out"
+    calibration = tiny.calibration()
+    wanted = settings(method=method, also=["lm_head", "embeddings"], sparsity=0.5)
+    report = prune(source, out, wanted, calibration)
+    assert verify(out, source).problems == []
+    page, card = write_report(out).read_text(), (out / "README.md").read_text()
+    assert 'title="lm_head (64 × ' in page
+    assert "layer -1" not in page
+    assert "layer 3" not in page
+    assert "in its decoder layers, `lm_head` and `embeddings` set to zero" in card
+    assert "| Left dense | norms, biases |" in card
+    before, after = load(source), load(out)
+    rows = {row["module"]: row for row in report.matrices}
+    assert (rows["embed_tokens"]["layer"], rows["lm_head"]["layer"]) == (-1, 3)
+    table, dense = after["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+    gone = table == 0
+    assert bool((gone.sum(1) == table.shape[1] // 2).all())  # each token keeps its largest
+    assert torch.equal(table[~gone], dense[~gone])
+    assert bool((dense.abs().masked_fill(~gone, 0).amax(1) <= dense.abs().masked_fill(gone, torch.inf).amin(1)).all())
+    assert rows["lm_head"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert rows["lm_head"]["sparsity"] == float((after["lm_head.weight"] == 0).float().mean())
+    if method in ("rac", "sparsegpt"):
+        ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
+        given, own = inputs_of(out, ids)["lm_head"], inputs_of(source, ids)["lm_head"]
+        goal = (own if method == "rac" else given) @ before["lm_head.weight"].double().T
+        objective = float((given @ after["lm_head.weight"].double().T - goal).square().sum())
+        assert rows["lm_head"]["objective"] == pytest.approx(objective, rel=1e-3)
+
+
+def test_lm_head_alone_is_calibrated_on_the_whole_model(checkpoint: Make, tmp_path: Path) -> None:
+    """Nothing else pruned: every layer is gone through all the same. By order: layer too."""
+    for order, method in (("staged", "rac"), ("layer", "sparsegpt")):
+        source, out = checkpoint("llama", dtype=torch.float32), tmp_path / order
+        wanted = settings(method=method, order=order, also=["lm_head"], dense=[r"model\.layers.*"])
+        report = prune(source, out, wanted, tiny.calibration())
+        ids = [torch.as_tensor(sequence.token_ids) for sequence in tiny.calibration().sequences]
+        D = load(source)["lm_head.weight"].double() - load(out)["lm_head.weight"].double()
+        (row,) = (row for row in report.matrices if not row.get("skipped"))
+        assert row["objective"] == pytest.approx(
+            float((inputs_of(source, ids)["lm_head"] @ D.T).square().sum()), rel=1e-3
+        )
+
+
+def test_tied_lm_head_is_refused_and_pruned_with_the_embeddings(checkpoint: Make, tmp_path: Path) -> None:
+    source, out = checkpoint("qwen2"), tmp_path / "out"
+    with pytest.raises(BadInput, match="tied to the embeddings; ask for embeddings"):
+        prune(source, out, settings(also=["lm_head"]), tiny.calibration())
+    report = prune(source, out, settings(also=["embeddings"], pattern="2:4"), tiny.calibration())
+    assert any("tied: lm_head has the same zeros" in note for note in report.end["notes"])
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert float((model.lm_head.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.001)
+    assert verify(out, source).problems == []
+    shutil.copytree(out, tmp_path / "lies")
+    lines = (tmp_path / "lies" / "rac" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "lies" / "rac" / "metrics.jsonl").write_text("".join(x for x in lines if '"embed_tokens"' not in x))
+    assert any("embed_tokens.weight: metrics.jsonl does not say" in p for p in verify(tmp_path / "lies").problems)
+
+
+def test_a_table_of_a_large_vocabulary_is_solved_by_runs_of_rows(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of the whole is what the whole gives, and half of each run is zero."""
+    monkeypatch.setattr(matrices, "WHOLE", 2000)
+    monkeypatch.setattr(matrices, "TOGETHER", 1000)
+    source, out, calibration = checkpoint("llama", dtype=torch.float32), tmp_path / "out", tiny.calibration()
+    report = prune(source, out, settings(also=["lm_head"]), calibration)
+    row = report.matrices[-1]
+    columns = row["columns"]
+    W, Q = load(source)["lm_head.weight"], load(out)["lm_head.weight"]
+    step = 1000 // columns
+    assert len(W) > 2 * step
+    for run in Q.split(step):
+        assert int((run == 0).sum()) == pytest.approx(run.numel() / 2, abs=columns // 16 + 1)
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
+    given, own = inputs_of(out, ids)["lm_head"], inputs_of(source, ids)["lm_head"]
+    wanted = own @ W.double().T
+    objective = float((given @ Q.double().T - wanted).square().sum())
+    assert row["objective"] == pytest.approx(objective, rel=1e-3)
+    assert row["relative_error"] == pytest.approx(objective / float(wanted.square().sum()), rel=1e-3)
+    assert row["relative_error"] < row["magnitude_error"]
+    assert row["zeros"] == int((Q == 0).sum())
+
+
 def test_dense_may_name_what_is_dense_anyway(checkpoint: Make, tmp_path: Path) -> None:
     prune(checkpoint("llama"), tmp_path / "out", settings(method="magnitude", dense=["lm_head", "model.embed_tokens"]))
 
@@ -517,6 +614,33 @@ def test_unfinished_job_goes_on_to_the_same_bytes(
     assert contents(unfinished) == expected
     assert len(report.matrices) == 21
     assert verify(unfinished, checkpoint("qwen2")).problems == []
+
+
+@pytest.mark.parametrize("at", ["layer 3/", "behind the layers", "done"])
+def test_unfinished_job_with_lm_head_and_embeddings_goes_on(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Stopped in the last layer, in the head, and between the table's bytes and its record."""
+    wanted, out = settings(also=["lm_head", "embeddings"]), tmp_path / "out"
+    prune(checkpoint("llama"), tmp_path / "whole", wanted, tiny.calibration())
+
+    def progress(line: str) -> None:
+        if line.startswith(at):
+            raise Killed
+
+    with pytest.raises(Killed):
+        if at == "done":
+            monkeypatch.setattr(CheckpointWriter, "finish", stop)
+        prune(checkpoint("llama"), out, wanted, tiny.calibration(), progress=progress)
+    monkeypatch.undo()
+    report = prune(checkpoint("llama"), out, wanted, tiny.calibration())
+    assert report.resumed == {"layer 3/": 2, "behind the layers": 3, "done": 4}[at]
+    assert contents(out) == contents(tmp_path / "whole")
+    assert len(report.matrices) == 23
+
+
+def stop(_: CheckpointWriter) -> dict[str, str]:
+    raise Killed
 
 
 def test_interrupt_is_said_to_be_resumable(checkpoint: Make, tmp_path: Path, expected: dict[str, bytes]) -> None:

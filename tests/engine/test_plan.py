@@ -163,6 +163,28 @@ def test_671b_goes_through_one_gpu(tmp_path, device):
     assert ("Hessians are gathered in one pass" in render(plan)) == (device == 48)
 
 
+def test_lm_head_of_a_large_vocabulary_fits_the_same_small_gpu(qwen2_7b):
+    """By runs of its rows: whole, its working copies in fp32 would be 15 GB."""
+
+    def planned(*also):
+        settings = PruneSettings(also=list(also))
+        return make_plan(qwen2_7b, settings, max_length=32768, on_gpu=True, device_memory=6 << 30)
+
+    plan = planned("lm_head", "embeddings")
+    assert plan.matrices == 28 * 7 + 2
+    assert plan.weights == make_plan(qwen2_7b).weights + 2 * 152064 * 3584
+    assert plan.stages[-1].modules == ["lm_head"]
+    solving = plan.memory.phases[-1]
+    assert solving.name == "solve lm_head"
+    held = 152064 * 3584 * 2
+    assert 2 * held < sum(solving.device.values()) <= 6 << 30
+    assert solving.host["weights of the layer"] == held
+    usual = planned()
+    assert {w.name for w in plan.work} == {w.name for w in usual.work}
+    more = {w.name: w.flops for w in plan.work}["Hessian"] - {w.name: w.flops for w in usual.work}["Hessian"]
+    assert more == pytest.approx(1e6 * 3584 * 3585)
+
+
 def test_what_does_not_fit_is_refused_in_a_line_that_names_the_phase(qwen2_7b):
     with pytest.raises(BadInput, match=r"^--device-memory 2 GiB: at least .* is needed \(solve mlp.*down_proj\)"):
         make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), on_gpu=True, device_memory=2 * GIB)
