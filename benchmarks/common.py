@@ -98,13 +98,16 @@ class Bench:
         *,
         flops: float,
         moved: float,
-        dtype: torch.dtype = torch.float32,
+        peak: str = "fp32",
         setup: Callable[[], object] | None = None,
         extra: Mapping[str, dict[str, Any]] | None = None,
     ) -> list[Measurement]:
-        """Times the cases in turn. ``ratio`` is how many times ours is faster than each (median over the rounds)."""
+        """Times the cases in turn, against the limit that the `peak` of that name sets.
+
+        ``ratio`` is how many times ours is faster than each (median over the rounds).
+        """
         times = rounds(cases, self.repeats, setup, self.slow)
-        limit = roofline.limit_seconds(flops, moved, self.peaks, dtype)
+        limit = roofline.limit_seconds(flops, moved, self.peaks, peak)
         found = []
         for name, seconds in times.items():
             ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds, times[OURS], strict=False))

@@ -39,7 +39,7 @@ def one(bench: Bench, n: int, m: int) -> list[Measurement]:
         cases,
         flops=roofline.cross_flops(bench.tokens, n, m),
         moved=roofline.cross_bytes(bench.tokens, n, m),
-        dtype=torch.bfloat16,
+        peak="bf16",
         extra=extra,
     )
 

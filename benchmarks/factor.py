@@ -1,4 +1,8 @@
-"""H + λI = U Uᵀ in place, against the published chain of three factorizations and torch's one Cholesky."""
+"""H + λI = U Uᵀ in place, against the published chain of three factorizations and torch's one Cholesky.
+
+On a GPU also cuSOLVER's one call in our place, which says what `WHOLE` in rac_kernels/factor.py should be, and the
+three matrices of a small layer in one batched call. `error` is the largest of |U Uᵀ − H − λI| by √(H_ii H_jj).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import common
 import published
 import torch
 from common import OURS, Bench, Measurement
+from torch import Tensor
 
-from rac_kernels import factor_, roofline, symmetrize_
+from rac_kernels import factor_, factor_batch_, roofline, symmetrize_
+
+BATCH = 3  # as many inputs of a layer have the model's width
 
 
 def one(bench: Bench, n: int) -> list[Measurement]:
@@ -15,12 +22,29 @@ def one(bench: Bench, n: int) -> list[Measurement]:
     full = symmetrize_(H.clone())
     full.diagonal().add_(0.01 * full.diagonal().mean())
     work = torch.empty_like(H)
+    some = torch.arange(0, n, max(n // 256, 1), device=bench.device)  # rows, where the errors are taken
+    scale = full.diagonal().double().sqrt()
+
+    def error(triangle: Tensor) -> dict[str, str]:
+        wrong = triangle[some].double() @ triangle.double().T - full[some].double()
+        return {"error": f"{(wrong.abs_() / scale / scale[some, None]).max().item():.1e}"}
+
+    def whole() -> Tensor:
+        torch.ops.rac.factor_(work[None], 0.01, 1.0, "whole")
+        return work
+
     # llm-compressor's factor is the published chain, inside its sparsify_weight.
+    once = "torch: one cholesky"
     cases: dict[str, common.Case] = {
         OURS: lambda: factor_(work, 0.01),
         "torch: cholesky, inverse, cholesky": lambda: published.inverse_factor(full, 0.0),
-        "torch: one cholesky": lambda: torch.linalg.cholesky_ex(full),
+        once: lambda: torch.linalg.cholesky_ex(full),
     }
+    extra = {OURS: error(factor_(work.copy_(H), 0.01).U.triu()), once: error(torch.linalg.cholesky_ex(full)[0])}
+    if bench.cuda():
+        name = f"{OURS}, cuSOLVER in one call"
+        work.copy_(H)
+        cases[name], extra[name] = whole, error(whole().triu())
     return bench.measure(
         "factor",
         f"n={n}",
@@ -28,12 +52,37 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         cases,
         flops=roofline.factor_flops(n),
         moved=roofline.factor_bytes(n),
+        peak="tf32x3",
+        setup=lambda: work.copy_(H),
+        extra=extra,
+    )
+
+
+def several(bench: Bench, n: int) -> list[Measurement]:
+    H = bench.gram(n)
+    work = H.expand(BATCH, n, n).clone()
+    full = symmetrize_(H.clone())
+    full.diagonal().add_(0.01 * full.diagonal().mean())
+    batch = full.expand(BATCH, n, n).clone()
+    return bench.measure(
+        "factor",
+        f"{BATCH} of n={n}",
+        n,
+        {
+            OURS: lambda: factor_batch_(work, 0.01),
+            f"{OURS}, one by one": lambda: [factor_(one, 0.01) for one in work],
+            "torch: one cholesky of all": lambda: torch.linalg.cholesky_ex(batch),
+        },
+        flops=BATCH * roofline.factor_flops(n),
+        moved=BATCH * roofline.factor_bytes(n),
+        peak="tf32x3",
         setup=lambda: work.copy_(H),
     )
 
 
 def run(bench: Bench) -> list[Measurement]:
-    return [found for n in bench.columns for found in one(bench, n)]
+    found = [found for n in bench.columns for found in one(bench, n)]
+    return found + (several(bench, min(bench.columns)) if bench.cuda() else [])
 
 
 if __name__ == "__main__":

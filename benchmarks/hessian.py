@@ -36,7 +36,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         cases,
         flops=roofline.hessian_flops(bench.tokens, n),
         moved=roofline.hessian_bytes(bench.tokens, n),
-        dtype=torch.bfloat16,
+        peak="bf16",
         extra=extra,
     )
 

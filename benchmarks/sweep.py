@@ -47,6 +47,7 @@ def one(bench: Bench, rows: int, columns: int) -> list[Measurement]:
             cases,
             flops=roofline.sweep_flops(rows, columns),
             moved=roofline.sweep_bytes(rows, columns, W.element_size()),
+            peak="tf32x3",
             extra={name: against(result, results[LOOP]) for name, result in results.items()},
         )
 

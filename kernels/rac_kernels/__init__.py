@@ -10,7 +10,7 @@ from rac_kernels import native, roofline
 from rac_kernels.admm import admm, admm_short_
 from rac_kernels.column_norm import column_norm_accumulate_
 from rac_kernels.cross import cross_accumulate_
-from rac_kernels.factor import Factor, FactorError, factor_, refactor_
+from rac_kernels.factor import Factor, FactorError, factor_, factor_batch_, refactor_
 from rac_kernels.hessian import hessian_accumulate_
 from rac_kernels.matching import matched_target, output_cross
 from rac_kernels.mirror import symmetrize_
@@ -31,6 +31,7 @@ __all__ = [
     "count_above",
     "cross_accumulate_",
     "factor_",
+    "factor_batch_",
     "hessian_accumulate_",
     "kth_smallest",
     "mask_by_score",

@@ -24,6 +24,9 @@ BLOCK = 128  # columns the reference factors at a time; the rest of the work is 
 # Up to this n the CPU factors in fp64: it costs little there, and rounding in an fp32 factor tips near-ties between
 # scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
 EXACT = 4096
+# Up to this n "auto" leaves a matrix on a GPU to cuSOLVER's one call, at the price of two more matrices in memory.
+# Nobody has measured yet where that is the faster way, so it is taken nowhere; benchmarks/factor.py times both.
+WHOLE = 0
 FIRST_STEP = 1e-6  # where escalation goes from no damping at all
 
 
@@ -42,17 +45,34 @@ class Factor:
     """[n] fp32: H's diagonal as it came."""
     dead: Tensor
     """[n] bool: columns with H_ii = 0. Their U_ii is 1, and nothing couples to them."""
-    damping: float
-    """The damping that did it: λ is this times the mean of H_ii over the columns that are not dead."""
-    ridge: float
-    """λ itself."""
-    attempts: list[float]
-    """Every damping tried; the last one is ``damping``."""
+    asked: float
+    """The damping asked for."""
+    used: Tensor
+    """[2] fp64 on the CPU: the damping that did it, and λ. Read as `damping` and `ridge`: torch.compile, which cannot
+    have them as numbers, can pass a tensor on."""
+
+    @property
+    def damping(self) -> float:
+        """The damping that did it: λ is this times the mean of H_ii over the columns that are not dead."""
+        return float(self.used[0])
+
+    @property
+    def ridge(self) -> float:
+        """λ itself."""
+        return float(self.used[1])
+
+    @property
+    def attempts(self) -> list[float]:
+        """Every damping tried; the last one is ``damping``."""
+        tried = [self.asked]
+        while tried[-1] != self.damping:
+            tried.append(_raised(tried[-1]))
+        return tried
 
     @property
     def damped(self) -> Tensor:
         """[n] fp32: the diagonal of H + λI as it was factored, 1 where a column is dead."""
-        return torch.where(self.dead, 1.0, self.diagonal + self.ridge)
+        return torch.where(self.dead, 1.0, self.diagonal + self.used[1])
 
 
 def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> Factor:
@@ -67,20 +87,39 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
 
     Where H_ii is 0 and the rest of row i is not (as where x² underflows), that row and column are set to zero.
 
+    On a GPU it waits for the device twice, before the first attempt and after it, and once for each one that follows.
+
     Raises FactorError if H is not finite, has a negative diagonal element (no XᵀX has), or is not positive definite
     within the limit; ValueError for arguments that cannot be meant. After an
     error H's contents are lost.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
+    diagonal, dead, used = _factor_op(H[None], damping, max_damping, _way(H, damping, max_damping, backend))
+    return Factor(H, diagonal[0], dead[0], damping, used[0])
+
+
+def factor_batch_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> list[Factor]:
+    """As ``factor_``, for several matrices of one size at once; each has a factor, dead columns and a damping of its
+    own, bit for bit what ``factor_`` gives for it alone.
+
+    H: [matrices, n, n] fp32 with contiguous rows, not overlapping. On a GPU a launch serves all of them, as small
+    matrices leave most of it idle. The damping is raised only for those that need it. The FactorError of a batch
+    names each matrix that has no factor, and why; the contents of all are lost.
+    """
+    if H.ndim != 3 or H.shape[1] != H.shape[2] or H.dtype != torch.float32 or (H.shape[1] > 1 and H.stride(2) != 1):
+        raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
+    diagonals, dead, used = _factor_op(H, damping, max_damping, _way(H, damping, max_damping, backend))
+    return [Factor(H[i], diagonals[i], dead[i], damping, used[i]) for i in range(len(H))]
+
+
+def _way(H: Tensor, damping: float, max_damping: float, backend: str) -> str:
+    """The backend, or "whole" where one call of torch's linear algebra does it all."""
     if not 0 <= damping <= max_damping:
         raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
-    diagonal, dead, used = _factor_op(H, damping, max_damping, choose(backend, H.device, triton=True))
-    final, ridge = used.tolist()
-    attempts = [damping]
-    while attempts[-1] != final:
-        attempts.append(_raised(attempts[-1]))
-    return Factor(H, diagonal, dead, final, ridge, attempts)
+    if backend == "auto" and H.is_cuda and H.shape[-1] <= WHOLE:
+        return "whole"
+    return choose(backend, H.device, triton=True)
 
 
 def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
@@ -91,21 +130,21 @@ def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
     """
     if added.shape != factor.diagonal.shape:
         raise ValueError(f"added must be {list(factor.diagonal.shape)}, not {list(added.shape)}")
-    wanted = factor.damped + added
-    if not _refactor_op(factor.U, wanted, choose(backend, factor.U.device, triton=True)):
-        raise FactorError(f"H {list(factor.U.shape)} is not positive definite with what was added to its diagonal")
+    _refactor_op(factor.U, factor.damped + added, choose(backend, factor.U.device, triton=True))
 
 
 @torch.library.custom_op("rac::refactor_", mutates_args={"U"})
-def _refactor_op(U: Tensor, diagonal: Tensor, backend: str) -> bool:
-    mirror(backend)(U, False)
+def _refactor_op(U: Tensor, diagonal: Tensor, backend: str) -> None:
+    H = U[None]
+    mirror(backend)(H, False)
     U.diagonal().copy_(diagonal)
-    return _CHOLESKY.get(backend, _cholesky_)(U)
+    if not (_CHOLESKY[backend](H) & (U.diagonal() > 0).all()):
+        raise FactorError(f"H {list(U.shape)} is not positive definite with what was added to its diagonal")
 
 
 @_refactor_op.register_fake
-def _(U: Tensor, diagonal: Tensor, backend: str) -> bool:
-    return True
+def _(U: Tensor, diagonal: Tensor, backend: str) -> None:
+    return None
 
 
 def _raised(damping: float) -> float:
@@ -114,78 +153,106 @@ def _raised(damping: float) -> float:
 
 @torch.library.custom_op("rac::factor_", mutates_args={"H"})
 def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns H's diagonal [n], the dead columns [n] and (damping, λ) that did it [2] fp64."""
-    n = H.shape[0]
-    mirror_ = mirror(backend)
-    cholesky_ = _CHOLESKY.get(backend, _cholesky_)
+    """Of H [matrices, n, n]: the diagonals [matrices, n], the dead columns [matrices, n] and, on the CPU, (damping, λ)
+    that did it [matrices, 2] fp64."""
+    matrices, n = H.shape[:2]
+    names = [f"H{f'[{i}]' if matrices > 1 else ''} [{n}, {n}]" for i in range(matrices)]
+    mirror_ = mirror(choose("auto", H.device, triton=True) if backend == "whole" else backend)
+    finite = mirror_(H, True)
+    diagonals = H.diagonal(0, 1, 2).clone()
+    dead = diagonals == 0
+    means = diagonals.sum(1, dtype=torch.float64) / (n - dead.sum(1)).clamp_min(1)
+    known = torch.stack([finite.double(), (diagonals >= 0).all(1).double(), dead.any(1).double(), means], 1).tolist()
+    problems = []
+    for i, (is_finite, is_gram, has_dead, _mean) in enumerate(known):
+        if not is_finite:
+            problems.append(f"{names[i]} holds infinities or NaN")
+        elif not is_gram:
+            column = int((diagonals[i] < 0).nonzero()[0])
+            problems.append(f"{names[i]} is no Gram matrix: its diagonal element {column} is negative")
+        elif has_dead:
+            # Where all x² underflowed, products with other columns need not have: nothing can be told from them alone.
+            nearly = dead[i].nonzero().flatten()
+            H[i].index_fill_(0, nearly, 0.0).index_fill_(1, nearly, 0.0)
+    if problems:
+        raise FactorError("; ".join(problems))
+    cholesky_ = _CHOLESKY[backend]
     if H.device.type == "cpu" and backend != "triton" and n <= EXACT:
         cholesky_ = _cholesky_exact_
-    if not mirror_(H, True):
-        raise FactorError(f"H [{n}, {n}] holds infinities or NaN")
-    diagonal = H.diagonal().clone()
-    dead = diagonal == 0
-    if (diagonal < 0).any():
-        i = int((diagonal < 0).nonzero()[0])
-        raise FactorError(f"H [{n}, {n}] is no Gram matrix: its diagonal element {i} is negative")
-    # Where all x² underflowed, products with other columns need not have: nothing can be told from them alone.
-    nearly = dead.nonzero().flatten()
-    H.index_fill_(0, nearly, 0.0).index_fill_(1, nearly, 0.0)
-    live = diagonal[~dead].double()
-    mean = float(live.mean()) if live.numel() else 0.0
-    tried = []
-    while damping <= max_damping:
-        tried.append(f"{damping:g}")
-        wanted = torch.where(dead, 1.0, diagonal + damping * mean)
-        H.diagonal().copy_(wanted)
+
+    def attempt(some: slice, damping: float) -> list[bool]:
+        """H -> U of some of the matrices; whether it is one."""
+        ridges = (damping * means[some]).to(H.dtype)[:, None]
+        wanted = torch.where(dead[some], 1.0, diagonals[some] + ridges)
+        found = H[some].diagonal(0, 1, 2)
+        found.copy_(wanted)
+        done = cholesky_(H[some])
         # A pivot that rounding alone could have made says nothing. NaN fails every comparison.
-        if cholesky_(H) and (H.diagonal().square() > torch.finfo(H.dtype).eps * wanted).all():
-            return diagonal, dead, torch.tensor([damping, damping * mean], dtype=torch.float64)
-        damping = _raised(damping)
-        mirror_(H, False)
-    raise FactorError(
-        f"H [{n}, {n}] is not positive definite with damping {', '.join(tried)}; the limit is {max_damping:g}"
-    )
+        return (done & (found.square() > torch.finfo(H.dtype).eps * wanted).all(1)).tolist()
+
+    used = []
+    for i, done in enumerate(attempt(slice(matrices), damping)):
+        own, tried = damping, [f"{damping:g}"]
+        while not done and (own := _raised(own)) <= max_damping:
+            alone = slice(i, i + 1)
+            mirror_(H[alone], False)
+            tried.append(f"{own:g}")
+            (done,) = attempt(alone, own)
+        used.append([own, own * known[i][3]])
+        if not done:
+            tries = ", ".join(tried)
+            problems.append(f"{names[i]} is not positive definite with damping {tries}; the limit is {max_damping:g}")
+    if problems:
+        raise FactorError("; ".join(problems))
+    return diagonals, dead, torch.tensor(used, dtype=torch.float64).reshape(matrices, 2)
 
 
 @_factor_op.register_fake
 def _(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    n = H.shape[0]
-    return H.new_empty(n), H.new_empty(n, dtype=torch.bool), torch.empty(2, dtype=torch.float64)
+    diagonals = H.new_empty(H.shape[:2])
+    return diagonals, diagonals.to(torch.bool), torch.empty(len(H), 2, dtype=torch.float64)
 
 
-def _cholesky_native_(H: Tensor) -> bool:
-    return native.library().factor(H.data_ptr(), H.shape[0], H.stride(0), native.threads()) == native.DONE
+# The implementations: upper triangles of H [matrices, n, n] → U with H = U Uᵀ; what is below the diagonals stays. They
+# return [matrices] bool; what is not positive definite is False, or has a diagonal element that is not positive, and is
+# half done.
 
 
-def _cholesky_exact_(H: Tensor) -> bool:
-    """As `_cholesky_`, in fp64 and rounded to H's dtype at the end, at the price of a second H of twice the size."""
-    L, info = torch.linalg.cholesky_ex(H.double().flip(0, 1))
-    if info:
-        return False
-    H.copy_(L.flip(0, 1).to(H.dtype) + H.tril(-1))
-    return True
+def _cholesky_native_(H: Tensor) -> Tensor:
+    run, threads = native.library().factor, native.threads()
+    ended = [run(one.data_ptr(), len(one), one.stride(0), threads) for one in H]
+    return torch.tensor([end == native.DONE for end in ended], dtype=torch.bool)
 
 
-def _cholesky_(H: Tensor) -> bool:
-    """Upper triangle of H → U with H = U Uᵀ; the rest stays. False: not positive definite, and H is half done.
+def _cholesky_exact_(H: Tensor) -> Tensor:
+    """In fp64 and rounded to H's dtype at the end."""
+    return _cholesky_whole_(H, torch.float64)
 
-    Left-looking from the last block of columns to the first: a block is final once the products of the columns to its
-    right are taken off and its own corner is factored, which a flip makes an ordinary Cholesky.
-    """
-    hi = H.shape[0]
+
+def _cholesky_whole_(H: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """By LAPACK or cuSOLVER in one call, at the price of two more matrices of `dtype`; nothing waits for a GPU."""
+    L, info = torch.linalg.cholesky_ex(H.flip(1, 2).to(dtype))
+    H.tril_(-1).add_(L.flip(1, 2).to(H.dtype).triu_())
+    return info == 0
+
+
+def _cholesky_(H: Tensor) -> Tensor:
+    """Left-looking from the last block of columns to the first: a block is final once the products of the columns to
+    its right are taken off and its own corner is factored, which a flip makes an ordinary Cholesky."""
+    done = torch.ones(len(H), dtype=torch.bool, device=H.device)
+    hi = H.shape[1]
     while hi:
         lo = (hi - 1) // BLOCK * BLOCK
-        corner = H[lo:hi, lo:hi]
+        corner = H[:, lo:hi, lo:hi]
         below = corner.tril(-1)
-        H[:hi, lo:hi].addmm_(H[:hi, hi:], H[lo:hi, hi:].T, alpha=-1)
-        L, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
-        if info:
-            return False
-        U = L.flip(0, 1)
+        H[:, :hi, lo:hi].baddbmm_(H[:, :hi, hi:], H[:, lo:hi, hi:].mT, alpha=-1)
+        L, info = torch.linalg.cholesky_ex(corner.flip(1, 2))
+        done &= info == 0
+        U = L.flip(1, 2)
         corner.copy_(U + below)
-        H[:lo, lo:hi] = torch.linalg.solve_triangular(U.T, H[:lo, lo:hi], upper=False, left=False)
+        H[:, :lo, lo:hi] = torch.linalg.solve_triangular(U.mT, H[:, :lo, lo:hi], upper=False, left=False)
         hi = lo
-    return True
+    return done
 
 
 @gpu.jit()
@@ -202,9 +269,13 @@ def left_over(  # type: ignore[no-untyped-def]
 
 
 @gpu.jit("count", "pull_rows", "lo", "width")
-def corner_kernel(H, h_row, pulls, count, pull_rows, lo, width, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The block's corner of H, less what the columns to its right make, -> U. Not positive definite: NaN."""
-    H += lo
+def corner_kernel(  # type: ignore[no-untyped-def]
+    H, h_matrix, h_row, pulls, count, pull_rows, lo, width, COLUMNS: tl.constexpr
+):
+    """A block's corner of a matrix, less what the columns to its right make, -> U. Not positive definite: NaN."""
+    matrix = tl.program_id(0).to(tl.int64)
+    H += matrix * h_matrix + lo
+    pulls += matrix * count * pull_rows * COLUMNS
     i = tl.arange(0, COLUMNS)
     inside = (i[:, None] <= i[None, :]) & (i < width)[None, :]
     C = left_over(H, h_row, pulls, count, pull_rows, lo, i[:, None], i[None, :], inside, COLUMNS)
@@ -220,10 +291,24 @@ def corner_kernel(H, h_row, pulls, count, pull_rows, lo, width, COLUMNS: tl.cons
 
 @gpu.jit("count", "pull_rows", "lo", "width")
 def panel_kernel(  # type: ignore[no-untyped-def]
-    H, h_row, pulls, count, pull_rows, inverse, lo, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
+    H,
+    h_matrix,
+    h_row,
+    pulls,
+    count,
+    pull_rows,
+    inverse,
+    lo,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Rows 0 .. lo of the block: less what the columns to its right make, times inv(U_bb)ᵀ."""
-    H += lo
+    """Rows 0 .. lo of a matrix's block: less what the columns to its right make, times inv(U_bb)ᵀ."""
+    matrix = tl.program_id(1).to(tl.int64)
+    H += matrix * h_matrix + lo
+    pulls += matrix * count * pull_rows * COLUMNS
+    inverse += matrix * COLUMNS * COLUMNS
     first = tl.program_id(0) * ROWS
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
@@ -242,28 +327,33 @@ CORNER_WARPS = 8
 PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
 
 
-def _cholesky_triton_(H: Tensor) -> bool:
-    """As `_cholesky_`, but the device is asked only at the end. Corners are a CUDA kernel's work where there is one."""
+def _cholesky_triton_(H: Tensor) -> Tensor:
+    """As `_cholesky_`; nothing waits for the device. Corners are a CUDA kernel's work where there is one."""
     cuda_corners = H.is_cuda and cuda.available()
-    hi = H.shape[0]
-    inverse = torch.zeros(COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
-    status = torch.zeros(1, dtype=torch.int32, device=H.device)
+    matrices, hi = H.shape[:2]
+    inverses = torch.zeros(matrices, 1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
+    status = torch.zeros(matrices, dtype=torch.int32, device=H.device)
     fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
     with torch.cuda.device_of(H):
-        while hi:
+        while hi and matrices:
             lo = (hi - 1) // COLUMNS * COLUMNS
             width = hi - lo
-            pulls = product(H[:hi, hi:], H[lo:hi, hi:].T)
-            taken = (H, H.stride(0), pulls, len(pulls), hi)
+            pulls = product(H[:, :hi, hi:], H[:, lo:hi, hi:].mT)
+            taken = (H, H.stride(0), H.stride(1), pulls, pulls.shape[1], hi)
             if cuda_corners:
-                cuda.factor_corner_(H, lo, hi, inverse[:width, :width], status, pulls)
+                cuda.factor_corner_(H, lo, hi, inverses[:, 0, :width, :width], status, pulls)
             else:
-                corner_kernel[(1,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
-                invert(H[lo:hi, lo:hi], inverse[None], width)
+                corner_kernel[(matrices,)](*taken, lo, width, num_warps=CORNER_WARPS, **fixed)
+                invert(H[:, lo:hi, lo:hi], inverses, width)
             if lo:
-                panel_kernel[(-(-lo // PANEL["ROWS"]),)](*taken, inverse, lo, width, **PANEL, **fixed)
+                panel_kernel[(-(-lo // PANEL["ROWS"]), matrices)](*taken, inverses, lo, width, **PANEL, **fixed)
             hi = lo
-    return not status.item()
+    return status == 0
 
 
-_CHOLESKY = {"native": _cholesky_native_, "triton": _cholesky_triton_}
+_CHOLESKY = {
+    "reference": _cholesky_,
+    "native": _cholesky_native_,
+    "triton": _cholesky_triton_,
+    "whole": _cholesky_whole_,
+}

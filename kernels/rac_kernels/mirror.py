@@ -35,7 +35,7 @@ def symmetrize_(H: Tensor, backend: str = "auto") -> Tensor:
 
 @torch.library.custom_op("rac::symmetrize_", mutates_args=("H",))
 def _mirror_op(H: Tensor, backend: str) -> None:
-    mirror(backend)(H, True)
+    mirror(backend)(H[None], True)
 
 
 @_mirror_op.register_fake
@@ -43,69 +43,72 @@ def _(H: Tensor, backend: str) -> None:
     return None
 
 
-def mirror(backend: str) -> Callable[[Tensor, bool], bool]:
-    """The backend's f(H, down) -> finite: copies the strictly upper triangle onto the lower one, or (``down`` False)
-    back; False if what is copied, or the diagonal, holds NaN or infinity."""
+def mirror(backend: str) -> Callable[[Tensor, bool], Tensor]:
+    """The backend's f(H, down) -> finite: copies each H [matrices, n, n]'s strictly upper triangle onto the lower one,
+    or (``down`` False) back. finite [matrices] bool: no NaN or infinity in what is copied or on the diagonal. On a GPU
+    nothing waits for the device."""
     return {"native": mirror_native_, "triton": mirror_triton_}.get(backend, mirror_reference_)
 
 
-def mirror_reference_(H: Tensor, down: bool) -> bool:
+def mirror_reference_(H: Tensor, down: bool) -> Tensor:
     """In plain torch, for any device, dtype and strides."""
-    source = H if down else H.T
-    n = H.shape[0]
-    finite = True
+    source = H if down else H.mT
+    n = H.shape[1]
+    finite = torch.ones(len(H), dtype=torch.bool, device=H.device)
     for lo in range(0, n, SIDE):
         hi = min(lo + SIDE, n)
-        corner, rows = source[lo:hi, lo:hi], source[lo:hi, hi:]
+        corner, rows = source[:, lo:hi, lo:hi], source[:, lo:hi, hi:]
         upper = corner.triu()
-        corner.copy_(upper + upper.triu(1).T)
-        source[hi:, lo:hi] = rows.T
-        finite = finite and bool(upper.isfinite().all() and rows.isfinite().all())
+        corner.copy_(upper + upper.triu(1).mT)
+        source[:, hi:, lo:hi] = rows.mT
+        finite &= upper.isfinite().flatten(1).all(1) & rows.isfinite().flatten(1).all(1)
     return finite
 
 
-def mirror_native_(H: Tensor, down: bool) -> bool:
-    return native.library().mirror(H.data_ptr(), H.shape[0], H.stride(0), down, native.threads()) == native.DONE
+def mirror_native_(H: Tensor, down: bool) -> Tensor:
+    run, threads = native.library().mirror, native.threads()
+    ended = [run(one.data_ptr(), len(one), one.stride(0), down, threads) for one in H]
+    return torch.tensor([end == native.DONE for end in ended], dtype=torch.bool)
 
 
 @gpu.jit("n")
-def mirror_kernel(H, h_stride, spoilt, n, DOWN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One tile: transposed onto its opposite. spoilt becomes 1 if it holds NaN or infinity."""
+def mirror_kernel(H, h_matrix, h_row, spoilt, n, DOWN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One tile: transposed onto its opposite. spoilt[matrix] becomes 1 if it holds NaN or infinity."""
     row = tl.program_id(0)
     column = tl.program_id(1)
-    h_stride = tl.cast(h_stride, tl.int64)
+    h_row = tl.cast(h_row, tl.int64)
     if row <= column:
+        H += tl.program_id(2).to(tl.int64) * h_matrix
         inside = tl.arange(0, BLOCK)
         i = row * BLOCK + inside
         j = column * BLOCK + inside
         exists = (i < n)[:, None] & (j < n)[None, :]
         if DOWN:
             upper = exists & (i[:, None] <= j[None, :])
-            tile = tl.load(H + i[:, None] * h_stride + j[None, :], mask=upper, other=0.0)
+            tile = tl.load(H + i[:, None] * h_row + j[None, :], mask=upper, other=0.0)
             lower = tl.trans(exists & (i[:, None] < j[None, :]))
-            tl.store(H + j[:, None] * h_stride + i[None, :], tl.trans(tile), mask=lower)
+            tl.store(H + j[:, None] * h_row + i[None, :], tl.trans(tile), mask=lower)
         else:
             lower = tl.trans(exists & (i[:, None] <= j[None, :]))
-            tile = tl.load(H + j[:, None] * h_stride + i[None, :], mask=lower, other=0.0)
+            tile = tl.load(H + j[:, None] * h_row + i[None, :], mask=lower, other=0.0)
             upper = exists & (i[:, None] < j[None, :])
-            tl.store(H + i[:, None] * h_stride + j[None, :], tl.trans(tile), mask=upper)
+            tl.store(H + i[:, None] * h_row + j[None, :], tl.trans(tile), mask=upper)
         bad = tl.max(tl.max((tl.abs(tile) < float("inf")).to(tl.int32) ^ 1, 1), 0)  # NaN fails every comparison
         if bad > 0:
-            tl.store(spoilt, 1)
+            tl.store(spoilt + tl.program_id(2), 1)
 
 
 BLOCK, WARPS = 64, 8
 
 
-def mirror_triton_(H: Tensor, down: bool) -> bool:
-    """Waits for the device once, to say whether H is finite; not while a CUDA graph is captured, which says True."""
-    spoilt = torch.zeros(1, dtype=torch.int32, device=H.device)
-    tiles = -(-H.shape[0] // BLOCK)
-    if tiles:
+def mirror_triton_(H: Tensor, down: bool) -> Tensor:
+    """All matrices in one launch."""
+    matrices, n = H.shape[:2]
+    spoilt = torch.zeros(matrices, dtype=torch.int32, device=H.device)
+    tiles = -(-n // BLOCK)
+    if tiles and matrices:
         with torch.cuda.device_of(H):
-            mirror_kernel[(tiles, tiles)](
-                H, H.stride(0), spoilt, H.shape[0], DOWN=down, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            mirror_kernel[(tiles, tiles, matrices)](
+                H, *H.stride()[:2], spoilt, n, DOWN=down, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
             )
-    if gpu.capturing():
-        return True
-    return not spoilt.item()
+    return spoilt == 0

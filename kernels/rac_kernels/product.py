@@ -30,8 +30,10 @@ INVERTED = 32  # columns of an inverse a program
 @gpu.jit("rows", "depth", "columns", "part_depth")
 def product_kernel(  # type: ignore[no-untyped-def]
     A,
+    a_matrix,
     a_row,
     B,
+    b_matrix,
     b_row,
     b_column,
     out,
@@ -43,8 +45,11 @@ def product_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """out[p] = A[:, depths of part p] B[depths of part p, :]; A [rows, depth] has contiguous rows."""
+    """out[m, p] = A[m, :, depths of part p] B[m, depths of part p, :]; A [m, rows, depth] has contiguous rows."""
     part = tl.program_id(1)
+    matrix = tl.program_id(2).to(tl.int64)
+    A += matrix * a_matrix
+    B += matrix * b_matrix
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     k = part * part_depth + tl.arange(0, STEP)
@@ -61,7 +66,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(a, b, sums, input_precision="tf32x3")
         left += STEP
         right += STEP * b_row
-    own = out + (tl.cast(part, tl.int64) * rows + i[:, None]) * COLUMNS + j[None, :]
+    own = out + ((matrix * tl.num_programs(1) + part) * rows + i[:, None]) * COLUMNS + j[None, :]
     tl.store(own, sums, mask=(i < rows)[:, None])
 
 
@@ -74,28 +79,33 @@ def parts(tiles: int, depth: int) -> tuple[int, int]:
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """A [rows, depth] B [depth, columns <= 128], both fp32, as a sum over the first dimension of the result
-    [parts, rows, 128], of which the columns beyond B's are zero. Without depth there are no parts."""
-    rows, depth = A.shape
+    """A [matrices, rows, depth] B [matrices, depth, columns <= 128], both fp32, as a sum over the second dimension of
+    the result [matrices, parts, rows, 128], of which the columns beyond B's are zero. Without depth there are no parts.
+
+    How many parts does not depend on how many matrices, and so no matrix's result on which others are there.
+    """
+    matrices, rows, depth = A.shape
     tiles = -(-rows // ROWS)
     count, each = parts(tiles, depth) if rows and depth else (0, 0)
-    out = torch.empty(count, rows, COLUMNS, dtype=torch.float32, device=A.device)
+    out = torch.empty(matrices, count, rows, COLUMNS, dtype=torch.float32, device=A.device)
     if out.numel():
-        product_kernel[(tiles, count)](
+        product_kernel[(tiles, count, matrices)](
             A,
             A.stride(0),
+            A.stride(1),
             B,
             B.stride(0),
             B.stride(1),
+            B.stride(2),
             out,
             rows,
             depth,
-            B.shape[1],
+            B.shape[2],
             each,
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             STEP=STEP,
-            num_warps=WARPS if B.stride(1) == 1 else WARPS_TRANSPOSED,
+            num_warps=WARPS if B.stride(2) == 1 else WARPS_TRANSPOSED,
             num_stages=STAGES,
             enable_fp_fusion=True,
         )
@@ -104,15 +114,16 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 @gpu.jit("n", "size")
 def invert_kernel(  # type: ignore[no-untyped-def]
-    U, u_row, inverses, n, size, UNIT: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr
+    U, u_matrix, u_row, inverses, n, size, UNIT: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr
 ):
-    """PART columns of the inverse of one of the corners that U's diagonal is cut into."""
+    """PART columns of the inverse of one of the corners that a matrix U's diagonal is cut into."""
     lo = tl.program_id(0) * size
+    matrix = tl.program_id(2).to(tl.int64)
     width = tl.minimum(size, n - lo)
     i = tl.arange(0, COLUMNS)
     j = tl.program_id(1) * PART + tl.arange(0, PART)
     u_row = tl.cast(u_row, tl.int64)
-    corner = U + lo * (u_row + 1)
+    corner = U + matrix * u_matrix + lo * (u_row + 1)
     X = (i[:, None] == j[None, :]).to(tl.float32)
     for step in range(width):  # back substitution, U's columns divided by its diagonal
         k = width - 1 - step
@@ -120,21 +131,22 @@ def invert_kernel(  # type: ignore[no-untyped-def]
         X -= u[:, None] * tl.sum(tl.where((i == k)[:, None], X, 0.0), 0)[None, :]
     if not UNIT:
         X /= tl.load(corner + i * (u_row + 1), mask=i < width, other=1.0)[:, None]
-    own = inverses + tl.program_id(0).to(tl.int64) * (COLUMNS * COLUMNS)
+    own = inverses + (matrix * tl.num_programs(0) + tl.program_id(0)) * (COLUMNS * COLUMNS)
     tl.store(own + i[:, None] * COLUMNS + j[None, :], X)
 
 
 def invert(U: Tensor, inverses: Tensor, size: int, unit: bool = False) -> None:
-    """inverses[b] [128, 128] = inv(U_bb), padded with the identity, for the corners of ``size`` <= 128 columns that
-    U's diagonal is cut into. ``unit``: inv(U_bb Λ⁻¹), Λ being U_bb's diagonal, so that its own is exactly 1.
+    """inverses[m, b] [128, 128] = inv(U[m]_bb), padded with the identity, for the corners of ``size`` <= 128 columns
+    that U's diagonal is cut into. ``unit``: inv(U_bb Λ⁻¹), Λ being U_bb's diagonal, so that its own is exactly 1.
 
-    U: [n, n] fp32 with contiguous rows; its upper triangle is read.
+    U: [matrices, n, n] fp32 with contiguous rows; its upper triangle is read.
     """
-    invert_kernel[(len(inverses), COLUMNS // INVERTED)](
+    invert_kernel[(inverses.shape[1], COLUMNS // INVERTED, len(inverses))](
         U,
         U.stride(0),
+        U.stride(1),
         inverses,
-        U.shape[0],
+        U.shape[1],
         size,
         UNIT=unit,
         COLUMNS=COLUMNS,

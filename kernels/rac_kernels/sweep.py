@@ -401,7 +401,7 @@ def _triton(
     tiles, walks = -(-rows // TILE["ROWS"]), -(-rows // WALK["ROWS"])
     fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
     with torch.cuda.device_of(W):
-        invert(U, inverses, block_size, unit=True)
+        invert(U[None], inverses[None], block_size, unit=True)
         if not group:
             selection = Selection(len(row_groups), W.device)
             tables = _row_table(tuple(row_groups), W.device)
@@ -409,7 +409,7 @@ def _triton(
         for inverse, lo in zip(inverses, range(0, n, block_size), strict=True):
             width = min(block_size, n - lo)
             block = (rows, n, lo, width)
-            pulls = product(D[:, :lo], U[:lo, lo : lo + width])
+            pulls = product(D[None, :, :lo], U[None, :lo, lo : lo + width])[0]
             moved = (scales, pulls, inverse)
             if group:
                 pattern_kernel[(tiles,)](

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import Factor, FactorError, cuda, factor_
+from rac_kernels import Factor, FactorError, cuda, factor_, factor_batch_
 from tests.kernels.gram import KINDS, gram
 
 GPU = torch.cuda.is_available()
@@ -61,6 +62,41 @@ def test_escalation_and_its_end():
     assert error(found.U, damped(H, found)) < 2e-6
     with pytest.raises(FactorError, match=r"not positive definite with damping 0.01"):
         factor_(H, max_damping=0.05, backend="triton")
+
+
+@pytest.mark.parametrize("n", [20, 130] + ([1024, 3584] if GPU else []))
+def test_a_batch_is_its_matrices_alone(n):
+    """Bit for bit, inside a buffer of NaN; the second needs more damping than the others."""
+    plain = gram("plain", n)
+    matrices = [plain, plain - 0.5 * plain.diagonal().mean() * torch.eye(n), gram("dead", n)]
+    if not GPU and n > 100:  # the interpreter takes its time over each attempt
+        del matrices[1]
+    store = torch.full((len(matrices), n + 1, n + 5), torch.nan, device=DEVICE)
+    H = store[:, 1:, 2 : 2 + n]
+    H.copy_(torch.stack(matrices))
+    found = factor_batch_(H, max_damping=10, backend="triton")
+    for one, matrix in zip(found, matrices, strict=True):
+        alone = factor_(matrix.to(DEVICE), max_damping=10, backend="triton")
+        assert torch.equal(one.U, alone.U) and one.attempts == alone.attempts and torch.equal(one.dead, alone.dead)
+    H.fill_(torch.nan)
+    assert store.isnan().all()
+
+
+def test_a_batch_with_matrices_that_have_no_factor():
+    good = gram("plain", 30).to(DEVICE)
+    bad = good.clone()
+    bad[4, 20] = 1e9
+    with pytest.raises(FactorError, match=r"^H\[1\] .*not positive definite.*limit is 1$"):
+        factor_batch_(torch.stack([good, bad]), backend="triton")
+
+
+@pytest.mark.skipif(not GPU, reason="cuSOLVER")
+@pytest.mark.parametrize("n", [100, 2000])
+def test_cusolver_in_one_call(n, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("rac_kernels.factor"), "WHOLE", n)
+    matrices = [gram(kind, n).cuda() for kind in ("plain", "dead")]
+    for H, found in zip(matrices, factor_batch_(torch.stack(matrices)), strict=True):
+        assert error(found.U, damped(H, found)) < 2e-6 and torch.equal(found.U.tril(-1), H.tril(-1))
 
 
 def test_not_finite_is_refused():

@@ -20,22 +20,23 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("down", [True, False], ids=["down", "up"])
 @pytest.mark.parametrize("n", [1, 7, 64, 150] + ([3584, 8961] if GPU else []))
 def test_mirror(n: int, down: bool) -> None:
-    whole = torch.full((n + 2, n + 3), torch.nan, device=DEVICE)
-    H = whole[1 : n + 1, 1 : n + 1].copy_(torch.randn(n, n))
+    whole = torch.full((2, n + 2, n + 3), torch.nan, device=DEVICE)
+    H = whole[:, 1 : n + 1, 1 : n + 1]
+    H.copy_(torch.randn(2, n, n))
     kept = (H.triu() if down else H.tril()).clone()
-    assert mirror_triton_(H, down)
-    assert torch.equal(H, H.T) and torch.equal(H.triu() if down else H.tril(), kept)
-    H[n // 2, n // 2] = torch.nan
-    assert not mirror_triton_(H, down)
+    assert mirror_triton_(H, down).tolist() == [True, True]
+    assert torch.equal(H, H.mT) and torch.equal(H.triu() if down else H.tril(), kept)
+    H[1, n // 2, n // 2] = torch.nan
+    assert mirror_triton_(H, down).tolist() == [True, False]
     H.fill_(torch.nan)
     assert whole.isnan().all()
 
 
 def test_only_what_is_copied_must_be_finite() -> None:
-    H = torch.ones(130, 130, device=DEVICE)
-    H[100, 3] = torch.inf
+    H = torch.ones(1, 130, 130, device=DEVICE)
+    H[0, 100, 3] = torch.inf
     assert mirror_triton_(H, True) and torch.equal(H, torch.ones_like(H))
-    H[100, 3] = torch.inf
+    H[0, 100, 3] = torch.inf
     assert not mirror_triton_(H, False)
 
 

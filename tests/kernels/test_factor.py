@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rac_kernels import Factor, FactorError, factor_, native
+from rac_kernels import Factor, FactorError, factor_, factor_batch_, native, refactor_
 from tests.kernels.backends import CPU_FP32, running
 from tests.kernels.gram import KINDS, gram
 
 SIZES = [1, 7, 145, 300]
+MODULE = importlib.import_module("rac_kernels.factor")  # the package's name is the function
 
 
-@pytest.fixture(params=CPU_FP32)
-def backend(request):
+@pytest.fixture(params=["exact", *CPU_FP32])
+def backend(request, monkeypatch):
+    """The way of small matrices, in fp64, which is the same for all, and those of large ones."""
+    if request.param == "exact":
+        yield "auto"
+        return
+    monkeypatch.setattr(MODULE, "EXACT", 0)
     with running(request.param) as name:
         yield name
 
@@ -167,6 +175,8 @@ def test_empty(backend):
 def test_arguments_that_cannot_be_meant(H):
     with pytest.raises(ValueError, match="square fp32"):
         factor_(H)
+    with pytest.raises(ValueError, match="square fp32"):
+        factor_batch_(H[None] if H.ndim > 1 else H)
 
 
 def test_damping_outside_its_limits():
@@ -189,8 +199,83 @@ def test_any_shape(n, kind, damping, seed):
     assert error(found.U, damped(H, found)) < 5e-6
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
+    rows=st.integers(0, 9),
+    below=st.integers(0, 2),
+    exact=st.booleans(),
+)
+def test_any_strides_and_batch(n, kinds, rows, below, exact):
+    """Inside a buffer of NaN whose rows and matrices are further apart; each as if it were alone."""
+    store = torch.full((len(kinds), n + below, n + rows), torch.nan)
+    H = store[:, :n, rows:]
+    matrices = [gram(kind, n, seed) for seed, kind in enumerate(kinds)]
+    H.copy_(torch.stack(matrices))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "EXACT", MODULE.EXACT if exact else 0)
+        found = factor_batch_(H)
+        alone = [factor_(matrix.clone()) for matrix in matrices]
+    for one, other, own in zip(found, alone, H, strict=True):
+        assert torch.equal(one.U, other.U) and one.attempts == other.attempts and one.ridge == other.ridge
+        assert torch.equal(one.dead, other.dead) and torch.equal(one.diagonal, other.diagonal)
+        assert one.U.data_ptr() == own.data_ptr()
+    H.fill_(torch.nan)
+    assert store.isnan().all()
+
+
+def test_batch_raises_the_damping_of_those_that_need_it(backend):
+    plain, n = gram("plain", 200), 200
+    indefinite = plain - 0.5 * plain.diagonal().mean() * torch.eye(n)
+    matrices = [plain, indefinite, gram("dead", n)]
+    found = factor_batch_(torch.stack(matrices), max_damping=10, backend=backend)
+    assert [one.attempts for one in found] == [[0.01], pytest.approx([0.01, 0.1, 1.0]), [0.01]]
+    for H, one in zip(matrices, found, strict=True):
+        assert error(one.U, damped(H, one)) < 2e-6
+        assert torch.equal(one.U.tril(-1), H.tril(-1))
+
+
+def test_batch_names_each_matrix_that_has_no_factor(backend):
+    good = gram("plain", 30)
+    batch = torch.stack([good, good * torch.nan, good, -good])
+    with pytest.raises(FactorError, match=r"^H\[1\] \[30, 30\] holds inf.*; H\[3\] \[30, 30\] is no Gram matrix"):
+        factor_batch_(batch, backend=backend)
+    worse = good - 2 * good.diagonal().max() * torch.eye(30)
+    worse.diagonal().abs_()
+    worse[0, 1] = worse[1, 0] = 1e6
+    with pytest.raises(FactorError, match=r"^H\[1\] .* not positive definite with damping 0.01, 0.1, 1; .* is 1$"):
+        factor_batch_(torch.stack([good, worse]), backend=backend)
+
+
+def test_refactor_of_what_is_not_positive_definite(backend):
+    found = factor_(gram("plain", 150), backend=backend)
+    U = found.U.clone()
+    refactor_(found, torch.zeros(150), backend)
+    torch.testing.assert_close(found.U, U, rtol=1e-4, atol=1e-3)
+    with pytest.raises(FactorError, match="what was added"):
+        refactor_(found, torch.full((150,), -2e6), backend)
+
+
+def test_empty_batches(backend):
+    assert factor_batch_(torch.empty(0, 5, 5), backend=backend) == []
+    assert len(factor_batch_(torch.empty(3, 0, 0), backend=backend)) == 3
+
+
+def test_the_one_call_that_auto_leaves_to_a_gpus_solver():
+    """On the CPU here, as the same call of torch's."""
+    matrices = [gram(kind, 140) for kind in KINDS]
+    H = torch.stack(matrices)
+    diagonals, _, used = torch.ops.rac.factor_(H, 0.01, 1.0, "whole")
+    for U, matrix, diagonal, (damping, ridge) in zip(H, matrices, diagonals, used.tolist(), strict=True):
+        expected = damped(matrix, Factor(U, diagonal, diagonal == 0, 0.01, torch.tensor([damping, ridge])))
+        assert error(U, expected) < 2e-6 and torch.equal(U.tril(-1), matrix.tril(-1))
+
+
 @pytest.mark.skipif(not native.available(), reason="needs the native extension")
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize("exact", [True, False])
+def test_threads_do_not_change_a_bit(exact, monkeypatch):
+    monkeypatch.setattr(MODULE, "EXACT", MODULE.EXACT if exact else 0)
     H = gram("correlated", 700)
     found = []
     for threads in (1, 2, 5):
@@ -199,6 +284,27 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_registered_op():
-    H = gram("plain", 50)
-    torch.library.opcheck(torch.ops.rac.factor_, (H, 0.01, 1.0, "reference"))
+def test_registered_ops():
+    H = torch.stack([gram("plain", 50), gram("dead", 50)])
+    for backend in ("reference", "native") if native.available() else ("reference",):
+        torch.library.opcheck(torch.ops.rac.factor_, (H.clone(), 0.01, 1.0, backend))
+        torch.library.opcheck(torch.ops.rac.refactor_, (H[0].clone(), H[0].diagonal().clone(), backend))
+
+
+def test_composes_with_torch_compile():
+    """What a factor's numbers are is asked outside; errors are the same ones."""
+
+    def solve(H: Tensor, added: Tensor) -> tuple[Factor, Tensor, list[Tensor]]:
+        found = factor_(H * 2, 0.02)
+        U = found.U.triu()
+        refactor_(found, added)
+        return found, U, [one.U.triu() for one in factor_batch_(torch.stack([H, H + 1]))]
+
+    compiled = torch.compile(solve, backend="aot_eager", fullgraph=True)
+    H, added = gram("plain", 40), torch.rand(40)
+    (found, U, several), (wanted, wanted_U, wanted_several) = compiled(H, added), solve(H, added)
+    assert torch.equal(found.U, wanted.U) and torch.equal(U, wanted_U)
+    assert (found.damping, found.ridge, found.attempts) == (0.02, wanted.ridge, [0.02])
+    assert all(torch.equal(one, other) for one, other in zip(several, wanted_several, strict=True))
+    with pytest.raises(FactorError, match="infinities or NaN"):
+        compiled(H * torch.nan, added)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from rac_kernels import roofline
 
@@ -28,8 +27,9 @@ def test_counts() -> None:
 
 
 def test_the_slower_of_arithmetic_and_memory_is_the_limit() -> None:
-    peaks = {"bf16": 200.0, "fp16": 200.0, "fp32": 100.0, "bytes": 10.0}
-    assert roofline.limit_seconds(400, 10, peaks, torch.bfloat16) == 2
+    peaks = {"bf16": 200.0, "fp16": 200.0, "fp32": 100.0, "tf32x3": 160.0, "bytes": 10.0}
+    assert roofline.limit_seconds(400, 10, peaks, "bf16") == 2
+    assert roofline.limit_seconds(400, 10, peaks, "tf32x3") == 2.5
     assert roofline.limit_seconds(400, 10, peaks) == 4
     assert roofline.limit_seconds(400, 80, peaks) == 8
     assert roofline.share_of_limit(16, 400, 80, peaks) == 0.5
@@ -37,5 +37,5 @@ def test_the_slower_of_arithmetic_and_memory_is_the_limit() -> None:
 
 def test_measured_peaks() -> None:
     peaks = roofline.measure_peaks("cpu", seconds=0.01)
-    assert set(peaks) == {"bf16", "fp16", "fp32", "bytes"}
+    assert set(peaks) == {"bf16", "fp16", "fp32", "tf32x3", "bytes"}
     assert all(value > 1e8 for value in peaks.values())

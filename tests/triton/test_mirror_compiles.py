@@ -17,9 +17,9 @@ def test_mirror(aligned: bool, down: bool, capability: int) -> None:
     found = compile_for(
         capability,
         mirror.mirror_kernel,
-        {"H": "*fp32", "h_stride": "i32", "spoilt": "*i32", "n": "i32"},
+        {"H": "*fp32", "h_matrix": "i32", "h_row": "i32", "spoilt": "*i32", "n": "i32"},
         {"DOWN": down, "BLOCK": mirror.BLOCK},
-        ("H", "spoilt", *(("h_stride",) if aligned else ())),
+        ("H", "spoilt", *(("h_matrix", "h_row") if aligned else ())),
         num_warps=mirror.WARPS,
         enable_fp_fusion=True,
     )

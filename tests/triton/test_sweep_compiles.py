@@ -18,7 +18,8 @@ factor, product, select, sweep = (
 
 FLOATS = ["A", "B", "D", "H", "Q", "U", "inverse", "inverses", "out", "pulls", "scales", "scores", "thresholds"]
 #: What sizes and strides are multiples of 16: all for most models; a block size of 60 leaves lo; odd n leaves none.
-ALIGNED = {"whole": ("n", "lo", "u_row", "h_row", "a_row", "b_row", "b_column"), "odd block": ("n", "u_row"), "odd": ()}
+STRIDES = ("u_row", "h_row", "a_row", "b_row", "b_column", "u_matrix", "h_matrix", "a_matrix", "b_matrix")
+ALIGNED = {"whole": ("n", "lo", *STRIDES), "odd block": ("n", "u_row", "u_matrix"), "odd": ()}
 
 
 @pytest.fixture(params=CAPABILITIES)
