@@ -8,7 +8,7 @@ from __future__ import annotations
 import common
 from common import OURS, Bench, Measurement
 
-from rac_kernels import kth_smallest, roofline
+from rac_kernels import cuda, kth_smallest, roofline
 from rac_kernels.select import Selection
 
 
@@ -22,7 +22,7 @@ def one(bench: Bench, rows: int) -> list[Measurement]:
         "torch: kthvalue": lambda: scores.kthvalue(k),
     }
     if bench.cuda():
-        selection = Selection(1, scores.device)
+        selection = Selection(1, scores.device, "cuda" if cuda.usable(scores.device) else "triton")
         cases[OURS] = lambda: selection.run(scores, [len(scores)], [k])
     return bench.measure("select", f"{rows}x128", rows, cases, flops=float(count), moved=roofline.select_bytes(count))
 

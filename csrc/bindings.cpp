@@ -202,6 +202,7 @@ PYBIND11_MODULE(_native, m) {
 #if defined(RAC_CUDA)
     m.attr("cuda") = RAC_CUDA;
     m.attr("cuda_missing") = "";
+    m.def("cuda_check", [](int device) { check_cuda(rac_cuda_usable(device)); }, "Raise unless it can run the kernels");
     m.attr("cuda_select_groups") = rac_cuda_select_groups();
     m.attr("cuda_select_state") = rac_cuda_select_state();
     m.def(

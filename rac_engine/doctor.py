@@ -240,16 +240,27 @@ def _native() -> list[Finding]:
 def _gpus() -> list[Finding]:
     import torch
 
+    from rac_kernels import cuda
+
     if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return [
-            Finding(
-                f"GPU {i}",
-                "ok",
-                f"{gpu.name}, {format_bytes(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}",
-            )
-            for i, gpu in enumerate(devices)
-        ]
+        found = []
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            what = f"{gpu.name}, {format_bytes(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
+            found.append(Finding(f"GPU {i}", "ok", what))
+            if why := cuda.why_unusable(torch.device("cuda", i)):
+                found.append(
+                    Finding(
+                        f"CUDA kernels on GPU {i}",
+                        "note",
+                        f"not used: {why}",
+                        "factor and selection run in Triton's kernels alone: as good, but slower",
+                        "with nvcc and a driver for its CUDA version: pip install --no-build-isolation -e .",
+                    )
+                )
+            else:
+                found.append(Finding(f"CUDA kernels on GPU {i}", "ok", "factor's corners and selection"))
+        return found
     costs = "everything runs on the CPU: right for models of some millions of parameters, slow for billions"
     if torch.version.cuda is None:
         return [

@@ -258,6 +258,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 const char* rac_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
+int rac_cuda_usable(int device) {
+    int before = 0;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && device >= 0) error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, factor_corner);
+    if (device >= 0) cudaSetDevice(before);
+    cudaGetLastError();  // or whoever asks next is told of it
+    return error;
+}
+
 int rac_cuda_factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, int64_t first, int size,
                            const float* pulls, int parts, int64_t part_stride, int64_t pull_stride,
                            int64_t pull_matrix_stride, float* inverse, int64_t inverse_stride,

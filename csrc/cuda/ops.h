@@ -11,6 +11,10 @@ extern "C" {
 // What an error code means.
 const char* rac_cuda_error(int error);
 
+// No error if the device (below 0: the current one) can run what was compiled here: the driver is new enough, and there
+// is code for it.
+int rac_cuda_usable(int device);
+
 // For each of `batch` matrices H (matrix_stride apart, row stride h_stride): the corner of size <= 128 that starts at
 // row and column `first`, less the sum of pulls[part][first + i][j] over the parts (part_stride apart, row stride
 // pull_stride), -> U with this = U U^T, in the upper triangle alone, and inverse [size, size] = inv(U), zeros below the

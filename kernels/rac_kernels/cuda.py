@@ -24,9 +24,38 @@ def why_missing() -> str:
     return f"the native extension is missing: {native.info()['why_missing']}"
 
 
-def available() -> bool:
-    """Whether the CUDA kernels were built."""
+def built() -> bool:
+    """Whether the extension has them, which says nothing of a device."""
     return not why_missing()
+
+
+def why_unusable(device: torch.device) -> str:
+    """Why they cannot run on this device, or "" if they can: they are built, it is a GPU, the driver is new enough for
+    them and there is code for its compute capability."""
+    if device.type != "cuda":
+        return f"{device} is no GPU"
+    return why_missing() or _refusal(-1 if device.index is None else device.index)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether they can run on this device. Asked once of each; before that not while a CUDA graph is captured."""
+    return not why_unusable(device)
+
+
+_refusals: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _refusal(index: int) -> str:
+    """Why the device of that number (-1: the current one) cannot run them. A table keeps it: what functools caches
+    torch.compile would trace into."""
+    if index not in _refusals:
+        try:
+            native.library().cuda_check(index)
+            _refusals[index] = ""
+        except RuntimeError as error:
+            _refusals[index] = f"the CUDA kernels do not run on it ({error})"
+    return _refusals[index]
 
 
 def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor, pulls: Tensor | None = None) -> None:

@@ -9,7 +9,9 @@ Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774), for damping and de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,7 +121,7 @@ def _way(H: Tensor, damping: float, max_damping: float, backend: str) -> str:
         raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
     if backend == "auto" and H.is_cuda and H.shape[-1] <= WHOLE:
         return "whole"
-    return choose(backend, H.device, triton=True)
+    return choose(backend, H.device, triton=True, cuda=True)
 
 
 def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
@@ -130,7 +132,7 @@ def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
     """
     if added.shape != factor.diagonal.shape:
         raise ValueError(f"added must be {list(factor.diagonal.shape)}, not {list(added.shape)}")
-    _refactor_op(factor.U, factor.damped + added, choose(backend, factor.U.device, triton=True))
+    _refactor_op(factor.U, factor.damped + added, choose(backend, factor.U.device, triton=True, cuda=True))
 
 
 @torch.library.custom_op("rac::refactor_", mutates_args={"U"})
@@ -327,9 +329,8 @@ CORNER_WARPS = 8
 PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
 
 
-def _cholesky_triton_(H: Tensor) -> Tensor:
-    """As `_cholesky_`; nothing waits for the device. Corners are a CUDA kernel's work where there is one."""
-    cuda_corners = H.is_cuda and cuda.available()
+def _cholesky_triton_(H: Tensor, cuda_corners: bool = False) -> Tensor:
+    """As `_cholesky_`; nothing waits for the device."""
     matrices, hi = H.shape[:2]
     inverses = torch.zeros(matrices, 1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
     status = torch.zeros(matrices, dtype=torch.int32, device=H.device)
@@ -351,9 +352,10 @@ def _cholesky_triton_(H: Tensor) -> Tensor:
     return status == 0
 
 
-_CHOLESKY = {
+_CHOLESKY: dict[str, Callable[[Tensor], Tensor]] = {
     "reference": _cholesky_,
     "native": _cholesky_native_,
     "triton": _cholesky_triton_,
+    "cuda": partial(_cholesky_triton_, cuda_corners=True),
     "whole": _cholesky_whole_,
 }

@@ -47,7 +47,8 @@ def mirror(backend: str) -> Callable[[Tensor, bool], Tensor]:
     """The backend's f(H, down) -> finite: copies each H [matrices, n, n]'s strictly upper triangle onto the lower one,
     or (``down`` False) back. finite [matrices] bool: no NaN or infinity in what is copied or on the diagonal. On a GPU
     nothing waits for the device."""
-    return {"native": mirror_native_, "triton": mirror_triton_}.get(backend, mirror_reference_)
+    ways = {"native": mirror_native_, "triton": mirror_triton_, "cuda": mirror_triton_}
+    return ways.get(backend, mirror_reference_)
 
 
 def mirror_reference_(H: Tensor, down: bool) -> Tensor:

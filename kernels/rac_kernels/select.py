@@ -188,13 +188,13 @@ def _group_table(counts: tuple[int, ...], ks: tuple[int, ...], device: torch.dev
 
 
 class Selection:
-    """The k smallest scores of several groups at once, on a GPU, without waiting for it: in one CUDA launch where the
-    extension has the kernel, else in four of Triton's."""
+    """The k smallest scores of several groups at once, on a GPU, without waiting for it: in one launch of "cuda", in
+    four of "triton"."""
 
-    def __init__(self, groups: int, device: torch.device) -> None:
+    def __init__(self, groups: int, device: torch.device, backend: str) -> None:
         self.thresholds = torch.empty(groups, dtype=torch.float32, device=device)
         self.last = torch.empty(groups, dtype=torch.int64, device=device)
-        self._cuda = device.type == "cuda" and cuda.available()
+        self._cuda = backend == "cuda"
         if self._cuda:
             self._state = cuda.selection_state(groups, device)
         else:

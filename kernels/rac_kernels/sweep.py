@@ -13,7 +13,8 @@ Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774). Masks and weights 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def sweep(
         raise ValueError(f"W must be floating point and U fp32, not {W.dtype} and {U.dtype}")
     if U.shape != (n, n) or U.device != W.device or (dead is not None and dead.shape != (n,)):
         raise ValueError(f"U must be [{n}, {n}] on {W.device} to fit W, dead [{n}], not {list(U.shape)} on {U.device}")
-    chosen = choose(backend, W.device, triton=block_size <= COLUMNS and U.dtype == torch.float32)
+    kernels = block_size <= COLUMNS and U.dtype == torch.float32
+    chosen = choose(backend, W.device, triton=kernels, cuda=kernels)
     return _sweep_op(W, U, dead, sparsity, keep, group, block_size, groups, chosen)
 
 
@@ -94,9 +96,12 @@ def _sweep_op(
     backend: str,
 ) -> Tensor:
     """keep = group = 0 is unstructured."""
-    run = {"native": _native, "triton": _triton}.get(backend, _reference)
-    if U.dtype != torch.float32:
-        run = _reference
+    ways: dict[str, Callable[..., Tensor]] = {
+        "native": _native,
+        "triton": _triton,
+        "cuda": partial(_triton, selection="cuda"),
+    }
+    run = ways.get(backend, _reference) if U.dtype == torch.float32 else _reference
     return run(W, U, dead, sparsity, keep, group, block_size, row_groups)
 
 
@@ -383,6 +388,7 @@ def _triton(
     group: int,
     block_size: int,
     row_groups: Sequence[int],
+    selection: str = "triton",
 ) -> Tensor:
     """Nothing waits for the device but the check of W, which is left out while a CUDA graph is captured."""
     if not gpu.capturing() and not W.isfinite().all():
@@ -403,7 +409,7 @@ def _triton(
     with torch.cuda.device_of(W):
         invert(U[None], inverses[None], block_size, unit=True)
         if not group:
-            selection = Selection(len(row_groups), W.device)
+            selected = Selection(len(row_groups), W.device, selection)
             tables = _row_table(tuple(row_groups), W.device)
             scores = torch.empty(rows * block_size, dtype=torch.float32, device=W.device)
         for inverse, lo in zip(inverses, range(0, n, block_size), strict=True):
@@ -418,7 +424,7 @@ def _triton(
                 continue
             score_kernel[(tiles,)](D, Q, *moved, scores, *block, len(pulls), STEP=STEP, **TILE, **fixed)
             counts = [count * width for count in row_groups]
-            selection.run(scores, counts, [zeros_of(sparsity, count) for count in counts])
-            found = (selection.thresholds, selection.last)
+            selected.run(scores, counts, [zeros_of(sparsity, count) for count in counts])
+            found = (selected.thresholds, selected.last)
             threshold_kernel[(walks,)](D, Q, inverse, scores, *found, *tables, *block, **WALK, **fixed)
     return Q

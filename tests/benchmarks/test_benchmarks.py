@@ -137,7 +137,7 @@ def spy(kernel, grid):
 
 Kernel.__getitem__ = spy
 rac_kernels.gpu.processors = lambda device: 132  # sums are split as on a large GPU
-small.main("cpu", "triton", 132, 1100, (small.torch.float16,), 3000)
+small.main("cpu", 132, 1100, (small.torch.float16,), 3000)
 print(sorted({name(kernel) for kernel in kernels if kernel.fn.__name__.endswith("_kernel")} - seen))
 """
 

@@ -15,7 +15,7 @@ from rac_kernels import cuda, native
 from tests.cuda.host import ROOT
 from tests.cuda.test_compiles import build_script
 
-built = pytest.mark.skipif(not cuda.available(), reason=cuda.why_missing() or "built")
+built = pytest.mark.skipif(not cuda.built(), reason=cuda.why_missing() or "built")
 
 
 def test_off_and_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +65,17 @@ def test_without_a_driver_a_launch_is_refused() -> None:
         library.cuda_factor_corner(0, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0)
     with pytest.raises(RuntimeError, match="CUDA: "):
         library.cuda_select(0, [1], [1], 0, 0, 0, 0)
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_built_is_not_usable() -> None:
+    """Asked of CUDA itself, which finds no driver here, and kept."""
+    device = torch.device("cuda:0")
+    assert not cuda.usable(device) and "CUDA: " in cuda.why_unusable(device)
+    assert cuda.why_unusable(torch.device("cpu")) == "cpu is no GPU"
+    asked = torch.compile(lambda x: x + len(cuda.why_unusable(device)), backend="eager", fullgraph=True)
+    assert asked(torch.zeros(())) == len(cuda.why_unusable(device))
 
 
 @built

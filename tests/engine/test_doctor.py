@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
+import torch
 
 import rac_kernels
 from rac_engine import doctor
 from rac_engine.doctor import Finding, code_sha256, examine, render, surroundings
-from rac_kernels import native
+from rac_kernels import cuda, native
 
 
 def _by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -74,3 +76,15 @@ def test_the_code_is_told_by_its_digests() -> None:
     told = surroundings("cpu")
     assert told["code.rac_engine"] == found["rac_engine"]
     assert told["versions.pyarrow"] == pyarrow.__version__
+
+
+def test_whether_the_cuda_kernels_run_is_asked_of_each_gpu(monkeypatch):
+    gpu = SimpleNamespace(name="Some GPU", total_memory=80 << 30, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(cuda, "why_unusable", lambda device: "no code for it" if device.index else "")
+    found = _by_name(doctor._gpus())
+    assert found["GPU 1"].status == found["CUDA kernels on GPU 0"].status == "ok"
+    assert found["CUDA kernels on GPU 1"].found == "not used: no code for it"
+    assert "Triton" in found["CUDA kernels on GPU 1"].costs and found["CUDA kernels on GPU 1"].mend

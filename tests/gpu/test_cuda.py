@@ -11,7 +11,8 @@ from tests.kernels.gram import gram
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-pytestmark = pytest.mark.skipif(not cuda.available(), reason=cuda.why_missing() or "built")
+UNUSABLE = cuda.why_unusable(torch.device("cuda"))
+pytestmark = pytest.mark.skipif(bool(UNUSABLE), reason=UNUSABLE or "usable")
 
 
 def damped(kind: str, n: int) -> Tensor:

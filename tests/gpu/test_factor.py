@@ -106,9 +106,12 @@ def test_not_finite_is_refused():
         factor_(H, backend="triton")
 
 
-@pytest.mark.skipif(not GPU or not cuda.available(), reason="needs a GPU and the CUDA kernels")
-def test_cuda_and_triton_corners_agree(monkeypatch):
-    H = gram("correlated", 700).cuda()
-    by_cuda = factor_(H.clone()).U
-    monkeypatch.setattr(cuda, "available", lambda: False)
-    torch.testing.assert_close(factor_(H.clone()).U.triu(), by_cuda.triu(), rtol=1e-4, atol=1e-4)
+@pytest.mark.skipif(not cuda.usable(torch.device(DEVICE)), reason="needs a GPU and the CUDA kernels")
+@pytest.mark.parametrize("kind", ["correlated", "dead"])
+def test_cuda_and_triton_corners_agree(kind):
+    H = gram(kind, 700).cuda()
+    by_cuda, by_triton = (factor_(H.clone(), backend=backend).U for backend in ("cuda", "triton"))
+    assert torch.equal(factor_(H.clone()).U, by_cuda)  # what "auto" takes
+    torch.testing.assert_close(by_triton.triu(), by_cuda.triu(), rtol=1e-4, atol=1e-4)
+    batch = factor_batch_(torch.stack([H, 2 * H]), backend="cuda")
+    assert torch.equal(batch[0].U, by_cuda)

@@ -144,11 +144,19 @@ struct cudaLaunchConfig_t {
     unsigned numAttrs;
 };
 
+struct cudaFuncAttributes {};
+
 inline const char* cudaGetErrorString(cudaError_t error) { return error ? "invalid value" : "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidValue : cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     const char* set = getenv("SHIM_MULTIPROCESSORS");
     return *value = set ? atoi(set) : 2, cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+    return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
