@@ -6,6 +6,7 @@ import common
 import published
 import torch
 from common import OURS, Bench, Measurement
+from torch import Tensor
 
 from rac_kernels import column_norm_accumulate_, roofline
 
@@ -13,9 +14,19 @@ from rac_kernels import column_norm_accumulate_, roofline
 def one(bench: Bench, n: int) -> list[Measurement]:
     X = bench.activations(n)
     s = torch.zeros(n, device=bench.device)
+    published_ = "published: norm of an fp32 copy"
+    exact = X.double().square().sum(0)
+
+    def error(found: Tensor) -> dict[str, str]:
+        return {"error": f"{((found.double() - exact).abs() / exact.max()).max().item():.1e}"}
+
+    extra = {
+        OURS: error(column_norm_accumulate_(s.clone(), X)),
+        published_: error(published.column_norm_(s.clone(), X)),
+    }
     cases: dict[str, common.Case] = {
         OURS: lambda: column_norm_accumulate_(s, X),
-        "published: norm of an fp32 copy": lambda: published.column_norm_(s, X),
+        published_: lambda: published.column_norm_(s, X),
         "torch: squares summed": lambda: s.add_(X.float().square().sum(0)),
     }
     return bench.measure(
@@ -25,6 +36,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         cases,
         flops=roofline.column_norm_flops(bench.tokens, n),
         moved=roofline.column_norm_bytes(bench.tokens, n),
+        extra=extra,
     )
 
 

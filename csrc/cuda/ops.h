@@ -29,9 +29,9 @@ int rac_cuda_factor_corner(float* H, int64_t h_stride, int64_t matrix_stride, in
 int rac_cuda_select_groups(void);
 int64_t rac_cuda_select_state(void);
 
-// scores: groups one after the other, `counts` elements each, non-negative; NaN counts as largest. The k[g] smallest of
-// group g, the earliest among equals, are those < thresholds[g] and those == thresholds[g] up to position last[g]
-// within the group (k = 0: both -1). counts and k are host arrays, 0 <= k <= counts < 2^32. state:
+// scores: groups one after the other, `counts` elements each; NaN counts as largest. The k[g] smallest of group g, the
+// earliest among equals, are those < thresholds[g] and those == thresholds[g] up to position last[g] within the group
+// (k = 0: -infinity and -1). counts and k are host arrays, 0 <= k <= counts < 2^32. state:
 // rac_cuda_select_state() bytes for each group, at most rac_cuda_select_groups() of them; zero before the first
 // call, and then as each call leaves it.
 int rac_cuda_select(const float* scores, int64_t groups, const int64_t* counts, const int64_t* k, void* state,

@@ -1,6 +1,5 @@
-// Exact selection of the k smallest scores of each group, by radix on their bit patterns: non-negative floats are
-// ordered as their bits are. Three passes take 11, 10 and 10 bits (the sign is clear), each counting the scores that
-// share the bits found so far.
+// Exact selection of the k smallest scores of each group, by radix on keys, which are in the floats' order. Three
+// passes take 11, 11 and 10 bits, each counting the scores that share the bits found so far.
 //
 // A group is the work of a team of blocks. A pass ends with the team's counts in one histogram in global memory; all
 // blocks meet there, and each works out for itself where the k-th falls: meeting once a pass is all that they have to
@@ -61,7 +60,16 @@ using cuda::std::memory_order_release;
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-__device__ __forceinline__ uint32_t key_of(float score) { return __float_as_uint(score) & 0x7fffffff; }
+constexpr uint32_t kSign = 0x80000000, kInfinity = 0x7f800000;
+
+// Unsigned integers in the order of the floats that they stand for; -0 is 0, NaN of either sign is largest. In integers,
+// since what compares floats may take denormal numbers for zeros.
+__device__ __forceinline__ uint32_t key_of(float score) {
+    const uint32_t bits = __float_as_uint(score), size = bits & ~kSign;
+    if (size > kInfinity) return ~0u;
+    return bits > kSign ? ~bits : bits | kSign;
+}
+__device__ __forceinline__ float score_of(uint32_t key) { return __uint_as_float(key & kSign ? key ^ kSign : ~key); }
 
 // All blocks of a team wait here for each other; what any of their threads wrote before, all of their threads may read
 // after. The barriers carry the order between a block's threads, release and acquire that between the blocks.
@@ -140,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kPerMultiprocessor)
     const int rank = static_cast<int>(blockIdx.x) - team.first_block;
     const bool speaks = rank == 0 && threadIdx.x == 0;
     if (team.k == 0) {
-        if (speaks) thresholds[group] = -1, last[group] = -1;
+        if (speaks) thresholds[group] = __uint_as_float(kSign | kInfinity), last[group] = -1;
         return;
     }
     State& state = states[group];
@@ -150,11 +158,12 @@ __global__ void __launch_bounds__(kThreads, kPerMultiprocessor)
     const int64_t count = share < team.count - begin ? share : team.count - begin;
     scores += team.begin + begin;
 
-    uint32_t key = 0;                                  // the leading bits found so far
+    uint32_t key = 0, known = 0;                       // the leading bits found so far, and which these are
     uint32_t wanted = static_cast<uint32_t>(team.k);   // rank among the scores that have them
-    int left = 31;                                     // bits not found yet
+    int shift = 32;                                    // bits not found yet
     for (int pass = 0; pass < kPasses; ++pass) {
-        const int bits = pass ? 10 : 11, bins = 1 << bits, shift = left - bits;
+        const int bits = pass < 2 ? 11 : 10, bins = 1 << bits;
+        shift -= bits;
         for (int bin = threadIdx.x; bin < bins; bin += kThreads) shared.histogram[bin] = 0;
         __syncthreads();
         for (int64_t base = 0; base < count; base += kThreads * kLoads) {
@@ -162,23 +171,24 @@ __global__ void __launch_bounds__(kThreads, kPerMultiprocessor)
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
                 const int64_t at = base + i * kThreads + threadIdx.x;
-                keys[i] = at < count ? key_of(scores[at]) : ~0u;  // matches nothing: no key has the highest bit
+                keys[i] = at < count ? key_of(scores[at]) : 0;
             }
 #pragma unroll
             for (int i = 0; i < kLoads; ++i)  // scores crowd in few bins, but lanes that add 1 to the same are added up
-                if (keys[i] >> left == key) atomicAdd(&shared.histogram[keys[i] >> shift & (bins - 1)], 1u);
+                if (base + i * kThreads + threadIdx.x < count && (keys[i] & known) == key)
+                    atomicAdd(&shared.histogram[keys[i] >> shift & (bins - 1)], 1u);
         }
         __syncthreads();
         for (int bin = threadIdx.x; bin < bins; bin += kThreads)
             if (const uint32_t some = shared.histogram[bin]) atomicAdd(&state.histogram[pass][bin], some);
         meet(&state.arrived, (pass + 1) * team.blocks);
         find(shared, state.histogram[pass], bins, wanted);
-        key = key << bits | shared.found.bin;
+        key |= shared.found.bin << shift;
+        known |= (bins - 1u) << shift;
         wanted -= shared.found.before;
-        left = shift;
     }
 
-    if (speaks) thresholds[group] = __uint_as_float(key);
+    if (speaks) thresholds[group] = score_of(key);
     if (wanted == shared.found.equal) {
         if (speaks) last[group] = team.count - 1;  // all of them
     } else {

@@ -139,9 +139,9 @@ def select_thresholds(
 ) -> tuple[Tensor, Tensor]:
     """Which k[g] scores of each group g are the smallest, exactly, the earliest among equals: (thresholds, last).
 
-    scores: contiguous fp32, >= 0 (NaN counts as largest), the groups' one after the other: ``groups[g]`` elements each,
+    scores: contiguous fp32 (NaN counts as largest), the groups' one after the other: ``groups[g]`` elements each,
     fewer than 2³² of them. thresholds: [groups] fp32; last: [groups] int64. Those are to go that are < thresholds[g],
-    and those == thresholds[g] at a position within the group <= last[g]; with k[g] = 0 both are -1.
+    and those == thresholds[g] at a position within the group <= last[g]; with k[g] = 0 these are -inf and -1.
 
     state: from `selection_state`, for at least as many groups; made here if None. out: where the results go. Raises
     ValueError for arguments that do not fit, NativeMissing without the kernels, RuntimeError if CUDA refuses the

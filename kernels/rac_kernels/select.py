@@ -14,10 +14,19 @@ from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, par
 
 
 def kth_smallest(scores: Tensor, k: int, backend: str = "auto") -> Tensor:
-    """The k-th smallest element of ``scores`` (any shape, 1 <= k <= numel) as a 0-d tensor; NaN counts as largest."""
+    """The k-th smallest element of ``scores`` (any shape, 1 <= k <= numel) as a 0-d tensor; NaN counts as largest.
+
+    On a GPU nothing waits for the device. ``backend`` as in `rac_kernels.backend.choose`; fp64 is the reference's work.
+    """
     if not 1 <= k <= scores.numel():
         raise ValueError(f"k = {k} must lie between 1 and the number of scores, {scores.numel()}")
-    return _kth_op(scores, k, choose(backend, scores.device))
+    fits = _fits(scores)
+    return _kth_op(scores, k, choose(backend, scores.device, triton=fits, cuda=fits))
+
+
+def _fits(scores: Tensor) -> bool:
+    """Whether the kernels take them: 32-bit counts of what is, or becomes without loss, fp32."""
+    return scores.dtype in native.DTYPES and scores.numel() < 2**31
 
 
 @torch.library.custom_op("rac::kth_smallest", mutates_args=())
@@ -26,6 +35,10 @@ def _kth_op(scores: Tensor, k: int, backend: str) -> Tensor:
         scores = scores.contiguous()
         found = native.library().kth_smallest(scores.data_ptr(), scores.numel(), k, native.threads())
         return scores.new_tensor(found)
+    if backend in ("triton", "cuda"):
+        selection = Selection(1, scores.device, backend)
+        selection.run(scores.float().contiguous(), [scores.numel()], [k])
+        return selection.thresholds[0].to(scores.dtype)
     return scores.reshape(-1).kthvalue(k).values
 
 
@@ -34,11 +47,11 @@ def _(scores: Tensor, k: int, backend: str) -> Tensor:
     return scores.new_empty(())
 
 
-def smallest(scores: Tensor, k: int) -> Tensor:
+def smallest(scores: Tensor, k: int, backend: str = "reference") -> Tensor:
     """Bool mask, shaped as ``scores``, of the k smallest; among equal scores the earliest in row-major order."""
     if k == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    bound = kth_smallest(scores, k)
+    bound = _kth_op(scores, k, backend)
     mask = (scores <= bound).contiguous()
     surplus = int(mask.sum()) - k
     if surplus:
@@ -74,33 +87,58 @@ def smallest_per_group(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 def mask_by_score(
-    scores: Tensor, sparsity: float = 0.5, pattern: str | Pattern | None = None, per: str = "row"
+    scores: Tensor,
+    sparsity: float = 0.5,
+    pattern: str | Pattern | None = None,
+    per: str = "row",
+    backend: str = "auto",
 ) -> Tensor:
     """Bool mask [rows, n], True where the weight goes: ``W.masked_fill(mask, 0)`` prunes (and leaves +0.0).
 
     scores: [rows, n] float; small scores go first, among equal ones the earliest in row-major order. Exactly
     floor(sparsity · n) go in each row (``per="row"``, as Wanda compares), or floor(sparsity · rows · n) in the matrix
     (``per="matrix"``, magnitude pruning). With a pattern N:M, exactly M − N go in each group and sparsity is not
-    used. Raises ValueError for NaN scores, sparsity outside [0, 1] or columns not in whole groups of M.
+    used.
+
+    ``backend`` as in `rac_kernels.backend.choose`: Triton's kernels choose in rows and in the matrix, CUDA's in the
+    matrix; patterns and fp64 are the reference's work. On a GPU the check for NaN waits for the device, the selection
+    does not; while a CUDA graph is captured nothing is checked.
+
+    Raises ValueError for NaN scores, sparsity outside [0, 1] or columns not in whole groups of M.
     """
     check_sparsity(sparsity)
     if per not in ("row", "matrix"):
         raise ValueError(f"per must be 'row' or 'matrix', not {per!r}")
-    if scores.isnan().any():
+    rows, n = scores.shape
+    keep, group = parse_pattern(pattern) or (0, 0)
+    if group:
+        check_pattern_fits((keep, group), n)
+    fits = not group and _fits(scores)
+    chosen = choose(backend, scores.device, triton=fits, cuda=fits and per == "matrix")
+    k = zeros_of(sparsity, n if per == "row" else rows * n)
+    return _mask_op(scores, k, per == "row", keep, group, chosen)
+
+
+@torch.library.custom_op("rac::mask_by_score", mutates_args=())
+def _mask_op(scores: Tensor, k: int, per_row: bool, keep: int, group: int, backend: str) -> Tensor:
+    """group = 0: k go, of each row or of all; else group - keep of each group."""
+    if not gpu.capturing() and scores.isnan().any():
         raise ValueError("scores contain NaN")
-    n = scores.shape[1]
-    parsed = parse_pattern(pattern)
-    if parsed is not None:
-        check_pattern_fits(parsed, n)
-        return smallest_per_group(scores, parsed)
-    if per == "row":
-        return smallest_per_row(scores, zeros_of(sparsity, n))
-    return smallest(scores, zeros_of(sparsity, scores.numel()))
+    if group:
+        return smallest_per_group(scores, (keep, group))
+    if backend in ("triton", "cuda"):
+        scores = scores.float().contiguous()
+        return _mark_rows(scores, k) if per_row else _mark(scores, k, backend)
+    return smallest_per_row(scores, k) if per_row else smallest(scores, k, backend)
 
 
-# Selection on a GPU, for the sweep: radix on the bit patterns, which for non-negative floats are in the floats' order.
-# Three counts of 11, 11 and 9 bits, then the ties; nothing waits for the host, and sums of integers come out the same
-# in any order.
+@_mask_op.register_fake
+def _(scores: Tensor, k: int, per_row: bool, keep: int, group: int, backend: str) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+# Selection on a GPU: radix on keys, which are in the floats' order. Three counts of 11, 11 and 10 bits, then the ties;
+# nothing waits for the host, and sums of integers come out the same in any order.
 BINS = 2048
 LEVELS = 3
 COUNTED = 2048  # scores a program counts at a time
@@ -109,10 +147,24 @@ PROGRAM_SCORES = 16 * COUNTED
 
 
 @gpu.jit()
-def find_digit(counts, k, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+def key_of(score):  # type: ignore[no-untyped-def]
+    """Signed integers in the order of the fp32 that they stand for; -0 is 0, NaN of either sign is largest."""
+    bits = score.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    key = tl.where(bits < 0, -size, size)
+    return tl.where(size > 0x7F800000, 0x7FFFFFFF, key)
+
+
+@gpu.jit()
+def score_of(key):  # type: ignore[no-untyped-def]
+    """The score that a key stands for."""
+    return tl.where(key < 0, -key | -0x80000000, key).to(tl.float32, bitcast=True)
+
+
+@gpu.jit()
+def find_digit(count, k, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The bin that the k-th smallest falls into, what k is among the bin's own, and how many these are."""
     bins = tl.arange(0, BINS)
-    count = tl.load(counts + bins)
     digit = tl.sum((tl.cumsum(count, 0) < k).to(tl.int32), 0)
     below = tl.sum(tl.where(bins < digit, count, 0), 0)
     return digit, k - below, tl.sum(tl.where(bins == digit, count, 0), 0)
@@ -128,25 +180,26 @@ def count_kernel(  # type: ignore[no-untyped-def]
     count = tl.load(groups + 3 * group + 1)
     k = tl.load(groups + 3 * group + 2).to(tl.int32)
     own = state + group * 3 * BINS
+    bins = tl.arange(0, BINS)
     prefix = 0
     if LEVEL > 0:
-        digit, k, _equal = find_digit(own, k, BINS)
-        prefix = digit
+        digit, k, _equal = find_digit(tl.load(own + bins), k, BINS)
+        prefix = digit - 1024
     if LEVEL > 1:
-        digit, k, _equal = find_digit(own + BINS, k, BINS)
+        digit, k, _equal = find_digit(tl.load(own + BINS + bins), k, BINS)
         prefix = prefix * 2048 + digit
     total = tl.zeros((BINS,), tl.int32)
     begin = tl.program_id(0).to(tl.int64) * (STEP * STEPS)
     for step in range(STEPS):
         i = begin + step * STEP + tl.arange(0, STEP)
-        key = tl.load(scores + first + i, mask=i < count, other=0.0).to(tl.int32, bitcast=True)
+        key = key_of(tl.load(scores + first + i, mask=i < count, other=0.0))
         if LEVEL == 0:
-            total += tl.histogram(key >> 20, BINS, mask=i < count)
+            total += tl.histogram((key >> 21) + 1024, BINS, mask=i < count)
         elif LEVEL == 1:
-            total += tl.histogram((key >> 9) & 2047, BINS, mask=(i < count) & (key >> 20 == prefix))
+            total += tl.histogram((key >> 10) & 2047, BINS, mask=(i < count) & (key >> 21 == prefix))
         else:
-            total += tl.histogram(key & 511, BINS, mask=(i < count) & (key >> 9 == prefix))
-    tl.atomic_add(own + LEVEL * BINS + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
+            total += tl.histogram(key & 1023, BINS, mask=(i < count) & (key >> 10 == prefix))
+    tl.atomic_add(own + LEVEL * BINS + bins, total, mask=total > 0, sem="relaxed")
 
 
 @gpu.jit()
@@ -157,10 +210,11 @@ def resolve_kernel(scores, groups, state, thresholds, last, BINS: tl.constexpr, 
     count = tl.load(groups + 3 * group + 1)
     wanted = tl.load(groups + 3 * group + 2).to(tl.int32)
     own = state + group * 3 * BINS
-    high, k, _equal = find_digit(own, wanted, BINS)
-    middle, k, _equal = find_digit(own + BINS, k, BINS)
-    low, k, equal = find_digit(own + 2 * BINS, k, BINS)
-    key = (high << 20) | (middle << 9) | low
+    bins = tl.arange(0, BINS)
+    high, k, _equal = find_digit(tl.load(own + bins), wanted, BINS)
+    middle, k, _equal = find_digit(tl.load(own + BINS + bins), k, BINS)
+    low, k, equal = find_digit(tl.load(own + 2 * BINS + bins), k, BINS)
+    key = ((high - 1024) << 21) | (middle << 10) | low
     at = count - 1
     if k < equal:
         # More scores than may go equal the threshold: look for the k-th of them.
@@ -168,16 +222,81 @@ def resolve_kernel(scores, groups, state, thresholds, last, BINS: tl.constexpr, 
         begin = tl.zeros((), tl.int64)
         while found < k:
             i = begin + tl.arange(0, STEP)
-            same = tl.load(scores + first + i, mask=i < count, other=-1.0).to(tl.int32, bitcast=True) == key
+            inside = i < count
+            same = inside & (key_of(tl.load(scores + first + i, mask=inside, other=0.0)) == key)
             rank = found + tl.cumsum(same.to(tl.int32), 0)
             at = begin + tl.sum(tl.where(same & (rank == k), tl.arange(0, STEP), 0), 0)
             found += tl.sum(same.to(tl.int32), 0)
             begin += STEP
-    tl.store(thresholds + group, tl.where(wanted > 0, key.to(tl.float32, bitcast=True), -1.0))
+    tl.store(thresholds + group, tl.where(wanted > 0, score_of(key), float("-inf")))
     tl.store(last + group, tl.where(wanted > 0, at, -1))
     tl.debug_barrier()
     for level in range(3):
-        tl.store(own + level * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int32))
+        tl.store(own + level * BINS + bins, tl.zeros((BINS,), tl.int32))
+
+
+@gpu.jit("count")
+def mark_kernel(scores, thresholds, last, mask, count, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """mask: what goes of the one group that was selected from."""
+    i = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
+    key = key_of(tl.load(scores + i, mask=i < count, other=0.0))
+    bound = key_of(tl.load(thresholds))
+    tl.store(mask + i, (key < bound) | ((key == bound) & (i <= tl.load(last))), mask=i < count)
+
+
+@gpu.jit("n", "k")
+def mark_rows_kernel(scores, mask, n, k, BINS: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """mask: the k smallest scores of a row of n, a program a row. Four counts of 8 bits, each in its registers."""
+    scores += tl.program_id(0).to(tl.int64) * n
+    mask += tl.program_id(0).to(tl.int64) * n
+    inside = tl.arange(0, STEP)
+    bound = 0
+    for level in tl.static_range(4):
+        total = tl.zeros((BINS,), tl.int32)
+        for first in range(0, n, STEP):
+            i = first + inside
+            key = key_of(tl.load(scores + i, mask=i < n, other=0.0)) >> (24 - 8 * level)
+            if level == 0:
+                total += tl.histogram(key + 128, BINS, mask=i < n)
+            else:
+                total += tl.histogram(key & 255, BINS, mask=(i < n) & (key >> 8 == bound))
+        digit, k, _equal = find_digit(total, k, BINS)
+        bound = digit - 128 if level == 0 else bound * 256 + digit
+    found = 0
+    for first in range(0, n, STEP):
+        i = first + inside
+        key = key_of(tl.load(scores + i, mask=i < n, other=0.0))
+        same = (key == bound) & (i < n)
+        rank = found + tl.cumsum(same.to(tl.int32), 0)
+        tl.store(mask + i, (key < bound) | (same & (rank <= k)), mask=i < n)
+        found += tl.sum(same.to(tl.int32), 0)
+
+
+MARKED = 1024  # scores a program marks at a time
+ROW_BINS = 256
+
+
+def _mark(scores: Tensor, k: int, backend: str) -> Tensor:
+    """`smallest` of contiguous fp32 scores on a GPU."""
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    count = scores.numel()
+    if count:
+        selection = Selection(1, scores.device, backend)
+        selection.run(scores, [count], [k])
+        with torch.cuda.device_of(scores):
+            mark_kernel[(-(-count // MARKED),)](
+                scores, selection.thresholds, selection.last, mask, count, STEP=MARKED, num_warps=4
+            )
+    return mask
+
+
+def _mark_rows(scores: Tensor, k: int) -> Tensor:
+    """`smallest_per_row` of contiguous fp32 scores on a GPU."""
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if scores.numel():
+        with torch.cuda.device_of(scores):
+            mark_rows_kernel[(len(scores),)](scores, mask, scores.shape[1], k, BINS=ROW_BINS, STEP=MARKED, num_warps=4)
+    return mask
 
 
 @gpu.kept
@@ -201,17 +320,17 @@ class Selection:
             self._state = torch.zeros(groups, LEVELS, BINS, dtype=torch.int32, device=device)
 
     def run(self, scores: Tensor, counts: Sequence[int], ks: Sequence[int]) -> None:
-        """scores: fp32, >= 0 and not NaN, the groups' one after the other, `counts` elements each. What goes of group
-        g, the first ks[g] in the order of score and position, is < thresholds[g], or == it at a position within the
-        group <= last[g]."""
+        """scores: fp32, the groups' one after the other, `counts` elements each; NaN counts as largest. What goes of
+        group g, the first ks[g] in the order of score and position, is < thresholds[g], or == it at a position within
+        the group <= last[g]."""
         if self._cuda:
             cuda.select_thresholds(scores, counts, ks, self._state, (self.thresholds, self.last))
             return
         table = _group_table(tuple(counts), tuple(ks), scores.device)
         grid = (max(-(-max(counts) // PROGRAM_SCORES), 1), len(counts))
-        for level in range(LEVELS):
-            fixed = {"LEVEL": level, "BINS": BINS, "STEP": COUNTED, "STEPS": PROGRAM_SCORES // COUNTED}
-            count_kernel[grid](scores, table, self._state, **fixed, num_warps=WARPS)
-        resolve_kernel[(len(counts),)](
-            scores, table, self._state, self.thresholds, self.last, BINS=BINS, STEP=COUNTED, num_warps=WARPS
-        )
+        found = (self.thresholds, self.last)
+        with torch.cuda.device_of(scores):
+            for level in range(LEVELS):
+                fixed = {"LEVEL": level, "BINS": BINS, "STEP": COUNTED, "STEPS": PROGRAM_SCORES // COUNTED}
+                count_kernel[grid](scores, table, self._state, **fixed, num_warps=WARPS)
+            resolve_kernel[(len(counts),)](scores, table, self._state, *found, BINS=BINS, STEP=COUNTED, num_warps=WARPS)

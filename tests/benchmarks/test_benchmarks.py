@@ -36,8 +36,15 @@ def test_all_ops_in_one_record(tmp_path: Path) -> None:
     for row in found["measurements"]:
         assert len(row["seconds"]) == 2 and row["limit"] > 0 and row["share_of_limit"] == row["limit"] / row["median"]
         assert row["ratio"] == pytest.approx(1) if row["name"] == "rac_kernels" else row["ratio"] > 0
-    errors = {row["name"]: float(row["extra"]["error"]) for row in found["measurements"] if row["op"] == "cross"}
-    assert errors["rac_kernels"] < 1e-5 < errors["torch, bf16, rounded each call"]
+    errors = {
+        (row["op"], row["name"]): float(row["extra"]["error"])
+        for row in found["measurements"]
+        if "error" in row["extra"]
+    }
+    ours = {op: error for (op, name), error in errors.items() if name == "rac_kernels"}
+    assert set(ours) == {"hessian", "column_norm", "cross", "factor", "select"} and max(ours.values()) < 1e-5
+    assert errors["cross", "torch, bf16, rounded each call"] > 1e-5
+    assert ours["select"] == 0 and not any(row["extra"].get("wrong") for row in found["measurements"])
     if "no plot" not in done.stdout:
         assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -20,7 +20,7 @@ def check(program: Program, scores: list[Tensor], ks: list[int], processors: int
             wanted[group.sort(stable=True).indices[:k]] = True
             assert torch.equal(goes, wanted)
             if k == 0:
-                assert (threshold, last) == (-1, -1)
+                assert (threshold, last) == (-torch.inf, -1)
 
 
 def random(count: int, seed: int = 0) -> Tensor:
@@ -52,12 +52,16 @@ def test_ties_go_by_position(program: Program, k: int) -> None:
 
 
 def test_extreme_values(program: Program) -> None:
-    """Zeros of either sign, denormal numbers, neighbours in the last bit, infinity; NaN counts as largest."""
+    """Zeros of either sign, denormal numbers, neighbours in the last bit, infinities; NaN counts as largest."""
     tiny, one = torch.finfo(torch.float32).smallest_normal, torch.ones(())
     few = [0.0, -0.0, tiny / 2, tiny / 4, tiny, 1.0, float(one.nextafter(2 * one)), 3e38, torch.inf]
-    scores = torch.tensor(few).repeat(40)[torch.randperm(360, generator=torch.Generator().manual_seed(0))]
-    check(program, [scores] * 6, [1, 79, 80, 130, 250, 359])
+    few += [-tiny / 4, -tiny / 2, -1.0, float(-one.nextafter(2 * one)), -3e38, -torch.inf]
+    scores = torch.tensor(few).repeat(40)[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    check(program, [scores] * 8, [1, 79, 80, 130, 250, 300, 359, 599])
     scores[::3] = torch.nan
-    (found,) = select(program, scores, [360], [200], times=1)
-    goes = (scores < found.thresholds[0]) | ((scores == found.thresholds[0]) & (torch.arange(360) <= found.last[0]))
-    assert goes.sum() == 200 and scores[goes].max() <= scores[~goes & ~scores.isnan()].min()
+    scores[1::30] = -torch.nan
+    (found,) = select(program, scores, [600], [300], times=1)
+    goes = (scores < found.thresholds[0]) | ((scores == found.thresholds[0]) & (torch.arange(600) <= found.last[0]))
+    assert goes.sum() == 300 and scores[goes].max() <= scores[~goes & ~scores.isnan()].min()
+    (found,) = select(program, scores, [600], [599], times=1)
+    assert torch.tensor(found.thresholds).isnan().all() and found.last == [int(scores.isnan().nonzero()[-2])]

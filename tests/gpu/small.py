@@ -18,6 +18,7 @@ from rac_kernels import (
     cuda,
     factor_batch_,
     hessian_accumulate_,
+    mask_by_score,
     refine,
     sweep,
     symmetrize_,
@@ -64,6 +65,8 @@ def solve(device: str, backend: str, H: torch.Tensor, g: torch.Generator, scores
     for sparsity, pattern in ((0.5, None), (0.5, "1:3")):
         Q = sweep(W, factor.U, sparsity, pattern, row_groups=[30, 7], backend=backend)
         refine(Q, full, W, backend="triton", iterations=3)
+    for per in ("row", "matrix") if backend == "triton" else ("matrix",):
+        mask_by_score(many[:scores].view(30, -1), per=per, backend=backend)
 
 
 if __name__ == "__main__":

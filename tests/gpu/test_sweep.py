@@ -1,4 +1,4 @@
-"""The sweep's Triton kernels, and the selection's, on a GPU or in Triton's interpreter (tests/triton runs that)."""
+"""The sweep's Triton kernels on a GPU or in Triton's interpreter (tests/triton runs that)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import cuda, factor_, objective, sweep
-from rac_kernels.select import Selection
+from rac_kernels import factor_, objective, sweep
 from tests.kernels.gram import gram
 
 GPU = torch.cuda.is_available()
@@ -79,29 +78,6 @@ def test_strides_and_poison():
     )
     with pytest.raises(ValueError, match="NaN"):
         sweep(store_w, torch.eye(100, device=DEVICE), backend="triton")
-
-
-@pytest.mark.parametrize("by", ["triton", "cuda"] if cuda.usable(torch.device(DEVICE)) else ["triton"])
-@pytest.mark.parametrize("counts", [[1], [3000, 0, 9_000, 3]])
-@pytest.mark.parametrize("values", ["random", "few", "zeros", "extremes"])
-def test_selection(counts, values, by):
-    g = torch.Generator().manual_seed(0)
-    scores = torch.rand(sum(counts), generator=g)
-    if values == "few":
-        scores = (scores * 5).floor()
-    elif values == "zeros":
-        scores = scores * (torch.rand(sum(counts), generator=g) < 0.1)
-    elif values == "extremes":
-        scores = 2.0 ** (scores * 277 - 149)
-    selection = Selection(len(counts), torch.device(DEVICE), by)
-    for share in (0.0, 0.3, 0.5, 1.0):
-        ks = [int(share * count) for count in counts]
-        selection.run(scores.to(DEVICE), counts, ks)
-        for part, k, threshold, last in zip(
-            scores.split(counts), ks, selection.thresholds.tolist(), selection.last.tolist(), strict=True
-        ):
-            goes = (part < threshold) | ((part == threshold) & (torch.arange(len(part)) <= last))
-            assert torch.equal(goes.nonzero().flatten(), part.sort(stable=True).indices[:k].sort().values)
 
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs")

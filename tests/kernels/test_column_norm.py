@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from rac_kernels import column_norm_accumulate_, native
+from rac_kernels import column_norm_accumulate_
 from tests.kernels.backends import CPU, running
 from tests.kernels.tokens import DTYPES, Case, cases, exact
 
@@ -61,9 +61,3 @@ def test_tokens_of_weight_zero_may_hold_anything(name: str, dtype: torch.dtype) 
 def test_refuses(s: Tensor, X: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         column_norm_accumulate_(s, X)
-
-
-def test_registered_with_torch() -> None:
-    op = torch.ops.rac.column_norm_accumulate_.default
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        torch.library.opcheck(op, (torch.zeros(5), torch.randn(3, 5), None, backend))

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rac_kernels import cross_accumulate_, hessian_accumulate_, native
+from rac_kernels import cross_accumulate_, hessian_accumulate_
 from rac_kernels.cross import cross_accumulate_reference
 from tests.kernels.backends import CPU, running
 from tests.kernels.tokens import DTYPES, Case, cases
@@ -120,9 +120,3 @@ def test_in_fp64_the_reference_is_exact() -> None:
 def test_refuses(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cross_accumulate_(C, X, Y, weights)
-
-
-def test_registered_with_torch() -> None:
-    op = torch.ops.rac.cross_accumulate_.default
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        torch.library.opcheck(op, (torch.zeros(5, 4), torch.randn(3, 5), torch.randn(3, 4), torch.rand(3), backend))

@@ -282,29 +282,3 @@ def test_threads_do_not_change_a_bit(exact, monkeypatch):
         torch.set_num_threads(threads)
         found.append(factor_(H.clone()).U)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
-def test_registered_ops():
-    H = torch.stack([gram("plain", 50), gram("dead", 50)])
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        torch.library.opcheck(torch.ops.rac.factor_, (H.clone(), 0.01, 1.0, backend))
-        torch.library.opcheck(torch.ops.rac.refactor_, (H[0].clone(), H[0].diagonal().clone(), backend))
-
-
-def test_composes_with_torch_compile():
-    """What a factor's numbers are is asked outside; errors are the same ones."""
-
-    def solve(H: Tensor, added: Tensor) -> tuple[Factor, Tensor, list[Tensor]]:
-        found = factor_(H * 2, 0.02)
-        U = found.U.triu()
-        refactor_(found, added)
-        return found, U, [one.U.triu() for one in factor_batch_(torch.stack([H, H + 1]))]
-
-    compiled = torch.compile(solve, backend="aot_eager", fullgraph=True)
-    H, added = gram("plain", 40), torch.rand(40)
-    (found, U, several), (wanted, wanted_U, wanted_several) = compiled(H, added), solve(H, added)
-    assert torch.equal(found.U, wanted.U) and torch.equal(U, wanted_U)
-    assert (found.damping, found.ridge, found.attempts) == (0.02, wanted.ridge, [0.02])
-    assert all(torch.equal(one, other) for one, other in zip(several, wanted_several, strict=True))
-    with pytest.raises(FactorError, match="infinities or NaN"):
-        compiled(H * torch.nan, added)

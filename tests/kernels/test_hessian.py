@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rac_kernels import hessian_accumulate_, native, symmetrize_
+from rac_kernels import hessian_accumulate_, symmetrize_
 from rac_kernels.hessian import hessian_accumulate_reference
 from tests.kernels.backends import CPU, running
 from tests.kernels.tokens import DTYPES, Case, cases, exact, plain
@@ -133,9 +133,3 @@ def test_symmetrize() -> None:
 def test_refuses(H: Tensor, X: Tensor, weights: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hessian_accumulate_(H, X, weights)
-
-
-def test_registered_with_torch() -> None:
-    op = torch.ops.rac.hessian_accumulate_.default
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        torch.library.opcheck(op, (torch.zeros(5, 5), torch.randn(3, 5), torch.rand(3), backend))

@@ -1,4 +1,4 @@
-"""symmetrize_: every backend, strides, what lies around; what it refuses; and H's way through torch.compile."""
+"""symmetrize_: every backend, strides, what lies around; what it refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import cross_accumulate_, hessian_accumulate_, native, refine, symmetrize_
+from rac_kernels import symmetrize_
 from rac_kernels.mirror import mirror
 from tests.kernels.backends import CPU_FP32, running
 
@@ -54,27 +54,3 @@ def test_any_dtype_and_stride() -> None:
 def test_refuses(H: Tensor, backend: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         symmetrize_(H, backend)
-
-
-def test_registered_with_torch() -> None:
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        torch.library.opcheck(torch.ops.rac.symmetrize_.default, (torch.randn(5, 5), backend))
-
-
-def test_ops_compose_with_torch_compile() -> None:
-    def calibrate(X: Tensor, Y: Tensor, H: Tensor, C: Tensor) -> Tensor:
-        hessian_accumulate_(H, X * 2)
-        cross_accumulate_(C, X, Y + 1)
-        return symmetrize_(H) @ C
-
-    compiled = torch.compile(calibrate, backend="aot_eager", fullgraph=True)
-    X, Y = torch.randn(30, 12), torch.randn(30, 7)
-    H, C = torch.zeros(12, 12), torch.zeros(12, 7)
-    wanted_H, wanted_C = H.clone(), C.clone()
-    wanted = calibrate(X, Y, wanted_H, wanted_C)
-    torch.testing.assert_close(compiled(X, Y, H, C), wanted)
-    assert torch.equal(H, wanted_H) and torch.equal(C, wanted_C)
-    mask = torch.rand(5, 12) < 0.5
-    solve = torch.compile(lambda T: refine(T * mask, H, T, mask)[0] + 1, backend="aot_eager")
-    T = torch.randn(5, 12)
-    torch.testing.assert_close(solve(T), refine(T * mask, H, T, mask)[0] + 1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rac_kernels import factor_, native, objective, refine
+from rac_kernels import factor_, objective, refine
 from rac_kernels.pattern import parse_pattern
 from tests.kernels.backends import CPU_FP32, running
 from tests.kernels.gram import KINDS, gram
@@ -225,13 +225,6 @@ def test_refuses(change, message):
     arguments = {"Q": torch.zeros(3, 4), "H": torch.eye(4), "target": torch.zeros(3, 4)} | change
     with pytest.raises(ValueError, match=message):
         refine(**arguments)
-
-
-def test_registered_with_torch() -> None:
-    H, T, mask = problem("plain", 5, 9)
-    for backend in ("reference", "native") if native.available() else ("reference",):
-        arguments = (T * mask, H, T, mask, "lower", H.diagonal().clone(), 5, 1e-3, "gradients", backend)
-        torch.library.opcheck(torch.ops.rac.refine.default, arguments)
 
 
 ALL: Any = torch.backends

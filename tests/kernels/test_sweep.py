@@ -303,12 +303,6 @@ def test_threads_do_not_change_a_bit(pattern, groups, n):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_registered_op():
-    torch.library.opcheck(
-        torch.ops.rac.sweep, (weights(9, 20), factor_(gram("plain", 20)).U, None, 0.5, 0, 0, 128, [9], "reference")
-    )
-
-
 def test_floors_are_of_the_number_that_was_written():
     """.29 of 100 weights are 29, though .29 · 100 is 28.999… in floating point."""
     W, U = torch.randn(10, 10, generator=torch.Generator().manual_seed(0)), torch.eye(10)

@@ -36,7 +36,7 @@ def compiled(
     capability: int, kernel: Any, aligned: tuple[str, ...], warps: int = 4, stages: int = 3, **constants: object
 ) -> Compiled:
     kinds = dict.fromkeys(FLOATS, "*fp32") | {"state": "*i32", "group_of_row": "*i32"}
-    kinds |= dict.fromkeys(("groups", "last", "first_rows"), "*i64")
+    kinds |= dict.fromkeys(("groups", "last", "first_rows"), "*i64") | {"mask": "*i1"}
     arguments = {name: kinds.get(name, "i32") for name in kernel.arg_names if name not in constants}
     multiples = tuple(name for name in arguments if name in aligned or name in kinds)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -113,6 +113,8 @@ def test_selection(capability):
             **sizes,
         )
     compiled(capability, select.resolve_kernel, (), select.WARPS, **sizes)
+    compiled(capability, select.mark_kernel, (), STEP=select.MARKED)
+    compiled(capability, select.mark_rows_kernel, (), BINS=select.ROW_BINS, STEP=select.MARKED)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 3584, 18944])
