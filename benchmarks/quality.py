@@ -182,7 +182,7 @@ def _worth(args: argparse.Namespace, model: Path, name: str, held: dict[str, Any
             problems=args.evaluation,
             limit=args.problems,
             max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
+            batch_size=2 * args.batch_size,
         )
         summary = evaluate(model, settings, out).summary
     kept = ("problems", "accuracy", "ci95", "mean_tokens", "p95_tokens", "cut_off_share", "kinds", "seconds")
@@ -234,7 +234,7 @@ def _traces(args: argparse.Namespace, name: str, skip: int, tokens: int) -> Path
             tokens=tokens,
             samples=args.samples,
             max_new_tokens=args.max_new_tokens,
-            batch_size=args.batch_size,
+            batch_size=2 * args.batch_size,
         )
         generate(args.model, settings, out)
     return out

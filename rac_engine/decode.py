@@ -32,17 +32,21 @@ from rac_engine.models import Model, attend_in_the_open, packed_attention
 from rac_engine.sizes import format_count
 
 ATTENTION = "rac_decode"
-GROUP_BATCHES = 2
-"""Batches that a job decodes between two entries of its journal: what an interruption costs at most.
-
-With one, every batch would wait for its longest sequence with rows empty; with two, rows that become free are filled
-from the second. A group is decoded by itself, so that one done again gets the same tokens: what else is in a batch may
-change the last bits of its logits."""
 PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
 _SMALL = 50_000_000  # parameters
 _CANDIDATES = 256  # tokens among which a nucleus is looked for first
 
 FinishReason = Literal["stop", "length"]
+
+
+def at_a_time(batch_size: int) -> int:
+    """How many sequences of a batch are in flight: half, so that rows are filled again as they become free.
+
+    A batch is what a job decodes between two entries of its journal, and so what an interruption costs at most. It is
+    decoded by itself, so that one done again gets the same tokens: what else is in flight may change the last bits of
+    a sequence's logits.
+    """
+    return -(-batch_size // 2)
 
 
 @dataclass(frozen=True)
@@ -315,25 +319,25 @@ class Decoder:
         self,
         requests: Sequence[Request],
         sampling: Sampling,
-        batch_size: int,
+        rows: int,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[Completion]:
-        """Continue every request until it stops or has `max_new_tokens`, at most `batch_size` at a time.
+        """Continue every request until it stops or has `max_new_tokens`, at most `rows` at a time.
 
         Returns a completion a request, in their order.
         """
         with self._threads():
-            return self._decode(requests, sampling, batch_size, progress)
+            return self._decode(requests, sampling, rows, progress)
 
     def _decode(
         self,
         requests: Sequence[Request],
         sampling: Sampling,
-        batch_size: int,
+        rows: int,
         progress: Callable[[Progress], None],
     ) -> list[Completion]:
         began, sampled, waiting = time.monotonic(), 0, 0
-        cache = _Cache(min(batch_size, len(requests)))
+        cache = _Cache(min(rows, len(requests)))
         flying: list[_Sequence] = []
         completions: dict[int, Completion] = {}
         while len(completions) < len(requests):

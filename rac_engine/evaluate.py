@@ -21,7 +21,7 @@ from typing import Any
 
 from rac_engine import faults
 from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require_space
-from rac_engine.decode import GROUP_BATCHES, Decoder, Request, Sampling, request_key
+from rac_engine.decode import Decoder, Request, Sampling, at_a_time, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, held, records_of, refuse_unknown, remove_empty
@@ -229,13 +229,12 @@ def _answers(
     rows: list[dict[str, Any]] = [row for record in journal.records[1:] for row in record["rows"]]
     seconds = sum(record["seconds"] for record in journal.records[1:])
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
-    group = GROUP_BATCHES * settings.batch_size
     try:
         while len(rows) < len(requests):
             began, first = time.monotonic(), len(rows)
-            part = requests[first : first + group]
-            done = list(decoder.decode(part, sampling, settings.batch_size, progress))
-            for (problem, _), completion in zip(asked[first : first + group], done, strict=True):
+            part = requests[first : first + settings.batch_size]
+            done = list(decoder.decode(part, sampling, at_a_time(settings.batch_size), progress))
+            for (problem, _), completion in zip(asked[first : first + settings.batch_size], done, strict=True):
                 # The token that stopped it is no part of what was said; the other special ones, such as </think>, are.
                 said = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
                 text = decoder.tokenizer.decode(said, skip_special_tokens=False)

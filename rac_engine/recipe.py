@@ -148,7 +148,8 @@ class TraceSettings(Settings):
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
     batch_size: Count = Field(
-        default=64, description="traces decoded together; an interrupted job does two such batches again at most"
+        default=128,
+        description="traces sampled before they are kept, half of them at a time; what a stop costs at most",
     )
 
 
@@ -353,7 +354,8 @@ class EvalSettings(Settings):
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
     batch_size: Count = Field(
-        default=64, description="answers decoded together; an interrupted job does two such batches again at most"
+        default=128,
+        description="answers sampled before they are kept, half of them at a time; what a stop costs at most",
     )
 
 

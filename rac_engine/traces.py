@@ -35,7 +35,7 @@ from rac_engine.checkpoint import (
     sha256_files,
     write_file,
 )
-from rac_engine.decode import GROUP_BATCHES, Decoder, Request, Sampling, request_key
+from rac_engine.decode import Decoder, Request, Sampling, at_a_time, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
 from rac_engine.journal import Journal, claimed, open_journal
@@ -281,14 +281,13 @@ def _generate(
     with disk_errors(partial):
         require_space(partial, TOKEN_BYTES * max(settings.tokens - counts.tokens, 0))
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    group = GROUP_BATCHES * settings.batch_size
     try:
-        for number, first in enumerate(range(0, len(asked), group)):
+        for number, first in enumerate(range(0, len(asked), settings.batch_size)):
             if number < len(journal.records) - 1:
                 continue
             if counts.tokens >= settings.tokens:
                 break
-            part = asked[first : first + group]
+            part = asked[first : first + settings.batch_size]
             rows = _sample(decoder, part, settings, sampling, counts, progress)
             file = f"part-{number:05d}.parquet"
             table = pa.BufferOutputStream()
@@ -361,7 +360,8 @@ def _sample(
         for prompt, sample in part
     ]
     before = f"{format_count(counts.tokens)} of {format_count(counts.budget)} tokens kept"
-    completions = decoder.decode(requests, sampling, settings.batch_size, lambda at: progress(f"{before} · {at}"))
+    rows_at_once = at_a_time(settings.batch_size)
+    completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(f"{before} · {at}"))
     rows: list[dict[str, Any]] = []
     left, reasons, given = counts.budget - counts.tokens, dict[str, int](), 0
     spent = 0
