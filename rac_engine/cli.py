@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from rac_engine import __version__
-from rac_engine.errors import BadInput, Interrupted
+from rac_engine.errors import BadInput, Interrupted, one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -86,7 +86,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _fail(code: int, text: str) -> int:
-    line = " ".join(text.split())
+    line = one_line(text)
     if len(line) > _LONGEST:  # a stranger's file may name things by whole pages
         line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
     print(f"rac: {line}", file=sys.stderr)

@@ -25,3 +25,8 @@ class Damaged(Exception):
 
     Nothing was published, and the same call goes on with what is still whole. The CLI exits with 1.
     """
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal, whatever a stranger's file calls things: on one line, control characters spelled out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))

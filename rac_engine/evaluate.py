@@ -137,6 +137,7 @@ def evaluate(
     if out.exists():
         raise BadInput(f"{out}: exists; choose another file, or remove it")
     partial = out.with_name(out.name + ".partial")
+    new = [folder for folder in out.parents if not folder.exists()]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -149,6 +150,8 @@ def evaluate(
             with suppress(OSError):
                 if not partial.stat().st_size:
                     partial.unlink()
+                    for folder in new:
+                        folder.rmdir()  # if nothing came of it
 
 
 def _evaluate_in(

@@ -159,15 +159,25 @@ class _StoredRun(_Stored):
     machine: _Object = {}
 
 
+class _StoredTarget(_Stored):
+    sparsity: float
+    pattern: str | None
+
+
 class _StoredMatrix(_Stored):
     layer: int
     module: str
     name: str
     rows: _Size
     columns: _Size
-    zeros: _Natural = 0
+    zeros: _Natural
+    zeros_before: _Natural = 0
     sparsity: float | None = None
     relative_error: float | None = None
+    damping: float | None = None
+    tokens: _Natural | None = None
+    seconds: float | None = None
+    target: _StoredTarget | None = None
     tensor: str | None = None
     expert: _Natural | None = None
     skipped: str | None = None
@@ -177,6 +187,7 @@ class _StoredMatrix(_Stored):
 class _StoredEnd(_Stored):
     seconds: float = 0.0
     phases: dict[str, float] = {}
+    peak_memory: _Natural | None = None
     notes: list[str] = []
 
 

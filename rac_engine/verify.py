@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 
 from rac_engine.checkpoint import INDEX, NOT_IN_MANIFEST, Checkpoint, TensorInfo, is_finite, other_files, sha256_files
 from rac_engine.decode import load_tokenizer
-from rac_engine.errors import BadInput
+from rac_engine.errors import BadInput, one_line
 from rac_engine.journal import records_of
 from rac_engine.models import Model
 from rac_engine.recipe import load_recipe, parse_pattern
@@ -31,6 +32,7 @@ _REASONS = re.compile(
 _SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what rounds to zero by itself
 _PIECE_BYTES = 64 << 20
 _SHOWN_PROBLEMS = 12
+_LONGEST_PROBLEM = 500
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Verification:
             lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
         count = len(self.problems)
         verdict = f"{count} problem{'s' * (count > 1)}" if count else "whole"
-        lines += [f"✗ {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        lines += [f"✗ {one_line(problem)[:_LONGEST_PROBLEM]}" for problem in self.problems[:_SHOWN_PROBLEMS]]
         if count > _SHOWN_PROBLEMS:
             lines.append(f"✗ and {count - _SHOWN_PROBLEMS} more; --json has them all")
         return "\n  ".join([f"{self.out}: {verdict}", *lines])
@@ -108,7 +110,7 @@ def _check_manifest(out: Path, result: Verification, progress: Callable[[str], N
     except BadInput as error:
         result.problems.append(str(error))
         return
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
         result.problems.append(f"{path}: not a manifest")
         return
     result.files = len(expected)
@@ -117,8 +119,8 @@ def _check_manifest(out: Path, result: Verification, progress: Callable[[str], N
         file = out / name
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             result.problems.append(f"{name}: the manifest leads out of the folder")
-        elif not file.is_file():
-            result.problems.append(f"{name}: missing")
+        elif not os.path.isfile(file):  # of a name that no file can have too
+            result.problems.append(f"{name[:200]}: missing")
         elif file.stat().st_size != size:
             result.problems.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
         else:

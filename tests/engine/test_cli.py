@@ -26,7 +26,7 @@ import rac_engine
 from rac_engine import cli, engine, faults
 from rac_engine.cli import main
 from rac_engine.console import Console
-from rac_engine.errors import Interrupted
+from rac_engine.errors import Interrupted, one_line
 from rac_engine.recipe import PruneSettings
 from tests.tiny import save_tokenizer
 
@@ -136,6 +136,15 @@ def test_the_version(rac):
 def test_bad_words_are_one_line(rac, tmp_path, words, said):
     assert_one_line(rac(*words), said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_stranger_calls_things_does_not_command_the_terminal(rac, tmp_path, checkpoint):
+    shutil.copytree(checkpoint(), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "\x1b[2J\x07\u202egpt"}))
+    result = rac("plan", tmp_path / "model")
+    assert_one_line(result, "gpt")
+    assert one_line("a\x1b[2J\n\u202eb\ud800") == "a\\x1b[2J \\u202eb\\ud800"
+    assert not {"\x1b", "\x07", "\u202e"} & set(result.err)
 
 
 @pytest.mark.parametrize("command", ["prune", "plan", "eval", "trace"])

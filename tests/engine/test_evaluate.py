@@ -156,6 +156,14 @@ def test_broken_problems(line: str, message: str, tmp_path: Path) -> None:
         load_problems(tmp_path / "p.jsonl")
 
 
+def test_folders_made_for_results_go_if_there_are_none(tmp_path: Path) -> None:
+    wanted = settings(tmp_path)
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(BadInput, match="no such folder"):
+        evaluate(tmp_path / "none", wanted, tmp_path / "kept" / "a" / "b" / "r.json")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
 def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None:
     wanted, number = settings(tmp_path, max_new_tokens=2, limit=2), itertools.count()
     evaluate(ABACUS, wanted, tmp_path / "b.json")

@@ -24,13 +24,18 @@ import pyarrow.parquet as pq
 
 from rac_engine.checkpoint import INDEX, Checkpoint, read_header, read_tensor
 from rac_engine.decode import load_tokenizer
+from rac_engine.engine import prune
 from rac_engine.errors import BadInput
 from rac_engine.evaluate import load_problems
 from rac_engine.journal import records_of
 from rac_engine.models import Model
-from rac_engine.recipe import load_recipe
+from rac_engine.recipe import PruneSettings, load_recipe
+from rac_engine.report import render
+from rac_engine.results import load_evaluation
 from rac_engine.traces import load_calibration, load_prompts
+from rac_engine.verify import verify
 from tests import tiny
+from tests.engine.outputs import evaluation
 
 ABACUS = Path(__file__).parents[2] / "examples/abacus"
 MEMORY = 512 << 20
@@ -39,7 +44,10 @@ MEMORY = 512 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file: where it is put, seeds, and what reads it. `command` is a command line that comes to it."""
+    """A kind of file: where it is put, seeds, and what reads it.
+
+    `command` is a command line that comes to it and ends with 0 or 2, if there is one.
+    """
 
     name: str
     file: Path
@@ -67,6 +75,16 @@ def make_targets(folder: Path) -> dict[str, Target]:
     problems = folder / "problems.jsonl"
     journal = folder / "journal.jsonl"
     record = b'{"a": 1}'
+    made = folder / "made"
+    bare = tiny.save(folder / "bare", num_hidden_layers=1)
+    for file in bare.glob("*token*"):
+        file.unlink()  # loading it would take most of the time
+    prune(bare, made, PruneSettings(method="magnitude"))
+    rac = made / "rac"
+    answers = rac / "eval" / "dense.json"
+    answers.parent.mkdir()
+    given = json.dumps(evaluation(0.9, 30, 0.1, count=4)).encode()
+    answers.write_bytes(given)
 
     def header() -> None:
         for info in read_header(single / "model.safetensors"):
@@ -78,6 +96,18 @@ def make_targets(folder: Path) -> dict[str, Target]:
     def questions() -> None:
         load_prompts(problems)
         load_problems(problems)
+
+    def output() -> None:
+        render(made)
+        verify(made)
+
+    def files() -> None:
+        if problems := verify(made).problems:
+            raise BadInput(problems[0])
+
+    def baseline() -> None:
+        load_evaluation(answers)
+        render(made)
 
     plan, dry = ["plan", str(spoilt)], ["prune", str(model), str(folder / "out"), "--dry-run", "--calibration"]
     targets = [
@@ -107,6 +137,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
             ["eval", str(folder / "none"), "--problems", str(problems), "--out", str(folder / "answers.json")],
         ),
         Target("journal", journal, [b"", _line(record) * 3], lambda: records_of(journal), []),
+        Target("metrics", rac / "metrics.jsonl", [(rac / "metrics.jsonl").read_bytes()], output, []),
+        Target("manifest", rac / "manifest.json", [(rac / "manifest.json").read_bytes()], files, []),
+        Target("answers", answers, [given], baseline, []),
     ]
     return {target.name: target for target in targets}
 
@@ -258,9 +291,9 @@ def mutate(draw: random.Random, target: Target) -> bytes:
         size = struct.unpack("<Q", data[:8])[0]
         text = _mutate_json(draw, data[8 : 8 + size])
         return struct.pack("<Q", len(text)) + text + data[8 + size :]
-    if target.name in ("index", "config") and kind < 0.7:
+    if target.name in ("index", "config", "manifest", "answers") and kind < 0.7:
         return _mutate_json(draw, data)
-    if target.name in ("jsonl", "problems", "journal") and kind < 0.7 and data:
+    if target.name in ("jsonl", "problems", "journal", "metrics") and kind < 0.7 and data:
         lines = data.splitlines()
         at = draw.randrange(len(lines))
         if target.name == "journal":
