@@ -166,7 +166,7 @@ class Checkpoint:
         """
         tensor = read_tensor(self.tensors[name], rows, pin)
         if rows is None:
-            self.hold(name, _bytes_of(tensor))
+            self.hold(name, bytes_of(tensor))
         return tensor
 
     def hold(self, name: str, read: Any) -> None:
@@ -204,7 +204,7 @@ class Checkpoint:
             digest, finite = hashlib.sha256(), True
             if info.scaled is not None:
                 tensor = read_tensor(info)
-                return hashlib.sha256(_bytes_of(tensor)).hexdigest(), bool(tensor.isfinite().all())
+                return hashlib.sha256(bytes_of(tensor)).hexdigest(), bool(tensor.isfinite().all())
             for piece in _pieces(info.file, info.offset, info.nbytes):
                 digest.update(piece)
                 finite = finite and is_finite(piece, info.dtype)
@@ -261,7 +261,7 @@ class CheckpointWriter:
         place = self._places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} given for {place.dtype} {place.shape}")
-        data = _bytes_of(tensor.detach().cpu().contiguous())
+        data = bytes_of(tensor.detach().cpu().contiguous())
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as fd:
             write_at(fd, data, place.offset)
         self._done(place)
@@ -285,7 +285,7 @@ class CheckpointWriter:
     def accept(self, name: str, digest: str) -> torch.Tensor | None:
         """Take over and return what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
         tensor = read_tensor(self._places[name])
-        if hashlib.sha256(_bytes_of(tensor)).hexdigest() != digest:
+        if hashlib.sha256(bytes_of(tensor)).hexdigest() != digest:
             return None
         self._written.add(name)
         return tensor
@@ -680,7 +680,7 @@ def _regular(fd: int, file: Path) -> os.stat_result:
     return status
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 

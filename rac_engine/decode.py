@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-from rac_engine.checkpoint import Checkpoint
+from rac_engine.checkpoint import Checkpoint, bytes_of
 from rac_engine.errors import BadInput
 from rac_engine.models import Model, attend_in_the_open, packed_attention
 from rac_engine.sizes import format_count
@@ -277,11 +277,14 @@ AttentionInterface.register(ATTENTION, _attention)
 class Decoder:
     """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
 
-    `dtype` defaults to the checkpoint's own. Raises `BadInput` for a checkpoint of no known family.
+    `dtype` defaults to the checkpoint's own. Raises `BadInput` for a checkpoint of no known family, and `Damaged` where
+    a tensor, as transformers has read it, is not what it was when its checksum was taken.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         source = Model.open(Checkpoint.open(path))
+        self.sha256 = source.checkpoint.sha256()
+        """Of the checkpoint."""
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(
@@ -292,6 +295,10 @@ class Decoder:
             dtype=dtype or source.dtype,
             attn_implementation=ATTENTION,
         )
+        for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
+            info = source.checkpoint.tensors.get(name)
+            if info is not None and (tensor.dtype, tuple(tensor.shape), info.scaled) == (info.dtype, info.shape, None):
+                source.checkpoint.hold(name, bytes_of(tensor))
         self.model = model.eval().to(device)
         ends = self.model.generation_config.eos_token_id
         if ends is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rac_engine import faults
-from rac_engine.checkpoint import Checkpoint, disk_errors, replace_file, require_space
+from rac_engine.checkpoint import disk_errors, replace_file, require_space
 from rac_engine.decode import Decoder, Request, Sampling, at_a_time, request_key
 from rac_engine.doctor import surroundings
 from rac_engine.errors import BadInput, Interrupted
@@ -179,7 +179,7 @@ def _evaluate_in(
     ]
     given = [(each.id, each.answer, list(request.prompt)) for (each, _), request in zip(asked, requests, strict=True)]
     identity = {
-        "model": Checkpoint.open(model).sha256(),
+        "model": decoder.sha256,
         "problems": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
         **settings.model_dump(mode="json", exclude={"problems"}),
         **surroundings(device),

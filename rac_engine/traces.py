@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 
 from rac_engine import faults
 from rac_engine.checkpoint import (
-    Checkpoint,
     disk_errors,
     publish,
     read_json,
@@ -232,7 +231,7 @@ def _generate_in(
     prompts = load_prompts(settings.prompts)
     decoder = Decoder(model, device)
     identity = {
-        "model": Checkpoint.open(model).sha256(),
+        "model": decoder.sha256,
         "template": template_sha256(decoder.tokenizer),
         "tokenizer": tokenizer_sha256(decoder.tokenizer),
         "prompts": hashlib.sha256(

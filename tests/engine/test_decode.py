@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rac_engine.decode import Completion, Decoder, Progress, Request, Sampling, choose, request_key, uniforms
-from rac_engine.errors import BadInput
+from rac_engine.errors import BadInput, Damaged
 from tests import tiny
 
 LENGTHS = (5, 1, 17, 9, 9, 30, 2)
@@ -143,6 +143,25 @@ def test_weights_that_are_broken_are_not_sampled_from(tmp_path: Path) -> None:
         decoder.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         decoder.decode(requests(), Sampling(max_new_tokens=3), 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_bit_that_transformers_reads_otherwise_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """As if the disk gave other bytes to it than to the checksum before."""
+    folder, load = save(tmp_path, family), AutoModelForCausalLM.from_pretrained
+    Decoder(folder)
+
+    def flipped(*args: Any, **options: Any) -> Any:
+        model: Any = load(*args, **options)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.k_proj.weight.view(torch.int16)[3, 5] ^= 1
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", flipped)
+    with pytest.raises(Damaged, match=r"layers\.1\.self_attn\.k_proj\.weight' was read twice"):
+        Decoder(folder)
 
 
 def test_a_folder_without_tokenizer_is_bad_input(tmp_path: Path) -> None:
