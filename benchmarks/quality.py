@@ -2,22 +2,27 @@
 
     python benchmarks/quality.py --work build/quality                  # all cells; stopped, it goes on where it was
     python benchmarks/quality.py --work build/quality --methods rac sparsegpt --calibrations rac --sparsities 0.7 2:4
+    python benchmarks/quality.py --work build/quality --methods rac --calibrations rac --sparsities 0.7 \\
+        --token-counts 5k 200k            # or --dampings 0.003, --reconstruct dense, --without sort multiply
 
 A cell is accuracy with its 95% interval, decode length, share of answers cut off, perplexity on held-out traces of the
-dense model (completions only) and on general text, and the time to prune. All cells count the same number of
-calibration tokens and answer the same problems with the same random numbers. Every finished cell is a file in WORK, and
-so are the dense model's traces; the table and the JSON record are of all the cells that are there.
+dense model (completions only) and on general text, and the time to prune. Cells count the same number of calibration
+tokens and answer the same problems with the same random numbers, unless `--token-counts` says otherwise or `--without`,
+which leaves a kind of problem out of the traces and answers the problems of that kind alone. Every finished cell is a
+file in WORK, and so are the dense model's traces; the table and the JSON record are of all the cells that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +44,44 @@ SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "2:4", "1:4")
 HELD_TOKENS = 20_000
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What is pruned and calibrated how; `None` is what the other cells have."""
+
+    method: str
+    calibration: str
+    sparsity: str
+    reconstruct: str = "auto"
+    damping: float | None = None
+    tokens: int | None = None
+    without: str | None = None
+    """The kind of problem that no trace is of, and that is answered."""
+
+    @property
+    def variant(self) -> list[str]:
+        """How this cell differs from the plain one of its method."""
+        found = [] if self.reconstruct == "auto" else [self.reconstruct]
+        found += [] if self.damping is None else [f"damping {self.damping:g}"]
+        found += [] if self.tokens is None else [f"{self.tokens / 1000:g}k tokens"]
+        return found + ([] if self.without is None else [f"no {self.without} in the traces, all answered are"])
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, self.calibration, self.sparsity.replace(":", "of")]
+        parts += [] if self.reconstruct == "auto" else [self.reconstruct]
+        parts += [] if self.damping is None else [f"damping{self.damping:g}"]
+        parts += [] if self.tokens is None else [f"tokens{self.tokens}"]
+        return "-".join(parts + ([] if self.without is None else [f"without-{self.without}"]))
+
+
 def main() -> None:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     _same_settings(args)
-    sources = _sources(args)
     tokenizer = load_tokenizer(args.model)
     held = {
         "trace_perplexity": load_calibration(
-            str(_traces(args, "held", args.problems, HELD_TOKENS)),
+            str(_traces(args, "held", _held_prompts(args), HELD_TOKENS)),
             part="completion",
             tokens=HELD_TOKENS,
             tokenizer=tokenizer,
@@ -60,48 +94,10 @@ def main() -> None:
         ).sequences,
     }
     _cell(args, "dense", lambda: {"method": "dense", **_worth(args, args.model, "dense", held)})
-    for sparsity in args.sparsities:
-        for method in args.methods:
-            for calibration in args.calibrations if method != "magnitude" else ["none"]:
-                for reconstruct in args.reconstruct:
-                    name = f"{method}-{calibration}-{sparsity.replace(':', 'of')}"
-                    if reconstruct != "auto":
-                        name += f"-{reconstruct}"
-
-                    def make(
-                        name: str = name,
-                        method: str = method,
-                        calibration: str = calibration,
-                        sparsity: str = sparsity,
-                        reconstruct: str = reconstruct,
-                    ) -> dict[str, Any]:
-                        out = args.work / "models" / name
-                        began = time.monotonic()
-                        if not out.exists():
-                            out.parent.mkdir(exist_ok=True)
-                            prune(
-                                args.model, out, _recipe(args, method, sources.get(calibration), sparsity, reconstruct)
-                            )
-                        lines = (out / "rac/metrics.jsonl").read_text().splitlines()
-                        end = json.loads(lines[-1])
-                        errors = [e for e in (json.loads(x).get("relative_error") for x in lines) if e is not None]
-                        found = {
-                            "method": method,
-                            "calibration": calibration,
-                            "sparsity": sparsity,
-                            "reconstruct": reconstruct,
-                            "prune_seconds": end["seconds"],
-                            "solve_seconds": end["phases"].get("solve", 0.0),
-                            "mean_relative_error": sum(errors) / len(errors) if errors else None,
-                            **_worth(args, out, name, held),
-                        }
-                        shutil.rmtree(out)
-                        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-                        return found
-
-                    _cell(args, name, make)
+    for cell in _cells(args):
+        _cell(args, cell.name, lambda cell=cell: _made(args, cell, held))
     cells = [json.loads(path.read_text()) for path in sorted((args.work / "cells").glob("*.json"))]
-    cells.sort(key=lambda cell: (cell.get("sparsity", ""), -cell["accuracy"]))
+    cells.sort(key=lambda cell: (cell.get("sparsity", ""), len(_variant(cell)), -cell["accuracy"]))
     print(table(cells))
     record = {
         "machine": machine(),
@@ -113,6 +109,52 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """All that are asked for, every combination."""
+    variants = itertools.product(
+        args.reconstruct, args.dampings or [None], args.token_counts or [None], args.without or [None]
+    )
+    return [
+        Cell(method, calibration, sparsity, *variant)
+        for variant in variants
+        for sparsity in args.sparsities
+        for method in args.methods
+        for calibration in (args.calibrations if method != "magnitude" else ["none"])
+    ]
+
+
+def _made(args: argparse.Namespace, cell: Cell, held: dict[str, Any]) -> dict[str, Any]:
+    """Prune, evaluate and measure a cell."""
+    out = args.work / "models" / cell.name
+    began = time.monotonic()
+    if not out.exists():
+        out.parent.mkdir(exist_ok=True)
+        prune(args.model, out, _recipe(args, cell))
+    lines = (out / "rac/metrics.jsonl").read_text().splitlines()
+    end = json.loads(lines[-1])
+    errors = [e for e in (json.loads(x).get("relative_error") for x in lines) if e is not None]
+    found = {
+        "method": cell.method,
+        "calibration": cell.calibration,
+        "sparsity": cell.sparsity,
+        "reconstruct": cell.reconstruct,
+        "variant": cell.variant,
+        "prune_seconds": end["seconds"],
+        "solve_seconds": end["phases"].get("solve", 0.0),
+        "mean_relative_error": sum(errors) / len(errors) if errors else None,
+        **_worth(args, out, cell.name, held, cell.without),
+    }
+    shutil.rmtree(out)
+    print(f"{cell.name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def _variant(cell: dict[str, Any]) -> list[str]:
+    """`Cell.variant` of a finished cell; older records have `reconstruct` alone."""
+    plain = cell.get("reconstruct", "auto") == "auto"
+    return cell.get("variant", [] if plain else [cell["reconstruct"]])
 
 
 def _same_settings(args: argparse.Namespace) -> None:
@@ -138,7 +180,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     ]
     for cell in cells:
         low, high = cell["ci95"]
-        method = cell["method"] + ("" if cell.get("reconstruct", "auto") == "auto" else f", {cell['reconstruct']}")
+        method = ", ".join([cell["method"], *_variant(cell)])
         lines.append(
             f"| {cell.get('sparsity', '0')} | {method} | {cell.get('calibration', '')} | "
             f"{cell['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {cell['mean_tokens']:.0f} | "
@@ -160,26 +202,38 @@ def _cell(args: argparse.Namespace, name: str, make: Any) -> None:
     staged.replace(path)
 
 
-def _recipe(args: argparse.Namespace, method: str, source: str | None, sparsity: str, reconstruct: str) -> Recipe:
-    pattern = sparsity if ":" in sparsity else None
-    share: dict[str, Any] = {} if pattern else {"sparsity": float(sparsity)}
-    if method in ("wanda", "magnitude"):
-        reconstruct = "auto"
+def _recipe(args: argparse.Namespace, cell: Cell) -> Recipe:
+    pattern = cell.sparsity if ":" in cell.sparsity else None
+    asked: dict[str, Any] = {"method": cell.method, "pattern": pattern}
+    if not pattern:
+        asked["sparsity"] = float(cell.sparsity)
+    if cell.method not in ("wanda", "magnitude"):
+        asked["reconstruct"] = cell.reconstruct
+    if cell.damping is not None:
+        asked["damping"] = cell.damping
+    tokens = cell.tokens or args.tokens
     return Recipe(
         model=args.model,
-        calibration=CalibrationSettings(source=source, tokens=args.tokens, sequence_length=256),
-        prune=PruneSettings.model_validate({"method": method, "pattern": pattern, "reconstruct": reconstruct, **share}),
+        calibration=CalibrationSettings(source=_source(args, cell), tokens=tokens, sequence_length=256),
+        prune=PruneSettings.model_validate(asked),
     )
 
 
-def _worth(args: argparse.Namespace, model: Path, name: str, held: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy and lengths of a model, and its perplexities."""
+def _worth(
+    args: argparse.Namespace, model: Path, name: str, held: dict[str, Any], kind: str | None = None
+) -> dict[str, Any]:
+    """Accuracy and lengths of a model, on problems of one kind if one is given, and its perplexities."""
     out = args.work / "eval" / f"{name}.json"
     if out.exists():
         summary = json.loads(out.read_text())["summary"]
     else:
+        problems = args.evaluation
+        if kind is not None:
+            problems = args.work / f"evaluation-{kind}.jsonl"
+            lines = args.evaluation.read_text().splitlines()[: args.problems]
+            problems.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kind"] == kind))
         settings = EvalSettings(
-            problems=args.evaluation,
+            problems=problems,
             limit=args.problems,
             max_new_tokens=args.max_new_tokens,
             batch_size=2 * args.batch_size,
@@ -207,28 +261,29 @@ def perplexity(folder: Path, sequences: list[Any]) -> float:
     return math.exp(total / count)
 
 
-def _sources(args: argparse.Namespace) -> dict[str, str]:
-    """Where each calibration's tokens come from, made where they are not there yet."""
-    made = {}
-    if "rac" in args.calibrations:
-        made["rac"] = str(_traces(args, "traces", 0, args.tokens))
-    if "prompt" in args.calibrations:
-        made["prompt"] = str(args.prompts)
-    if "text" in args.calibrations:
-        made["text"] = f"text:{_text(args, 'calibration')}"
-    return made
+def _source(args: argparse.Namespace, cell: Cell) -> str | None:
+    """Where a cell's calibration tokens come from, made where they are not there yet."""
+    if cell.calibration == "prompt":
+        return str(args.prompts)
+    if cell.calibration == "text":
+        return f"text:{_text(args, 'calibration')}"
+    if cell.calibration == "none":
+        return None
+    if cell.without is not None:
+        prompts = args.work / f"prompts-without-{cell.without}.jsonl"
+        lines = args.prompts.read_text().splitlines()
+        prompts.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kind"] != cell.without))
+        return str(_traces(args, f"traces-without-{cell.without}", prompts, args.tokens))
+    if cell.tokens is not None and cell.tokens > args.tokens:
+        most = max(args.token_counts)
+        return str(_traces(args, f"traces-{most}", args.prompts, most))
+    return str(_traces(args, "traces", args.prompts, args.tokens))
 
 
-def _traces(args: argparse.Namespace, name: str, skip: int, tokens: int) -> Path:
-    """The dense model's own traces: of the calibration prompts, or to measure with, of evaluation problems beyond
-    the first `skip`, which are those that are answered."""
+def _traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int) -> Path:
+    """The dense model's own traces."""
     out: Path = args.work / name
     if not out.exists():
-        prompts = args.prompts
-        if skip:
-            prompts = args.work / "held.jsonl"
-            lines = args.evaluation.read_text().splitlines()[skip:] or args.prompts.read_text().splitlines()[::-1]
-            prompts.write_text("\n".join(lines) + "\n")
         settings = TraceSettings(
             prompts=prompts,
             tokens=tokens,
@@ -237,6 +292,14 @@ def _traces(args: argparse.Namespace, name: str, skip: int, tokens: int) -> Path
             batch_size=2 * args.batch_size,
         )
         generate(args.model, settings, out)
+    return out
+
+
+def _held_prompts(args: argparse.Namespace) -> Path:
+    """To measure with: evaluation problems beyond those that are answered, or the last of calibration's."""
+    out: Path = args.work / "held.jsonl"
+    lines = args.evaluation.read_text().splitlines()[args.problems :] or args.prompts.read_text().splitlines()[::-1]
+    out.write_text("\n".join(lines) + "\n")
     return out
 
 
@@ -261,6 +324,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibrations", nargs="+", choices=CALIBRATIONS, default=list(CALIBRATIONS))
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES), metavar="SHARE|N:M")
     parser.add_argument("--reconstruct", nargs="+", choices=("auto", "residual", "dense", "layer"), default=["auto"])
+    parser.add_argument("--dampings", nargs="+", type=float, metavar="SHARE", help="other dampings, cells of their own")
+    parser.add_argument("--token-counts", nargs="+", type=parse_size, metavar="N", help="other counts, of traces only")
+    parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")
     parser.add_argument("--problems", type=int, default=500, help="problems answered in each cell (default 500)")
