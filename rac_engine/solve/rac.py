@@ -11,8 +11,8 @@ from __future__ import annotations
 from rac_engine.solve.method import Problem, Solution, register
 from rac_kernels import admm_short_, refine
 
-STEPS = 45
-REFINING_STEPS = 20
+STEPS = 40
+REFINING_STEPS = 10
 TOLERANCE = 1e-2
 
 
