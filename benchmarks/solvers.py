@@ -4,17 +4,19 @@
     python benchmarks/solvers.py --shapes --model examples/abacus --traces TRACES      # matrices of a model alone
 
 Every solver is given the same dense matrix and the same H (`reconstruct: layer`) and is measured by the same objective,
-tr((W − Q) H (W − Q)ᵀ) / tr(W H Wᵀ). Times are of the solver alone, H being there: one warm-up, then the median of
-`--repeats`. Synthetic inputs have a spectrum that falls by a power law and a few columns that are much larger than the
-rest, as activations have. A solver that took longer than `--limit` seconds once is not repeated.
+tr((W − Q) H (W − Q)ᵀ) / tr(W H Wᵀ). Times are of the solver, H being there: factors and decompositions count, measuring
+the objective does not. One warm-up, then the median of `--repeats`; a solver that took longer than `--limit` seconds
+once is not repeated. Synthetic inputs have a spectrum that falls by a power law and a few columns that are much larger
+than the rest, as activations have. The record is written anew after every matrix; what an `--out FILE` that is there
+holds already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,69 +68,106 @@ def of_model(folder: Path, traces: str, tokens: int) -> Iterator[tuple[str, Tens
             stream.advance(block, kept)
 
 
-def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each sparsity and method."""
-    found = []
-    for sparsity in args.sparsities:
+def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace, known: list[dict[str, Any]]) -> None:
+    """Adds to `known` a row for each sparsity and method that it lacks."""
+    there = {(row["matrix"], row["sparsity"], row["method"]) for row in known}
+    for sparsity, method in itertools.product(args.sparsities, args.methods):
+        if (name, sparsity, method) in there:
+            continue
         pattern = sparsity if ":" in sparsity else None
         share = 0.5 if pattern else float(sparsity)
-        for method in args.methods:
-            seconds: list[float] = []
-            while len(seconds) <= args.repeats and (len(seconds) < 1 or seconds[0] < args.limit):
-                began = time.perf_counter()
-                result = prune_matrix(W, H, method, share, pattern)
-                seconds.append(time.perf_counter() - began)
+        seconds: list[float] = []
+        while len(seconds) <= args.repeats and (len(seconds) < 1 or seconds[0] < args.limit):
+            result = prune_matrix(W, H, method, share, pattern)
+            seconds.append(result.seconds)
+        known.append(
+            {
+                "matrix": name,
+                "rows": W.shape[0],
+                "columns": W.shape[1],
+                "sparsity": sparsity,
+                "method": method,
+                "error": result.relative_error,
+                "iterations": result.iterations,
+                "ridge": result.ridge,
+                "seconds": statistics.median(seconds[1:] or seconds),
+            }
+        )
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each shape, sparsity and method: geometric means over the matrices, of error and time also by those of
+    ALPS and SparseGPT on the same matrix."""
+    found = []
+    keys = sorted({(row["rows"], row["columns"], row["sparsity"]) for row in rows})
+    for key in keys:
+        here = [row for row in rows if (row["rows"], row["columns"], row["sparsity"]) == key]
+        by = {(row["method"], row["matrix"]): row for row in here}
+        for method in dict.fromkeys(row["method"] for row in here):
+            own = [row for row in here if row["method"] == method]
+
+            def by_that_of(
+                other: str, what: str, own: list[dict[str, Any]] = own, by: dict[Any, dict[str, Any]] = by
+            ) -> list[float]:
+                pairs = [(row, by.get((other, row["matrix"]))) for row in own]
+                return [row[what] / its[what] for row, its in pairs if its is not None]
+
             found.append(
                 {
-                    "matrix": name,
-                    "rows": W.shape[0],
-                    "columns": W.shape[1],
-                    "sparsity": sparsity,
+                    "rows": key[0],
+                    "columns": key[1],
+                    "sparsity": key[2],
                     "method": method,
-                    "error": result.relative_error,
-                    "iterations": result.iterations,
-                    "seconds": statistics.median(seconds[1:] or seconds),
+                    "matrices": len(own),
+                    "error": statistics.geometric_mean(row["error"] for row in own),
+                    "seconds": statistics.geometric_mean(row["seconds"] for row in own),
+                    "iterations": max((row["iterations"] or 0) for row in own),
+                    "errors_by_alps": by_that_of("alps", "error"),
+                    "seconds_by_alps": by_that_of("alps", "seconds"),
+                    "seconds_by_sparsegpt": by_that_of("sparsegpt", "seconds"),
                 }
             )
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Per shape and sparsity: error and time of each method as a multiple of ALPS's, in geometric means over matrices
-    of one shape."""
-    lines = ["| rows × columns | matrices | sparsity | method | error | error / alps | seconds | alps' time / time |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    keys = sorted({(row["rows"], row["columns"], row["sparsity"]) for row in rows})
-    for key in keys:
-        here = [row for row in rows if (row["rows"], row["columns"], row["sparsity"]) == key]
-        base = {row["matrix"]: row for row in here if row["method"] == "alps"}
-        for method in dict.fromkeys(row["method"] for row in here):
-            own = [row for row in here if row["method"] == method]
-            pairs = [(row, base[row["matrix"]]) for row in own if row["matrix"] in base]
-            error = statistics.geometric_mean(row["error"] for row in own)
-            worse = statistics.geometric_mean(row["error"] / alps["error"] for row, alps in pairs) if pairs else 0.0
-            faster = (
-                statistics.geometric_mean(alps["seconds"] / row["seconds"] for row, alps in pairs) if pairs else 0.0
-            )
-            seconds = statistics.geometric_mean(row["seconds"] for row in own)
-            lines.append(
-                f"| {key[0]} × {key[1]} | {len(own)} | {key[2]} | {method} | "
-                f"{error:.4f} | {worse:.3f} | {seconds:.3g} | {faster:.2f} |"
-            )
+    """`means` in Markdown; the worst matrix stands behind the mean."""
+    lines = [
+        "| rows × columns | matrices | sparsity | method | error | by ALPS's: mean, worst | iterations | seconds | "
+        "by ALPS's | by SparseGPT's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def mean(values: list[float]) -> str:
+        return f"{statistics.geometric_mean(values):.3g}" if values else ""
+
+    for row in means(rows):
+        errors = row["errors_by_alps"]
+        compared = f"{statistics.geometric_mean(errors):.3f}, {max(errors):.3f}" if errors else ""
+        lines.append(
+            f"| {row['rows']} × {row['columns']} | {row['matrices']} | {row['sparsity']} | {row['method']} | "
+            f"{row['error']:.4f} | {compared} | {row['iterations'] or ''} | {row['seconds']:.3g} | "
+            f"{mean(row['seconds_by_alps'])} | {mean(row['seconds_by_sparsegpt'])} |"
+        )
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Error against time, a panel a shape, a line a sparsity from method to method."""
+    """Error against time, a panel a shape, a mark a method, a line from method to method at each sparsity."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = sorted({(row["rows"], row["columns"]) for row in rows})
+    points = means(rows)
+    shapes = sorted({(row["rows"], row["columns"]) for row in points})
     figure, panels = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), squeeze=False)
     for panel, shape in zip(panels[0], shapes, strict=True):
-        here = [row for row in rows if (row["rows"], row["columns"]) == shape]
+        here = [row for row in points if (row["rows"], row["columns"]) == shape]
+        for sparsity in dict.fromkeys(row["sparsity"] for row in here):
+            own = sorted((row for row in here if row["sparsity"] == sparsity), key=lambda row: row["seconds"])
+            panel.plot([r["seconds"] for r in own], [r["error"] for r in own], color="0.8", zorder=0)
+            panel.annotate(sparsity, (own[0]["seconds"], own[0]["error"]), fontsize=7, ha="right", va="bottom")
         for number, method in enumerate(dict.fromkeys(row["method"] for row in here)):
             own = [row for row in here if row["method"] == method]
             panel.scatter(
@@ -137,7 +176,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(xscale="log", yscale="log", title=f"{shape[0]} × {shape[1]}", xlabel="seconds", ylabel="error")
         panel.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
+
+
+def _matrices(args: argparse.Namespace) -> Iterator[tuple[str, Tensor, Tensor]]:
+    if args.model:
+        yield from of_model(args.model, args.traces, args.tokens)
+    for shape in args.shapes:
+        rows, columns = map(int, shape.split("x"))
+        yield f"synthetic {shape}", *synthetic(rows, columns)
 
 
 def main() -> None:
@@ -153,18 +200,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else []
     with torch.inference_mode():
-        if args.model:
-            for name, W, H in of_model(args.model, args.traces, args.tokens):
-                rows += compare(name, W, H, args)
-        for shape in args.shapes:
-            count, columns = map(int, shape.split("x"))
-            rows += compare(f"synthetic {shape}", *synthetic(count, columns), args)
+        for name, W, H in _matrices(args):
+            compare(name, W, H, args, rows)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     print(table(rows))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
 

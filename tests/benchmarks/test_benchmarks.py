@@ -49,6 +49,37 @@ def test_all_ops_in_one_record(tmp_path: Path) -> None:
         assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_solvers_in_one_record_that_goes_on(tmp_path: Path) -> None:
+    record, plot = tmp_path / "record.json", tmp_path / "plot.png"
+    command = ["benchmarks/solvers.py", "--shapes", "24x32", "--out", str(record), "--sparsities", "0.6"]
+    assert run(*command).returncode == 0
+    (first, *_) = json.loads(record.read_text())["rows"]
+    record.write_text(json.dumps({"rows": [{**first, "seconds": 5.0}]}))
+    done = run(*command, "2:4", "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(record.read_text())["rows"]
+    assert rows[0] == {**first, "seconds": 5.0} and len(rows) == 6
+    errors = {(row["method"], row["sparsity"]): row["error"] for row in rows}
+    for sparsity in ("0.6", "2:4"):
+        assert 0 < errors["rac", sparsity] < errors["sparsegpt", sparsity] < 1
+        by_alps = errors["rac", sparsity] / errors["alps", sparsity]
+        assert f"| {by_alps:.3f}, {by_alps:.3f} |" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_of_the_quality_record_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured is found again by its name, and no two cells share one."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    options = ["--token-counts", "5k", "200k", "--dampings", "0.003", "--without", "sort", "--reconstruct", "auto"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--work", "x", "--methods", "rac", "magnitude", *options])
+    names = [cell.name for cell in quality._cells(quality._arguments())]
+    assert len(names) == len(set(names)) == 2 * 6 * 4
+    assert "rac-text-1of4-damping0.003-tokens5000-without-sort" in names
+    assert quality.Cell("rac", "rac", "2:4").name == "rac-rac-2of4"
+    assert quality.Cell("alps", "rac", "0.8", "dense").name == "alps-rac-0.8-dense"
+
+
 def test_an_op_that_is_not_there() -> None:
     done = run("benchmarks/kernels.py", "magic")
     assert done.returncode == 2 and "magic is not one of hessian" in done.stderr
