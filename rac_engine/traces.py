@@ -433,8 +433,8 @@ def load_calibration(
         ids = sequence.token_ids
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise BadInput(
-                f"calibration {source}: sequence {number}: token ids from {ids.min()} to {ids.max()}, but the model "
-                f"has {size}; was it made by another model?"
+                f"{where or f'calibration {source}: piece {number}'}: token ids from {ids.min()} to {ids.max()}, but "
+                f"the model has {size}; was it made by another model?"
             )
         counted = len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
         weights = weighting.of(len(prompt), len(completion), own, where)
@@ -530,7 +530,7 @@ def _known_files(folder: Path) -> dict[str, str]:
         raise BadInput(f"calibration {folder}: `rac trace` has not finished here; run it again to go on")
     if not (folder / SUMMARY).exists():
         return {}
-    files = read_json(folder / SUMMARY).get("files", {})
+    files = read_json(folder / SUMMARY).get("files")
     if not isinstance(files, dict):
         raise BadInput(f"calibration {folder / SUMMARY}: `files` should name files and their SHA-256")
     return files

@@ -196,7 +196,7 @@ def test_bad_calibration_is_refused(record: dict[str, Any], message: str, tmp_pa
 
 def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt_token_ids": [2], "completion_token_ids": [3]}] * 300
-    for bad, said in ((None, "row 301: completion_token_ids: token ids should"), ([103], "sequence 301: token ids")):
+    for bad, said in ((None, "row 301: completion_token_ids: token ids should"), ([103], "row 301: token ids")):
         table = pa.Table.from_pylist([*rows, {"prompt_token_ids": [2], "completion_token_ids": bad}])
         pq.write_table(table, tmp_path / "c.parquet")
         with pytest.raises(BadInput, match=rf"c\.parquet: {said}"):

@@ -1,7 +1,8 @@
-"""State machines: a journal and a checkpoint's folder through any row of changes and damages."""
+"""State machines: a journal, a checkpoint's folder and one of traces through any row of changes and damages."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 from rac_engine.checkpoint import INDEX, Checkpoint
 from rac_engine.errors import BadInput
 from rac_engine.journal import Journal, records_of
+from rac_engine.traces import SUMMARY, load_calibration
 
 EXAMPLES = 500 if os.environ.get("RAC_SOAK") else 15
 SETTINGS = settings(max_examples=EXAMPLES, stateful_step_count=20, deadline=None, database=None)
@@ -148,7 +152,65 @@ class FolderMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
+class TracesMachine(RuleBasedStateMachine):
+    """A folder of traces gives the tokens that were put there, or is refused in words."""
+
+    names = ("part-00000.parquet", "part-00001.parquet")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.restore()
+
+    @rule()
+    def restore(self) -> None:
+        for entry in self.folder.iterdir():
+            entry.unlink()
+        for number, name in enumerate(self.names):
+            rows = {"prompt_token_ids": [[number, 1]], "completion_token_ids": [[2 + number, 3, 4]]}
+            pq.write_table(pa.table(rows), self.folder / name)
+        files = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in self.names}
+        (self.folder / SUMMARY).write_text(json.dumps({"tokens": 10, "files": files}))
+
+    @rule(name=st.sampled_from([*names, SUMMARY]), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+    def flip(self, name: str, where: float, bit: int) -> None:
+        data = bytearray((self.folder / name).read_bytes() if (self.folder / name).exists() else b"")
+        if data:
+            data[int(where * len(data))] ^= 1 << bit
+            (self.folder / name).write_bytes(data)
+
+    @rule(name=st.sampled_from([*names, SUMMARY]), where=st.floats(0, 1))
+    def truncate(self, name: str, where: float) -> None:
+        if (self.folder / name).exists():
+            data = (self.folder / name).read_bytes()
+            (self.folder / name).write_bytes(data[: int(where * len(data))])
+
+    @rule(name=st.sampled_from(names))
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    @rule(name=st.sampled_from([*names, "part-00002.parquet"]), other=st.sampled_from(names))
+    def copy(self, name: str, other: str) -> None:
+        if (self.folder / other).exists():
+            (self.folder / name).write_bytes((self.folder / other).read_bytes())
+
+    @invariant()
+    def gives_its_tokens_or_is_refused(self) -> None:
+        try:
+            found = load_calibration(str(self.folder), tokenizer=range(5))
+        except BadInput as error:
+            assert str(error)
+            return
+        ids = [token for sequence in found.sequences for token in sequence.token_ids]
+        assert ids == [0, 1, 2, 3, 4, 1, 1, 3, 3, 4]
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.folder)
+
+
 TestJournal = JournalMachine.TestCase
 TestJournal.settings = SETTINGS
 TestFolder = FolderMachine.TestCase
 TestFolder.settings = SETTINGS
+TestTraces = TracesMachine.TestCase
+TestTraces.settings = SETTINGS
