@@ -56,6 +56,7 @@ SUMMARY = "traces.json"
 _JOURNAL = "journal.jsonl"
 TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
 _GROUP = 4 << 30  # bytes in a row group of a Parquet file, at most
+_BATCH = 1 << 30  # bytes that 256 rows of traces take, at most
 
 SCHEMA = pa.schema(
     [
@@ -500,6 +501,8 @@ def _from_parquet(path: Path, weights: str | None) -> Iterator[_Trace]:
                 read = columns if weights is None else [*columns, weights]
                 row = 0
                 for batch in reader.iter_batches(256, columns=read):
+                    if batch.nbytes > _BATCH:  # repeated values take next to nothing in the file
+                        raise ValueError(f"rows of more than {format_bytes(_BATCH)}")
                     for pair in zip(*(batch.column(name).to_pylist() for name in read), strict=True):
                         row += 1
                         prompt, completion = (

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rac_engine import traces
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.decode import load_tokenizer
 from rac_engine.engine import peak_memory
@@ -289,6 +290,20 @@ def test_weights_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
     text.write_text("a b c")
     with pytest.raises(BadInput, match="no completions to weight"):
         load_calibration(f"text:{text}", tokenizer=tokenizer, weighting=Weighting(2.0))
+
+
+@pytest.mark.parametrize(("limit", "said"), [("_GROUP", "a row group larger than"), ("_BATCH", "rows of more than")])
+def test_a_small_file_of_many_tokens_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, said: str
+) -> None:
+    """A token repeated over and over: kilobytes that would become gigabytes."""
+    table = pa.table({"prompt_token_ids": [[1]], "completion_token_ids": [[7] * 1_000_000]})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    assert load_calibration(str(tmp_path / "t.parquet"), tokenizer=range(8)).tokens == 1_000_001
+    monkeypatch.setattr(traces, limit, 100)
+    with pytest.raises(BadInput, match=said):
+        load_calibration(str(tmp_path / "t.parquet"), tokenizer=range(8))
 
 
 def test_a_key_given_twice_is_refused_by_its_line(tmp_path: Path) -> None:
