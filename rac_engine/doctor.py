@@ -141,7 +141,15 @@ def _python() -> list[Finding]:
     found = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("triton", "pyarrow"))
     if missing:
         return [Finding("python", "fail", found, f"missing: {', '.join(missing)}", "pip install -e .")]
-    return [Finding("python", "ok", found)]
+    return [Finding("python", "ok", found), _math_verify()]
+
+
+def _math_verify() -> Finding:
+    version = _version("math-verify")
+    if version:
+        return Finding("math-verify", "ok", version)
+    cost = "answers are compared as text and numbers: \\frac{1}{2} is not found equal to 0.5"
+    return Finding("math-verify", "note", "missing", cost, "pip install math-verify")
 
 
 def _machine() -> list[Finding]:

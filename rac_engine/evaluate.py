@@ -1,7 +1,8 @@
 """How good and how long a model's answers are: the same problems and the same random numbers for every model.
 
 An answer is what stands in the last `\\boxed{…}` behind the last `</think>`, or behind `####` or `answer:` where
-there is no box. It is right if it equals the expected one as text, up to space, or as a number.
+there is no box. It is right if it equals the expected one as text, up to space, as a number or as an expression (see
+answers).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from rac_engine import faults
+from rac_engine.answers import Judge
 from rac_engine.checkpoint import disk_errors, replace_file, require_space
 from rac_engine.decode import Decoder, Request, Sampling, at_a_time, request_key
 from rac_engine.doctor import surroundings
@@ -32,7 +33,6 @@ from rac_engine.results import load_evaluation
 ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
 _MARKED = re.compile(r"(?:####|\banswer(?:\s+is)?[\s*]*:)[\s*]*(.+)", re.IGNORECASE)
 _BRACE = re.compile(r"\\boxed\{|[{}]")
-_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,6 @@ def extract_answer(text: str) -> str | None:
         return boxed
     marked = _MARKED.findall(said)
     return marked[-1].strip("* \t\r").rstrip(".* ") if marked else None
-
-
-def same_answer(expected: str, given: str | None) -> bool:
-    """Whether two answers are one: the same text up to space, or the same number."""
-    if given is None:
-        return False
-    if "".join(expected.split()) == "".join(given.split()):
-        return True
-    numbers = _number(expected), _number(given)
-    return numbers[0] is not None and numbers[0] == numbers[1]
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -178,8 +168,10 @@ def _evaluate_in(
         for problem, sample in asked
     ]
     given = [(each.id, each.answer, list(request.prompt)) for (each, _), request in zip(asked, requests, strict=True)]
+    judge = Judge()
     identity = {
         "model": decoder.sha256,
+        "answers": judge.how,
         "problems": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
         **settings.model_dump(mode="json", exclude={"problems"}),
         **surroundings(device),
@@ -200,12 +192,13 @@ def _evaluate_in(
             remove_empty(partial, partial)
         raise
     try:
-        rows, seconds = _answers(decoder, asked, requests, settings, journal, progress)
+        with judge:
+            rows, seconds = _answers(decoder, asked, requests, settings, journal, judge, progress)
     except BaseException:
         if len(journal.records) < 2:  # nothing worth going on with
             remove_empty(partial, partial)
         raise
-    summary = summarize(rows) | {"seconds": seconds}
+    summary = summarize(rows) | {"seconds": seconds, "answers": judge.how}
     comparison = None if earlier is None else compare(rows, earlier, str(baseline))
     result = {"summary": summary, "comparison": comparison, "settings": settings.model_dump(mode="json")}
     text = json.dumps({**result, "model": str(model), "problems_sha256": digest, "rows": rows}, indent=1) + "\n"
@@ -226,6 +219,7 @@ def _answers(
     requests: list[Request],
     settings: EvalSettings,
     journal: Journal,
+    judge: Judge,
     progress: Callable[[Any], None],
 ) -> tuple[list[dict[str, Any]], float]:
     """The rows of all answers, those that the journal has not yet being sampled, and the seconds that took."""
@@ -241,7 +235,7 @@ def _answers(
                 # The token that stopped it is no part of what was said; the other special ones, such as </think>, are.
                 said = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
                 text = decoder.tokenizer.decode(said, skip_special_tokens=False)
-                rows.append(_row(problem, text, len(completion.token_ids), completion.finish))
+                rows.append(_row(problem, text, len(completion.token_ids), completion.finish, judge))
             spent = time.monotonic() - began
             seconds += spent
             with disk_errors(journal.path):
@@ -285,7 +279,7 @@ def compare(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], name: str
     }
 
 
-def _row(problem: Problem, text: str, tokens: int, finish: str | None) -> dict[str, Any]:
+def _row(problem: Problem, text: str, tokens: int, finish: str | None, judge: Judge) -> dict[str, Any]:
     predicted = extract_answer(text)
     return {
         "id": problem.id,
@@ -293,7 +287,7 @@ def _row(problem: Problem, text: str, tokens: int, finish: str | None) -> dict[s
         "answer": problem.answer,
         "predicted": predicted,
         # An answer that was cut off has not been given, whatever stands in a box on the way.
-        "correct": finish == "stop" and same_answer(problem.answer, predicted),
+        "correct": finish == "stop" and judge.same(problem.answer, predicted),
         "tokens": tokens,
         "finish_reason": finish,
     }
@@ -336,14 +330,3 @@ def _last_boxed(text: str) -> str | None:
         elif begun and (start := begun.pop()) in boxes and start > last[0]:
             last = start, brace.start()
     return None if last[0] < 0 else text[slice(*last)].strip()
-
-
-def _number(text: str) -> Fraction | None:
-    """An integer, decimal or fraction, thousands set apart by commas or not."""
-    plain = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text.strip().strip("$").strip())
-    if not _NUMBER.fullmatch(plain) or len(plain) > 1000:
-        return None
-    try:
-        return Fraction(plain)
-    except ZeroDivisionError:
-        return None

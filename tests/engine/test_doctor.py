@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import rac_kernels
-from rac_engine import doctor
+from rac_engine import answers, doctor
 from rac_engine.doctor import Finding, code_sha256, examine, render, surroundings
 from rac_kernels import cuda, native
 
@@ -47,6 +48,18 @@ def test_a_missing_package_is_a_failure(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "pyarrow" else real(name))
     finding = _by_name(examine())["python"]
     assert finding.status == "fail" and "pyarrow" in finding.costs
+
+
+def test_without_math_verify_answers_are_compared_otherwise_and_it_is_said(monkeypatch):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "math-verify" else real(name))
+    finding = _by_name(examine())["math-verify"]
+    assert finding.status == "note" and "as text and numbers" in finding.costs
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with answers.Judge() as judge:
+        assert judge.how == "text and numbers"
+        assert not judge.same(r"\frac{1}{2}", "0.5")
+        assert judge.same("0.5", "1/2")
 
 
 def test_a_look_that_fails_is_a_finding_and_the_others_go_on(monkeypatch):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rac_engine import answers
+from rac_engine.answers import Judge
 from rac_engine.decode import Completion, Decoder
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.evaluate import evaluate, extract_answer, load_problems, mcnemar, same_answer, summarize, wilson
+from rac_engine.evaluate import evaluate, extract_answer, load_problems, mcnemar, summarize, wilson
 from rac_engine.recipe import EvalSettings
 
 ABACUS = Path(__file__).parents[2] / "examples/abacus"
@@ -56,10 +60,57 @@ def test_extract_answer(text: str, answer: str | None) -> None:
         ("3", "1/0", False),
         ("3", None, False),
         ("1011", "1011.0", True),
+        ("3 1 2", "1 2 3", False),
+        ("3, 1, 2", "1, 2, 3", False),
     ],
 )
-def test_same_answer(expected: str, given: str | None, same: bool) -> None:
-    assert same_answer(expected, given) is same
+def test_figures_are_compared_without_mathematics(
+    monkeypatch: pytest.MonkeyPatch, expected: str, given: str | None, same: bool
+) -> None:
+    """Which would take rows of them for sets or products."""
+    if expected != "abc":
+        monkeypatch.setattr(Judge, "_ask", None)
+    with Judge() as judge:
+        assert judge.same(expected, given) is same
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[Judge]:
+    with Judge() as made:
+        assert "math-verify" in made.how
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("expected", "given", "same"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\dfrac{3}{4}", r"\frac34", True),
+        ("x^2 + 1", "1+x^2", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        (r"\left(3, \frac{\pi}{2}\right)", r"(3,\pi/2)", True),
+        ("(3, 5)", "(5, 3)", False),
+        ("p - q", "q - p", False),
+        ("x", "}{\x00\n\ud800", False),
+        ("x" * 3000, "y", False),
+    ],
+)
+def test_mathematics_is_compared_as_such(judge: Judge, expected: str, given: str, same: bool) -> None:
+    assert judge.same(expected, given) is same
+
+
+def test_what_nobody_can_evaluate_is_another_answer_and_the_next_one_is_compared(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert judge.same("x+1", "1+x")
+    worker = judge._worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    monkeypatch.setattr(answers, "SECONDS", 0.05)
+    assert not judge.same("x+1", "1+x")
+    monkeypatch.undo()
+    assert worker.poll() is not None
+    assert judge.same("x+1", "1+x")
 
 
 def test_boxes_that_are_never_closed_take_one_pass() -> None:
