@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import common
-import published
 import torch
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import column_norm_accumulate_, roofline
+from rac_kernels import column_norm_accumulate_, published, roofline
 
 
 def one(bench: Bench, n: int) -> list[Measurement]:
     X = bench.activations(n)
     s = torch.zeros(n, device=bench.device)
-    published_ = "published: norm of an fp32 copy"
+    plain = "published: norm of an fp32 copy"
     exact = X.double().square().sum(0)
 
     def error(found: Tensor) -> dict[str, str]:
@@ -22,11 +21,11 @@ def one(bench: Bench, n: int) -> list[Measurement]:
 
     extra = {
         OURS: error(column_norm_accumulate_(s.clone(), X)),
-        published_: error(published.column_norm_(s.clone(), X)),
+        plain: error(published.column_norm_(s.clone(), X)),
     }
     cases: dict[str, common.Case] = {
         OURS: lambda: column_norm_accumulate_(s, X),
-        published_: lambda: published.column_norm_(s, X),
+        plain: lambda: published.column_norm_(s, X),
         "torch: squares summed": lambda: s.add_(X.float().square().sum(0)),
     }
     return bench.measure(

@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import published
 import torch
+from peer import LLMCompressor
 from torch import Tensor
 
 from rac_kernels import hessian_accumulate_, native, roofline, symmetrize_
@@ -62,7 +62,7 @@ class Bench:
     repeats: int
     slow: float
     peaks: roofline.Peaks
-    peer: published.LLMCompressor | None
+    peer: LLMCompressor | None
 
     def cuda(self) -> bool:
         return self.device.startswith("cuda")
@@ -253,7 +253,7 @@ def main(description: str | None, ops: Mapping[str, Run], choose: bool = False) 
         repeats=args.repeats,
         slow=args.slow or (2.0 if gpu else 30.0),
         peaks=roofline.measure_peaks(args.device),
-        peer=published.LLMCompressor.load(),
+        peer=LLMCompressor.load(),
     )
     if bench.peer is None:
         print("llm-compressor is not installed here: left out (make bench installs it in a folder of its own)")

@@ -7,12 +7,11 @@ three matrices of a small layer in one batched call. `error` is the largest of |
 from __future__ import annotations
 
 import common
-import published
 import torch
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import factor_, factor_batch_, roofline, symmetrize_
+from rac_kernels import factor_, factor_batch_, published, roofline, symmetrize_
 
 BATCH = 3  # as many inputs of a layer have the model's width
 

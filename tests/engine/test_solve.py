@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rac_engine.errors import BadInput
 from rac_engine.solve import METHODS, Gram, Outputs, Target, matrices, prune_matrices, prune_matrix
+from rac_kernels.published import sparsegpt
 from tests.kernels.gram import KINDS, gram
-from tests.kernels.textbook import sparsegpt
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_refused(problem: tuple[Tensor, Tensor]) -> None:
 def test_sparsegpt_is_as_good_as_the_published_loop(
     kind: str, rows: int, sparsity: float, pattern: str | None, block: int
 ) -> None:
-    """The textbook's loop runs in fp64, this in fp32: near ties fall either way, so objectives are compared."""
+    """The published loop runs in fp64, this in fp32: near ties fall either way, so objectives are compared."""
     H, W = gram(kind, 256), torch.randn(rows, 256, generator=torch.Generator().manual_seed(0))
     result = prune_matrix(W, H, "sparsegpt", sparsity, pattern, block_size=block)
     n, m = map(int, (pattern or "0:0").split(":"))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rac_kernels import factor_, native, objective, sweep
+from rac_kernels.published import sparsegpt
 from tests.kernels.backends import CPU, CPU_FP32, running
 from tests.kernels.gram import KINDS, gram
-from tests.kernels.textbook import sparsegpt
 
 
 @pytest.fixture(params=CPU_FP32)
