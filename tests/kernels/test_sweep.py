@@ -255,6 +255,39 @@ def test_any_pattern(rows, groups, pattern, block, kind, seed):
     assert as_good(Q, W, H, 0.5, pattern, max(block // pattern[1], 1) * pattern[1])
 
 
+def inside(X: Tensor, turned: bool, steps: tuple[int, int] = (1, 1)) -> Tensor:
+    """X as a view into a buffer of NaN: of every so many-th row and column, its columns contiguous if it is turned."""
+    down, across = (slice(1, 1 + count * step, step) for count, step in zip(X.shape, steps, strict=True))
+    shape = [down.stop + 2, across.stop + 1]
+    store = torch.full(shape[::-1] if turned else shape, torch.nan, dtype=X.dtype)
+    return (store.T if turned else store)[down, across].copy_(X)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    groups=st.integers(0, 40),
+    pattern=st.sampled_from([None, (2, 4), (1, 3)]),
+    block=st.integers(1, 140),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    steps=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    name=st.sampled_from(CPU_FP32[1:] or CPU_FP32),
+)
+def test_any_strides_and_dtype(rows, groups, pattern, block, dtype, steps, turned, name):
+    """As if both were contiguous and W fp32, bit for bit; the reference's sums are torch's, of whatever order."""
+    turned = turned if name != "reference" else (False, False)
+    n = groups * (pattern[1] if pattern else 3)
+    W, U = weights(rows, n, dtype=dtype), factor_(gram("correlated", n)).U
+    below = torch.ones(n, n, dtype=torch.bool).tril(-1)
+    strange_w, strange_u = inside(W, turned[0], steps), inside(U.masked_fill(below, 7e30), turned[1])
+    with running(name) as backend:
+        Q = sweep(strange_w, strange_u, 0.6, pattern, block, backend=backend)
+        wanted = sweep(W.float(), U, 0.6, pattern, block, backend=backend)
+    assert Q.dtype == torch.float32 and torch.equal(Q, wanted)
+    assert torch.equal(strange_w, W)
+
+
 def added_by_rounding(Q: Tensor, W: Tensor, U: Tensor) -> float:
     """The share of ‖(W − Q) U‖² that is in weights that stay: without rounding they are where nothing is left."""
     left = ((W.double() - Q.double()) @ U.triu().double()).square()
