@@ -116,6 +116,25 @@ def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any) -> None:
     assert gpu.part("build", [sys.executable, "-c", "raise SystemExit(3)"])["ended"] == "failed with 3"
 
 
+def test_make_gpu_runs_the_tests_files_at_once(gpu: Any, tmp_path: Path) -> None:
+    """Within one limit; one that has nothing to run is no failure, one that hangs is told from the others."""
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "small.py").write_text("print('small')")
+    (folder / "test_good.py").write_text("def test(): pass")
+    (folder / "test_none.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)")
+    (folder / "test_bad.py").write_text("def test(): assert False")
+    gpu.ROOT, gpu.LIMITS["tests"] = tmp_path, 60
+    found = gpu.tests()
+    assert found["ended"] == "test_bad failed with 1"
+    assert set(found["files"]) == {"small", "test_good", "test_none", "test_bad"}
+    assert found["files"]["test_none"]["ended"] == "failed with 5" and "small" in found["files"]["small"]["output"]
+    (folder / "test_bad.py").write_text("import time\ndef test(): time.sleep(60)")
+    gpu.LIMITS["tests"] = 10
+    found = gpu.tests()
+    assert "test_bad stopped after" in found["ended"] and found["seconds"] < 40
+
+
 def test_make_gpu_stops_what_a_part_started(gpu: Any) -> None:
     gpu.LIMITS["tests"] = 5
     child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
@@ -142,14 +161,14 @@ def test_make_gpu_writes_after_each_part(gpu: Any, tmp_path: Path, monkeypatch: 
         before.append(list(json.loads(out.read_text())["parts"]) if out.exists() else [])
         return {"ended": "passed", "seconds": 1, "output": ""}
 
-    for name in ("build", "tests", "sanitize", "benchmarks"):
+    for name in ("build", "tests", "sanitize", "benchmarks", "streaming"):
         monkeypatch.setattr(gpu, name, ended)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.main() == 0
-    order = ["build", "tests", "memcheck", "racecheck", "initcheck", "benchmarks"]
+    order = ["build", "tests", "memcheck", "racecheck", "initcheck", "benchmarks", "streaming"]
     assert before == [order[:done] for done in range(len(order))]
     assert list(json.loads(out.read_text())["parts"]) == order and "driver" in json.loads(out.read_text())
 

@@ -22,16 +22,16 @@ SHAPES = [(0, 5), (1, 1), (33, 129), (1030, 70)] + ([(8192, 18_944), (100_000, 3
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(("tokens", "n"), SHAPES)
 def test_any_tokens(tokens: int, n: int, step: int, dtype: torch.dtype, weighted: bool) -> None:
-    g = torch.Generator().manual_seed(tokens + n)
-    values = (torch.randn(tokens, n, generator=g) + 0.5).to(DEVICE, dtype)
+    g = torch.Generator(DEVICE).manual_seed(tokens + n)
+    values = (torch.randn(tokens, n, generator=g, device=DEVICE) + 0.5).to(dtype)
     whole = torch.full((tokens + 2, step * n + 3), torch.nan, dtype=dtype, device=DEVICE)
     X = whole[1 : 1 + tokens, 2 : 2 + step * n : step]
     X.copy_(values)
-    weights = torch.rand(tokens, generator=g).to(DEVICE) if weighted else None
+    weights = torch.rand(tokens, generator=g, device=DEVICE) if weighted else None
     if weights is not None:
         weights[::3] = 0
         X[::3] = torch.nan
-    before = torch.rand(n + 2, generator=g).to(DEVICE)
+    before = torch.rand(n + 2, generator=g, device=DEVICE)
     s = before.clone()
     column_norm_accumulate_(s[1:-1], X, weights, backend="triton")
     squares = values.double().square()

@@ -32,11 +32,11 @@ else:
 
 def stream(tokens: int, n: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
     """Tokens [tokens, n] inside a buffer full of NaN."""
-    g = torch.Generator().manual_seed(tokens + n)
+    g = torch.Generator(DEVICE).manual_seed(tokens + n)
     shape = (n + 2, tokens + 3) if layout == "columns" else (tokens + 2, n + 3 if layout == "odd stride" else n)
     whole = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
     X = whole[1 : 1 + n, 2 : 2 + tokens].T if layout == "columns" else whole[1 : 1 + tokens, :n]
-    return X.copy_((torch.randn(tokens, n, generator=g) + 0.5).to(DEVICE, dtype))
+    return X.copy_((torch.randn(tokens, n, generator=g, device=DEVICE) + 0.5).to(dtype))
 
 
 def error(C: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -48,15 +48,15 @@ def error(C: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_any_tokens(tokens: int, n: int, m: int, dtype: torch.dtype, weighting: str, layout: str) -> None:
     X, Y = stream(tokens, n, dtype, layout), stream(tokens, m, dtype, "rows")
     x, y = X.clone(), Y.clone()
-    g = torch.Generator().manual_seed(tokens)
+    g = torch.Generator(DEVICE).manual_seed(tokens)
     weights = None
     if weighting != "none":
-        weights = torch.rand(tokens, generator=g).to(DEVICE)
+        weights = torch.rand(tokens, generator=g, device=DEVICE)
         weights[::3] = 0
         X[::3], Y[::3] = torch.nan, torch.inf
         weights = (weights > 0).float() if weighting == "mask" else weights
         y = (y.double() * weights.double()[:, None]).to(torch.float64)
-    before = torch.randn(n, m, generator=g).to(DEVICE)
+    before = torch.randn(n, m, generator=g, device=DEVICE)
     around = torch.full((n + 2, m + 5), torch.nan, device=DEVICE)
     C = around[1 : 1 + n, 3 : 3 + m]
     C.copy_(before)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(bool(UNUSABLE), reason=UNUSABLE or "usable")
 
 
 def damped(kind: str, n: int) -> Tensor:
-    H = gram(kind, n).cuda()
+    H = gram(kind, n, device="cuda")
     H.diagonal().add_(0.01 * H.diagonal().mean())
     return H
 
@@ -92,7 +92,7 @@ def test_in_a_graph() -> None:
         blocked_(H, status)
         thresholds, _ = cuda.select_thresholds(scores, [100_000], [40_000], state)
     for seed in range(2):
-        wanted = gram("plain", 260, seed).cuda()
+        wanted = gram("plain", 260, seed, device="cuda")
         H.copy_(wanted)
         scores.uniform_()
         graph.replay()

@@ -39,7 +39,7 @@ def error(U: Tensor, H: Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "n"), CASES)
 def test_accuracy_against_plain_torch(kind, n):
-    H = gram(kind, n).to(DEVICE)
+    H = gram(kind, n, device=DEVICE)
     around = torch.full((n + 3, n + 5), torch.nan, device=DEVICE)
     view = around[1 : n + 1, 2 : n + 2]
     view.copy_(H)
@@ -55,7 +55,7 @@ def test_accuracy_against_plain_torch(kind, n):
 
 def test_escalation_and_its_end():
     n = 30
-    H = gram("plain", n).to(DEVICE)
+    H = gram("plain", n, device=DEVICE)
     H -= 0.5 * H.diagonal().mean() * torch.eye(n, device=DEVICE)
     found = factor_(H.clone(), max_damping=10, backend="triton")
     assert found.attempts == pytest.approx([0.01, 0.1, 1.0])
@@ -67,8 +67,9 @@ def test_escalation_and_its_end():
 @pytest.mark.parametrize("n", [20, 130] + ([1024, 3584] if GPU else []))
 def test_a_batch_is_its_matrices_alone(n):
     """Bit for bit, inside a buffer of NaN; the second needs more damping than the others."""
-    plain = gram("plain", n)
-    matrices = [plain, plain - 0.5 * plain.diagonal().mean() * torch.eye(n), gram("dead", n)]
+    plain = gram("plain", n, device=DEVICE)
+    indefinite = plain - 0.5 * plain.diagonal().mean() * torch.eye(n, device=DEVICE)
+    matrices = [plain, indefinite, gram("dead", n, device=DEVICE)]
     if not GPU and n > 100:  # the interpreter takes its time over each attempt
         del matrices[1]
     store = torch.full((len(matrices), n + 1, n + 5), torch.nan, device=DEVICE)
@@ -76,14 +77,14 @@ def test_a_batch_is_its_matrices_alone(n):
     H.copy_(torch.stack(matrices))
     found = factor_batch_(H, max_damping=10, backend="triton")
     for one, matrix in zip(found, matrices, strict=True):
-        alone = factor_(matrix.to(DEVICE), max_damping=10, backend="triton")
+        alone = factor_(matrix.clone(), max_damping=10, backend="triton")
         assert torch.equal(one.U, alone.U) and one.attempts == alone.attempts and torch.equal(one.dead, alone.dead)
     H.fill_(torch.nan)
     assert store.isnan().all()
 
 
 def test_a_batch_with_matrices_that_have_no_factor():
-    good = gram("plain", 30).to(DEVICE)
+    good = gram("plain", 30, device=DEVICE)
     bad = good.clone()
     bad[4, 20] = 1e9
     with pytest.raises(FactorError, match=r"^H\[1\] .*not positive definite.*limit is 1$"):
@@ -94,13 +95,13 @@ def test_a_batch_with_matrices_that_have_no_factor():
 @pytest.mark.parametrize("n", [100, 2000])
 def test_cusolver_in_one_call(n, monkeypatch):
     monkeypatch.setattr(importlib.import_module("rac_kernels.factor"), "WHOLE", n)
-    matrices = [gram(kind, n).cuda() for kind in ("plain", "dead")]
+    matrices = [gram(kind, n, device="cuda") for kind in ("plain", "dead")]
     for H, found in zip(matrices, factor_batch_(torch.stack(matrices)), strict=True):
         assert error(found.U, damped(H, found)) < 2e-6 and torch.equal(found.U.tril(-1), H.tril(-1))
 
 
 def test_not_finite_is_refused():
-    H = gram("plain", 140).to(DEVICE)
+    H = gram("plain", 140, device=DEVICE)
     H[3, 139] = torch.inf
     with pytest.raises(FactorError, match="infinities or NaN"):
         factor_(H, backend="triton")
@@ -109,7 +110,7 @@ def test_not_finite_is_refused():
 @pytest.mark.skipif(not cuda.usable(torch.device(DEVICE)), reason="needs a GPU and the CUDA kernels")
 @pytest.mark.parametrize("kind", ["correlated", "dead"])
 def test_cuda_and_triton_corners_agree(kind):
-    H = gram(kind, 700).cuda()
+    H = gram(kind, 700, device="cuda")
     by_cuda, by_triton = (factor_(H.clone(), backend=backend).U for backend in ("cuda", "triton"))
     assert torch.equal(factor_(H.clone()).U, by_cuda)  # what "auto" takes
     torch.testing.assert_close(by_triton.triu(), by_cuda.triu(), rtol=1e-4, atol=1e-4)

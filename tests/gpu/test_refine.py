@@ -31,9 +31,9 @@ def rows(T: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
 def test_as_good_as_the_reference(kind: str, count: int, n: int, triangle: str, method: str) -> None:
     if method == "exact" and n > 1024:
         pytest.skip("solved exactly where n is small")
-    g = torch.Generator().manual_seed(n)
-    H, T = gram(kind, n).to(DEVICE), torch.randn(count, n, generator=g).to(DEVICE)
-    mask = (torch.rand(count, n, generator=g) < 0.5).to(DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(n)
+    H, T = gram(kind, n, device=DEVICE), torch.randn(count, n, generator=g, device=DEVICE)
+    mask = torch.rand(count, n, generator=g, device=DEVICE) < 0.5
     mask[count // 2 : count // 2 + 1] = False
     half = H if triangle == "full" else torch.where(torch.ones_like(H).tril(-1).bool(), H, torch.nan)
     found = {}
@@ -58,7 +58,7 @@ def test_as_good_as_the_reference(kind: str, count: int, n: int, triangle: str, 
 
 
 def test_tf32_elsewhere_does_not_matter() -> None:
-    H, T = gram("correlated", 50).to(DEVICE), torch.randn(6, 50).to(DEVICE)
+    H, T = gram("correlated", 50, device=DEVICE), torch.randn(6, 50).to(DEVICE)
     mask = torch.rand(6, 50).to(DEVICE) < 0.5
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True

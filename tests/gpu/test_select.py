@@ -21,12 +21,13 @@ VALUES = ["random", "few", "zeros", "extremes", "signed"]
 
 
 def some(count: int, values: str) -> Tensor:
-    """Scores on the CPU, with many ties or of all magnitudes."""
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    """With many ties, or of all magnitudes."""
+    g = torch.Generator(DEVICE).manual_seed(count)
+    scores = torch.rand(count, generator=g, device=DEVICE)
     if values == "few":
         scores = (scores * 5).floor()
     elif values == "zeros":
-        scores = scores * (torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.1)
+        scores = scores * (torch.rand(count, generator=g, device=DEVICE) < 0.1)
     elif values == "extremes":
         scores = 2.0 ** (scores * 277 - 149)
     elif values == "signed":
@@ -46,14 +47,14 @@ def first(scores: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("values", VALUES)
 def test_groups(counts: list[int], values: str, backend: str) -> None:
     parts = [some(count, values) for count in counts]
-    scores = torch.cat(parts).to(DEVICE)
+    scores = torch.cat(parts)
     selection = Selection(len(counts), torch.device(DEVICE), backend)
     for share in (0.0, 0.3, 1.0) if GPU or values == "signed" else (0.3,):
         ks = [int(share * count) for count in counts]
         selection.run(scores, counts, ks)
         found = zip(parts, ks, selection.thresholds.tolist(), selection.last.tolist(), strict=True)
         for part, k, threshold, last in found:
-            goes = (part < threshold) | ((part == threshold) & (torch.arange(len(part)) <= last))
+            goes = (part < threshold) | ((part == threshold) & (torch.arange(len(part), device=DEVICE) <= last))
             assert torch.equal(goes, first(part, k))
             assert k or (threshold, last) == (-torch.inf, -1)
 
@@ -66,7 +67,7 @@ def test_kth_smallest(dtype: torch.dtype, backend: str) -> None:
     scores[8::100] = -torch.nan
     ordered = scores.sort().values
     for k in (1, 400, 1_180, 1_200):
-        found = kth_smallest(scores.view(40, 30).to(DEVICE).T, k, backend=backend).cpu()
+        found = kth_smallest(scores.view(40, 30).T, k, backend=backend)
         assert found.dtype == dtype and found.shape == ()
         assert torch.equal(found.isnan(), ordered[k - 1].isnan()) and (found.isnan() or found == ordered[k - 1])
 
@@ -77,7 +78,7 @@ def test_kth_smallest(dtype: torch.dtype, backend: str) -> None:
 def test_masks_of_a_matrix(shape: tuple[int, int], values: str, backend: str) -> None:
     scores = some(shape[0] * shape[1], values).view(shape)
     for sparsity in (0.0, 0.37, 1.0) if GPU or shape[0] < 3 else (0.37,):
-        mask = mask_by_score(scores.to(DEVICE), sparsity, per="matrix", backend=backend).cpu()
+        mask = mask_by_score(scores, sparsity, per="matrix", backend=backend)
         assert torch.equal(mask.flatten(), first(scores.flatten(), int(sparsity * scores.numel())))
 
 
@@ -86,9 +87,9 @@ def test_masks_of_a_matrix(shape: tuple[int, int], values: str, backend: str) ->
 def test_masks_of_rows(shape: tuple[int, int], values: str) -> None:
     scores = some(shape[0] * shape[1], values).view(shape[1], shape[0]).T
     for sparsity in (0.0, 0.37, 1.0) if GPU or shape[0] < 3 else (0.37,):
-        mask = mask_by_score(scores.to(DEVICE), sparsity, backend="triton").cpu()
+        mask = mask_by_score(scores, sparsity, backend="triton")
         order = scores.sort(dim=1, stable=True).indices[:, : int(sparsity * shape[1])]
-        assert torch.equal(mask, torch.zeros(shape, dtype=torch.bool).scatter_(1, order, True))
+        assert torch.equal(mask, torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True))
 
 
 def test_nothing_around_is_touched() -> None:

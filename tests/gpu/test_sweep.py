@@ -24,14 +24,15 @@ if GPU:
 
 
 def weights(rows: int, n: int) -> Tensor:
-    return torch.randn(rows, n, generator=torch.Generator().manual_seed(rows + n)).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(rows + n)
+    return torch.randn(rows, n, generator=generator, device=DEVICE)
 
 
 @pytest.mark.parametrize("kind", ["correlated", "rank-deficient", "dead"])
 @pytest.mark.parametrize(("rows", "n", "block", "how"), UNSTRUCTURED + PATTERNS, ids=str)
 def test_as_good_as_the_reference(rows, n, block, how, kind):
     sparsity, pattern = (how, None) if isinstance(how, float) else (0.5, how)
-    H, W = gram(kind, n).to(DEVICE), weights(rows, n)
+    H, W = gram(kind, n, device=DEVICE), weights(rows, n)
     factor = factor_(H.clone(), backend="reference")
     arguments = (W, factor.U, sparsity, pattern, block, factor.dead)
     Q, wanted = sweep(*arguments, backend="triton"), sweep(*arguments, backend="reference")
@@ -41,7 +42,7 @@ def test_as_good_as_the_reference(rows, n, block, how, kind):
 
 
 def test_row_groups_have_counts_of_their_own():
-    H = gram("plain", 50).to(DEVICE)
+    H = gram("plain", 50, device=DEVICE)
     W = torch.cat([weights(40, 50), 100 * weights(3, 50), 0.01 * weights(33, 50)])
     Q = sweep(W, factor_(H).U, 0.5, block_size=32, row_groups=[40, 3, 0, 33], backend="triton")
     for block in Q.split(32, 1):
@@ -60,13 +61,13 @@ def test_ties_go_by_position():
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
 def test_all_or_nothing(sparsity):
-    H, W = gram("plain", 40).to(DEVICE), weights(9, 40)
+    H, W = gram("plain", 40, device=DEVICE), weights(9, 40)
     Q = sweep(W, factor_(H).U, sparsity, block_size=16, backend="triton")
     assert torch.equal(Q, W * (1 - sparsity))
 
 
 def test_strides_and_poison():
-    H = gram("plain", 40).to(DEVICE)
+    H = gram("plain", 40, device=DEVICE)
     U = factor_(H).U
     W = weights(21, 40).half()
     expected = sweep(W, U, 0.5, block_size=16, backend="triton")
@@ -82,7 +83,7 @@ def test_strides_and_poison():
 
 @pytest.mark.skipif(not GPU, reason="CUDA graphs")
 def test_captured_in_a_cuda_graph():
-    H, W = gram("plain", 512).cuda(), weights(256, 512)
+    H, W = gram("plain", 512, device="cuda"), weights(256, 512)
     U = factor_(H).U
     for pattern in (None, (2, 4)):
         wanted = sweep(W, U, 0.5, pattern)
