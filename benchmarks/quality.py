@@ -42,6 +42,10 @@ METHODS = ("rac", "sparsegpt", "alps", "wanda", "magnitude")
 CALIBRATIONS = ("rac", "prompt", "text")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "2:4", "1:4")
 HELD_TOKENS = 20_000
+COLUMNS = {
+    "by method, on traces": [*((method, "rac") for method in METHODS[:-1]), ("magnitude", "none")],
+    "by calibration": [(method, how) for method in METHODS[:-1] for how in ("prompt", "text")],
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def main() -> None:
     cells = [json.loads(path.read_text()) for path in sorted((args.work / "cells").glob("*.json"))]
     cells.sort(key=lambda cell: (cell.get("sparsity", ""), len(_variant(cell)), -cell["accuracy"]))
     print(table(cells))
+    for calibration, columns in COLUMNS.items():
+        print(f"\n{calibration}:\n\n{overview(cells, columns)}")
     record = {
         "machine": machine(),
         "model": str(args.model),
@@ -187,6 +193,27 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"{cell['cut_off_share']:.3f} | "
             f"{cell['trace_perplexity']:.3f} | {cell['text_perplexity']:.2f} | {cell.get('prune_seconds', 0):.0f} |"
         )
+    return "\n".join(lines)
+
+
+def overview(cells: list[dict[str, Any]], columns: list[tuple[str, str]]) -> str:
+    """Accuracy / mean decode length / share cut off (where any) of the plain cells, a row a sparsity."""
+    heads = [method if how == "none" else f"{method}, {how}" for method, how in columns]
+    lines = [f"| sparsity | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    plain = {
+        (cell["method"], cell["calibration"], cell["sparsity"]): cell
+        for cell in cells
+        if "sparsity" in cell and not _variant(cell)
+    }
+
+    def told(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return ""
+        cut = f" / {cell['cut_off_share']:.0%}" if cell["cut_off_share"] >= 0.005 else ""
+        return f"{cell['accuracy']:.3f}".removeprefix("0") + f" / {cell['mean_tokens']:.0f}{cut}"
+
+    for sparsity in SPARSITIES:
+        lines.append(f"| {sparsity} | " + " | ".join(told(plain.get((*column, sparsity))) for column in columns) + " |")
     return "\n".join(lines)
 
 
