@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, kPerMultiprocessor)
                 keys[i] = at < count ? key_of(scores[at]) : 0;
             }
 #pragma unroll
-            for (int i = 0; i < kLoads; ++i)  // scores crowd in few bins, but lanes that add 1 to the same are added up
+            for (int i = 0; i < kLoads; ++i)
+                // Scores crowd in few bins, but lanes that add 1 to the same one are added up.
                 if (base + i * kThreads + threadIdx.x < count && (keys[i] & known) == key)
                     atomicAdd(&shared.histogram[keys[i] >> shift & (bins - 1)], 1u);
         }

@@ -92,8 +92,7 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
     On a GPU it waits for the device twice, before the first attempt and after it, and once for each one that follows.
 
     Raises FactorError if H is not finite, has a negative diagonal element (no XᵀX has), or is not positive definite
-    within the limit; ValueError for arguments that cannot be meant. After an
-    error H's contents are lost.
+    within the limit; ValueError for arguments that cannot be meant. After an error H's contents are lost.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
@@ -106,8 +105,9 @@ def factor_batch_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, ba
     own, bit for bit what ``factor_`` gives for it alone.
 
     H: [matrices, n, n] fp32 with contiguous rows, not overlapping. On a GPU a launch serves all of them, as small
-    matrices leave most of it idle. The damping is raised only for those that need it. The FactorError of a batch
-    names each matrix that has no factor, and why; the contents of all are lost.
+    matrices leave most of it idle; on a CPU they follow each other, with all threads at each. The damping is raised
+    only for those that need it. The FactorError of a batch names each matrix that has no factor, and why; the contents
+    of all are lost.
     """
     if H.ndim != 3 or H.shape[1] != H.shape[2] or H.dtype != torch.float32 or (H.shape[1] > 1 and H.stride(2) != 1):
         raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
@@ -227,8 +227,8 @@ def _cholesky_native_(H: Tensor) -> Tensor:
 
 
 def _cholesky_exact_(H: Tensor) -> Tensor:
-    """In fp64 and rounded to H's dtype at the end."""
-    return _cholesky_whole_(H, torch.float64)
+    """In fp64 and rounded to H's dtype at the end, one by one: fp64 takes memory."""
+    return torch.cat([_cholesky_whole_(one, torch.float64) for one in H.split(1)])
 
 
 def _cholesky_whole_(H: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

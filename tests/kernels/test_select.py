@@ -69,10 +69,16 @@ MATRICES = hnp.arrays(
 
 
 @settings(max_examples=100, deadline=None)
-@given(MATRICES, st.floats(0, 1), st.sampled_from(["row", "matrix"]))
-def test_masks_hold_the_smallest_and_the_first(values, sparsity, per):
-    scores = torch.from_numpy(values)
-    mask = mask_by_score(scores, sparsity, per=per)
+@given(
+    MATRICES,
+    st.floats(0, 1),
+    st.sampled_from(["row", "matrix"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.sampled_from(["auto", "reference"]),
+)
+def test_masks_hold_the_smallest_and_the_first(values, sparsity, per, dtype, backend):
+    scores = torch.from_numpy(values).to(dtype)
+    mask = mask_by_score(scores, sparsity, per=per, backend=backend)
     flat = scores.reshape(1, -1) if per == "matrix" else scores
     k = zeros_of(sparsity, flat.shape[1])
     expected = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.sort(dim=1, stable=True).indices[:, :k], True)
