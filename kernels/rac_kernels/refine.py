@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -36,20 +37,53 @@ EXACT_ELEMENTS = 1 << 24  # of the rows' own H_SS, fp64, held at a time
 
 @dataclass(frozen=True)
 class RefineResult:
-    """How it went. Objectives are sums over the rows, made in fp64 of products made in H's dtype."""
+    """How it went. Objectives are sums over the rows, made in fp64 of products made in H's dtype.
 
-    method: str
-    """"gradients" or "exact"."""
-    iterations: int
-    """Products with H, the most that any row took; the first and the last, which measure, not counted."""
-    residual: float
-    """‖r‖ at the end by ‖r‖ at the start in the worst row; r = (T − Q) H on the mask, in the norm of H's diagonal⁻¹."""
-    before: float
-    """tr((Q − T) H (Q − T)ᵀ) of the Q given, without what lay outside the mask."""
-    after: float
-    """The same of the Q returned; never above ``before`` but for rounding."""
-    kept: int
-    """Rows for which no better Q was found than the one given."""
+    The numbers are fetched from the device when they are first asked for: torch.compile can pass `rows` on.
+    """
+
+    rows: Tensor
+    """[rows, 6] fp64: each row's iterations, residual, objective before and after, whether it kept the Q given and
+    whether it was solved exactly."""
+
+    @property
+    def method(self) -> str:
+        """ "gradients" or "exact"."""
+        return "exact" if self._most[5] else "gradients"
+
+    @property
+    def iterations(self) -> int:
+        """Products with H, the most that any row took; the first and the last, which measure, not counted."""
+        return int(self._most[0])
+
+    @property
+    def residual(self) -> float:
+        """‖r‖ at the end by ‖r‖ at the start in the worst row; r = (T − Q) H on the mask, in the norm of H's
+        diagonal⁻¹."""
+        return self._most[1]
+
+    @property
+    def before(self) -> float:
+        """tr((Q − T) H (Q − T)ᵀ) of the Q given, without what lay outside the mask."""
+        return self._sums[2]
+
+    @property
+    def after(self) -> float:
+        """The same of the Q returned; never above ``before`` but for rounding."""
+        return self._sums[3]
+
+    @property
+    def kept(self) -> int:
+        """Rows for which no better Q was found than the one given."""
+        return int(self._sums[4])
+
+    @cached_property
+    def _most(self) -> list[float]:
+        return self.rows.amax(0).tolist() if len(self.rows) else [0.0] * 6
+
+    @cached_property
+    def _sums(self) -> list[float]:
+        return self.rows.sum(0).tolist()
 
 
 def refine(
@@ -103,11 +137,7 @@ def refine(
         raise ValueError(f"Q, target, mask and diagonal must be on H's device, {H.device}")
     chosen = choose(backend, H.device, triton=True) if H.dtype == torch.float32 else "reference"
     refined, rows = _refine_op(Q, H, target, mask, triangle, diagonal, iterations, tolerance, method, chosen)
-    if not rows.numel():
-        return refined, RefineResult("gradients", 0, 0.0, 0.0, 0.0, 0)
-    most, sums = rows.amax(0).tolist(), rows.sum(0).tolist()
-    how = "exact" if most[5] else "gradients"
-    return refined, RefineResult(how, int(most[0]), most[1], sums[2], sums[3], int(sums[4]))
+    return refined, RefineResult(rows)
 
 
 class System(NamedTuple):
@@ -132,7 +162,7 @@ def _refine_op(
     method: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Returns Q and [rows, 6] fp64: iterations, residual, objective before and after, start kept, solved exactly."""
+    """Returns Q and RefineResult's rows."""
     rows, n = Q.shape
     refined = Q.new_empty(rows, n, dtype=H.dtype)
     found = torch.zeros(rows, 6, dtype=torch.float64, device=H.device)

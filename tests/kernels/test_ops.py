@@ -86,6 +86,11 @@ def solve(H: Tensor, W: Tensor, added: Tensor) -> tuple[Tensor, ...]:
     return Q + 1, N_M, factor.U.triu(), factor.used, *several
 
 
+def improve(H: Tensor, W: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+    Q, how = rac_kernels.refine(W * keep, H, W, keep > 0)
+    return Q + 1, how.rows.clone()
+
+
 def mark(scores: Tensor) -> tuple[Tensor, ...]:
     rows = rac_kernels.mask_by_score(scores * 2, 0.5)
     matrix = rac_kernels.mask_by_score(scores, 0.3, per="matrix")
@@ -98,9 +103,10 @@ def mark(scores: Tensor) -> tuple[Tensor, ...]:
     [
         (calibrate, lambda: (tokens(), tokens(7), torch.zeros(N, N), torch.zeros(N, 7), torch.zeros(N))),
         (solve, lambda: (gram("dead", N), torch.randn(ROWS, N), torch.rand(N))),
+        (improve, lambda: (gram("dead", N), torch.randn(ROWS, N), mask().float())),
         (mark, lambda: (torch.rand(ROWS, N),)),
     ],
-    ids=["calibrate", "solve", "mark"],
+    ids=["calibrate", "solve", "improve", "mark"],
 )
 def test_a_whole_graph_to_torch_compile(
     function: Callable[..., object], arguments: Callable[[], tuple[Tensor, ...]]
@@ -121,10 +127,3 @@ def test_errors_in_a_compiled_graph_are_the_same() -> None:
         factor(torch.full((3, 3), torch.inf))
     found = factor(torch.eye(3), 0.03)
     assert (found.damping, found.ridge, found.attempts) == (0.03, 0.03, [0.03])
-
-
-def test_refine_composes_with_torch_compile() -> None:
-    """In two graphs: how it went is read as numbers."""
-    H, T, keep = gram("plain", N), torch.randn(ROWS, N), mask()
-    compiled = torch.compile(lambda T: rac_kernels.refine(T * keep, H, T, keep)[0] + 1, backend="aot_eager")
-    torch.testing.assert_close(compiled(T), rac_kernels.refine(T * keep, H, T, keep)[0] + 1)
