@@ -198,7 +198,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def overview(cells: list[dict[str, Any]], columns: list[tuple[str, str]]) -> str:
     """Accuracy / mean decode length / share cut off (where any) of the plain cells, a row a sparsity."""
-    heads = [method if how == "none" else f"{method}, {how}" for method, how in columns]
+    heads = [method if how in ("none", "rac") else f"{method}, {how}" for method, how in columns]
     lines = [f"| sparsity | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     plain = {
         (cell["method"], cell["calibration"], cell["sparsity"]): cell
