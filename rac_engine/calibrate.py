@@ -210,13 +210,15 @@ class Stream:
         for start, stop in self._spans:
             self.hidden.write(start, model.embed(packing.token_ids[start:stop], dtype, table).to(device))
 
-    def observe(self, block: Block, statistics: Mapping[str, Statistic]) -> Activations | None:
+    def observe(
+        self, block: Block, statistics: Mapping[str, Statistic], further: bool = True
+    ) -> Activations | None:
         """Gather `statistics` from inputs of the block's matrices, by the inputs' names, no further than needed.
 
         If the input [tokens, block.width] of the block's last matrix is among them, returns it for `advance`, unless it
-        is too large to be kept.
+        is too large to be kept or the tokens go no `further` than this block.
         """
-        kept = self._room_for(block) if block.last in statistics else None
+        kept = self._room_for(block) if further and block.last in statistics else None
         for chunk, hidden in self._chunks():
             x, taps = block.norm(hidden), self._taps(statistics, chunk)
             if kept is None:
@@ -232,14 +234,15 @@ class Stream:
         beside: Beside,
         matches: Mapping[str, DenseInputs | DenseOutputs],
         residual: bool,
+        further: bool = True,
     ) -> Activations | None:
         """As `observe`, and gather `matches`, by the inputs' names, of the pruned model's inputs and the dense one's.
 
         The outputs wanted of the last matrix are the dense model's, or with `residual` those that would also bring the
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
-        block. Mixtures are not for this: their experts have other tokens in the one model than in the other.
+        block, unless the tokens go no `further`. Mixtures are not for this: their experts have other tokens in the one model than in the other.
         """
-        kept = self._room_for(block) if block.last in statistics else None
+        kept = self._room_for(block) if further and block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
             weights = self._weights(chunk)
             given, dense = dict[str, Tensor](), dict[str, Tensor]()
@@ -257,7 +260,8 @@ class Stream:
                 own = output if beside.block.bias is None else output - beside.block.bias
                 drift = block.missing(original, hidden) if residual else None
                 others[block.last or ""] = [own if drift is None else own + drift, own]
-                beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
+                if further:
+                    beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
             else:
                 beside.block.look(theirs, chunk, between)
             others |= {name: [x] for name, x in dense.items()}
@@ -296,9 +300,13 @@ class Stream:
 
     def observe_layer(self, blocks: list[Block], statistics: Mapping[str, Statistic]) -> None:
         """Gather statistics of all of a layer's inputs in one pass through it as it is, which moves no token on."""
+        *others, last = blocks
+        own = {group.input for group in last.groups}
         for chunk, hidden in self._chunks():
-            for block in blocks:
-                hidden = block.leave(hidden, block.inner(block.norm(hidden), chunk, self._taps(statistics, chunk)))
+            taps = self._taps(statistics, chunk)
+            for block in others:
+                hidden = block.leave(hidden, block.inner(block.norm(hidden), chunk, taps))
+            last.look(last.norm(hidden), chunk, {name: tap for name, tap in taps.items() if name in own})
 
     def close(self) -> None:
         """Let go of the hidden states."""

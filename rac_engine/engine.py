@@ -583,13 +583,13 @@ class _Layer:
         for number, block in enumerate(self.blocks):
             kept = None
             here = [group for group in self.groups if group[0].group.block == number]
+            further = self.layer < job.last or any(group[0].group.block > number for group in self.groups)
             for _, stage in itertools.groupby(here, key=lambda group: group[0].stage):
                 groups = list(stage)
                 if groups[-1][0].group.expert is None:
-                    kept = self._prune_groups(stream, block, groups, number)
+                    kept = self._prune_groups(stream, block, groups, number, further)
                 else:
                     self._prune_experts(stream, block, groups)
-            further = self.layer < job.last or any(group[0].group.block > number for group in self.groups)
             if number in self.beside and further:
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
@@ -598,11 +598,12 @@ class _Layer:
                     stream.advance(block, kept)
 
     def _prune_groups(
-        self, stream: Stream, block: Block, groups: list[list[Matrix]], number: int
+        self, stream: Stream, block: Block, groups: list[list[Matrix]], number: int, further: bool
     ) -> Activations | None:
         """Prune groups of a stage, as many in a pass over the tokens as their Hessians may be; see `Stream.observe`.
 
-        `number` is the block's: with its last matrix observed, the dense one beside is done and goes.
+        `number` is the block's: with its last matrix observed, the dense one beside is done and goes. Tokens that go no
+        `further` are moved on by nothing.
         """
         job, kept = self.job, None
         residual = job.settings.reconstructs == "residual"
@@ -611,10 +612,10 @@ class _Layer:
             with job.clock("calibrate"):
                 statistics = {group[0].group.input: self._statistic(group) for group in some}
                 if number not in self.beside or block.plan.experts is not None:
-                    kept = stream.observe(block, statistics)
+                    kept = stream.observe(block, statistics, further)
                 else:
                     matches = {group[0].group.input: self._match(block, group) for group in some}
-                    kept = stream.observe_beside(block, statistics, self.beside[number], matches, residual)
+                    kept = stream.observe_beside(block, statistics, self.beside[number], matches, residual, further)
                     if block.last in matches:
                         del self.beside[number]
             for group in some:

@@ -135,15 +135,14 @@ def _survey_layer(
     for number, block in enumerate(model.build_layer(layer, tensors, stream.dtype, stream.device)):
         here = [group for group in groups if group[0].group.block == number]
         statistics = {group[0].group.input: Statistic(group[0].columns, False, stream.device) for group in here}
-        kept = stream.observe(block, statistics) if statistics else None
+        on = further or any(group[0].group.block > number for group in groups)
+        kept = stream.observe(block, statistics, on) if statistics else None
         for group in here:
             own = statistics[group[0].group.input].value
             # What is beyond fp32 says nothing, to the solver neither.
             norms.append(own if bool(own.isfinite().all()) else torch.zeros_like(own))
-        if further or any(group[0].group.block > number for group in groups):
+        if on:
             stream.advance(block, kept)
-        elif kept is not None:
-            kept.close()
 
     def weights(matrix: Matrix) -> Tensor:
         return matrix.of(tensors[matrix.tensor]).to(stream.device)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import rac_engine
 from rac_engine import engine
+from rac_engine.activations import _Resident
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, write_manifest
 from rac_engine.doctor import machine
 from rac_engine.engine import JOURNAL, prune
@@ -312,6 +313,39 @@ def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
     monkeypatch.setattr(Model, "build_layer", noted)
     prune(checkpoint("qwen2"), tmp_path / "out", settings(dense=[r".*layers\.2\..*", "mlp.*"]), tiny.calibration())
     assert sorted(set(built)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "inner", "hidden"),
+    [
+        ({"method": "sparsegpt"}, 2, 1 + 5 + 3),  # embeddings; all blocks but the last; every attention's kept input
+        ({"method": "rac", "reconstruct": "residual"}, 2, (1 + 5) * 2 + 3),  # the dense model's beside
+        ({"method": "sparsegpt", "order": "layer"}, 0, 1 + 4),
+        ({"method": "sparsegpt", "allocation": "owl"}, 2 * 2, (1 + 5 + 3) * 2),
+    ],
+    ids=["staged", "beside", "layer", "first pass"],
+)
+def test_nothing_is_kept_of_the_last_block_that_nobody_reads(
+    checkpoint: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    inner: int,
+    hidden: int,
+) -> None:
+    """What is written of activations in all, in times the tokens: an MLP's inner ones of 80, the others of 48."""
+    written: dict[int, int] = {}
+    write = _Resident.write
+
+    def noted(self: _Resident, start: int, values: Tensor) -> None:
+        written[self.width] = written.get(self.width, 0) + len(values)
+        write(self, start, values)
+
+    monkeypatch.setattr(_Resident, "write", noted)
+    calibration = tiny.calibration()
+    prune(checkpoint("qwen2"), tmp_path / "out", settings(**changes), calibration)
+    tokens = sum(len(sequence.token_ids) for sequence in calibration.sequences)
+    assert (written.get(80, 0), written[48]) == (inner * tokens, hidden * tokens)
 
 
 @pytest.mark.parametrize(
