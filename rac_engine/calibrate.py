@@ -210,9 +210,7 @@ class Stream:
         for start, stop in self._spans:
             self.hidden.write(start, model.embed(packing.token_ids[start:stop], dtype, table).to(device))
 
-    def observe(
-        self, block: Block, statistics: Mapping[str, Statistic], further: bool = True
-    ) -> Activations | None:
+    def observe(self, block: Block, statistics: Mapping[str, Statistic], further: bool = True) -> Activations | None:
         """Gather `statistics` from inputs of the block's matrices, by the inputs' names, no further than needed.
 
         If the input [tokens, block.width] of the block's last matrix is among them, returns it for `advance`, unless it
@@ -240,7 +238,8 @@ class Stream:
 
         The outputs wanted of the last matrix are the dense model's, or with `residual` those that would also bring the
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
-        block, unless the tokens go no `further`. Mixtures are not for this: their experts have other tokens in the one model than in the other.
+        block, unless the tokens go no `further`. Mixtures are not for this: their experts have other tokens in the one
+        model than in the other.
         """
         kept = self._room_for(block) if further and block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):

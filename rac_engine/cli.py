@@ -200,7 +200,7 @@ def _device(parser: argparse.ArgumentParser) -> None:
 
 
 def _limits(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("memory that the job keeps to")
+    group = parser.add_argument_group("memory that pruning keeps to")
     for name, what in (("device", "of the GPU"), ("host", "of this machine, the program itself included")):
         group.add_argument(f"--{name}-memory", type=_size, metavar="BYTES", help=f"at most so much {what}, like 6GiB")
 
@@ -233,6 +233,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file that says everything about the job")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the pruned checkpoint and all results")
     _device(parser)
+    _limits(parser)
     _restart(parser, "job")
 
 
@@ -243,7 +244,15 @@ def _run(args: argparse.Namespace) -> int:
     from rac_engine.results import table
     from rac_engine.run import run
 
-    result = run(recipe, args.out, device=_resolved_device(args.device), restart=args.restart, console=_console(args))
+    result = run(
+        recipe,
+        args.out,
+        device=_resolved_device(args.device),
+        restart=args.restart,
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        console=_console(args),
+    )
     if result.rows:
         print(table(result.rows))
     print(f"report  {result.report}")

@@ -847,6 +847,14 @@ def _limits(device: str, device_memory: int | None, host_memory: int | None, beg
     }
 
 
+def require_memory(
+    model: Model, settings: PruneSettings, device: str, device_memory: int | None, host_memory: int | None
+) -> None:
+    """`BadInput` for limits, as those of `prune`, in which not even a single token goes through the model."""
+    limits = _limits(_device(device), device_memory, host_memory, resident())
+    plan_memory(Shape.of(model, settings), settings, 1, 1, **limits)
+
+
 def peak_memory(reset: bool = False) -> int:
     """Bytes of memory that this process had resident at most, since the last `reset` if there was one."""
     if reset:

@@ -32,7 +32,7 @@ from rac_engine.checkpoint import (
 )
 from rac_engine.console import Console
 from rac_engine.doctor import surroundings
-from rac_engine.engine import PruneReport, calibration_of, not_finite, prune, skipped_matrices
+from rac_engine.engine import PruneReport, calibration_of, not_finite, prune, require_memory, skipped_matrices
 from rac_engine.errors import BadInput, Damaged, Interrupted
 from rac_engine.evaluate import evaluate, load_problems
 from rac_engine.journal import Journal, claimed, open_journal
@@ -62,6 +62,15 @@ _REWRITTEN = ("README.md", f"{RAC}/recipe.yaml")  # at the end, to tell of the w
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """Where a job computes, and in how many bytes it prunes."""
+
+    device: str
+    device_memory: int | None
+    host_memory: int | None
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What `rac run` made: the folder, its comparison table, and its report."""
 
@@ -71,24 +80,34 @@ class RunResult:
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, device: str = "cpu", restart: bool = False, console: Console | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    console: Console | None = None,
 ) -> RunResult:
     """Do the whole job of `recipe` into the new folder `out`.
 
-    Goes on with a job found unfinished in OUT.partial, unless `restart`. Raises `BadInput` for what cannot work, before
-    anything is sampled where it can be known, and `Interrupted` on SIGINT, after which the same call goes on.
+    Goes on with a job found unfinished in OUT.partial, unless `restart`. What is pruned keeps to `device_memory` and
+    `host_memory` (see `prune`); a job may go on with others, where a step that has begun keeps its chunks. Raises
+    `BadInput` for what cannot work, before anything is sampled where it can be known, and `Interrupted` on SIGINT,
+    after which the same call goes on.
     """
     out, console = Path(out), console or Console(-1)
     if os.path.lexists(out):
         raise BadInput(f"{out}: exists; choose another output folder, or remove it")
+    limits = _Limits(device, device_memory, host_memory)
     with claimed(out) as folder:  # before anything is read: a second process is refused at once
         fresh = not any(folder.iterdir())
-        identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe), **surroundings(device)}
+        identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
         journal = open_journal(folder, f"{RAC}/{STEPS}", identity, restart)
         rows: list[Row] = []
         try:
             _require_space(recipe, folder)
-            job = _Job(recipe, folder, journal, device, console)
+            job = _Job(recipe, folder, journal, limits, console)
             job.do()
             rows = job.finish()
             if problems := verify(folder, recipe.model, console.progress).problems:
@@ -125,7 +144,7 @@ def _worth_keeping(folder: Path) -> bool:
     return any((folder / RAC).glob(f"{TRACES}*/*.parquet")) or bool(step_times(folder))
 
 
-def _check(recipe: Recipe) -> dict[str, str]:
+def _check(recipe: Recipe, limits: _Limits) -> dict[str, str]:
     """Find what can be known to fail before hours of sampling. Returns the SHA-256 of all that the job starts from."""
     model = Model.open(Checkpoint.open(recipe.model))
     digests = {"model": model.checkpoint.sha256()}
@@ -134,6 +153,7 @@ def _check(recipe: Recipe) -> dict[str, str]:
         try:
             skipped_matrices(model, settings)
             not_finite(model, settings)
+            require_memory(model, settings, **vars(limits))
         except BadInput as error:
             raise BadInput(f"{label}: {error}") from None
         if METHODS[settings.method].needs == "nothing":
@@ -177,8 +197,8 @@ class _Step:
 class _Job:
     """A run whose folder is claimed. `done` are the seconds of the finished steps."""
 
-    def __init__(self, recipe: Recipe, folder: Path, journal: Journal, device: str, console: Console) -> None:
-        self.recipe, self.folder, self.journal, self.device, self.console = recipe, folder, journal, device, console
+    def __init__(self, recipe: Recipe, folder: Path, journal: Journal, limits: _Limits, console: Console) -> None:
+        self.recipe, self.folder, self.journal, self.limits, self.console = recipe, folder, journal, limits, console
         self.rac = folder / RAC
         self.work = self.rac / _WORK
         with disk_errors(folder):
@@ -287,7 +307,7 @@ class _Job:
         out = self.rac / TRACES
         if not (out / SUMMARY).exists():
             model, trace = self.recipe.model, self.recipe.trace
-            report = generate(model, trace, out, device=self.device, progress=self.console.progress)
+            report = generate(model, trace, out, device=self.limits.device, progress=self.console.progress)
             self.console.say(f"  {report.describe()}")
 
     def _evaluate(self, model: Path, name: str) -> None:
@@ -296,7 +316,7 @@ class _Job:
         if file.exists():
             file.with_name(file.name + ".partial").unlink(missing_ok=True)
         else:
-            evaluate(model, self.recipe.evaluate, file, device=self.device, progress=self.console.progress)
+            evaluate(model, self.recipe.evaluate, file, device=self.limits.device, progress=self.console.progress)
         figures = read_json(file)["summary"]
         self.console.say(
             f"  {percent(figures['accuracy'])} of {figures['problems']} right, "
@@ -311,7 +331,7 @@ class _Job:
         if not made.exists() and not (self._home(name) / METRICS).exists():
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
             tokens = None if METHODS[settings.method].needs == "nothing" else self._tokens(recipe)
-            prune(recipe.model, made, recipe, tokens, device=self.device, progress=self.console.progress)
+            prune(recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress)
         if name == _MAIN:
             _move_up(made, self.folder)
         else:

@@ -233,6 +233,35 @@ def test_an_unfinished_run_of_another_recipe_is_left_alone_unless_restarted(home
     assert load_metrics(run(other, tmp_path / "out", restart=True).out / "rac").sparsity == pytest.approx(0.7, abs=0.01)
 
 
+def test_memory_limits_hold_for_every_model_and_change_nothing_of_a_run(home, finished, tmp_path, monkeypatch):
+    """Small ones are refused before anything is sampled; those that suffice give the same bytes, changed midway too."""
+    for limits, said in (
+        ({"device_memory": 1 << 30}, "main: --device-memory is for a GPU"),
+        ({"host_memory": 1 << 28}, "main: --host-memory 256 MiB: at least"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            run(recipe(home), tmp_path / "out", **limits)
+        assert not (tmp_path / "out.partial").exists()
+    given: list[int] = []
+    real = module.prune
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        given.append(options["host_memory"])
+        if len(given) == 2:
+            raise Interrupted("stopped")
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "prune", stopped)
+    (tmp_path / "recipe.yaml").write_text(dump(recipe(home)))
+    words = ["run", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "-q", "--device", "cpu", "--host-memory"]
+    assert main([*words, "16GiB"]) == 75
+    assert main([*words, "32GiB"]) == 0
+    assert given == [16 << 30, 16 << 30, 32 << 30, 32 << 30]
+    assert weights(tmp_path / "out") == weights(finished.out)
+    plans = [load_metrics(tmp_path / "out/rac" / at).end["plan"]["host_limit"] for at in (".", "variants/text")]
+    assert plans == [16 << 30, 32 << 30]
+
+
 def test_a_folder_that_is_none_of_ours_is_not_touched(home, tmp_path):
     for name, said in (("out", "exists"), ("out.partial", "no unfinished job")):
         (tmp_path / name).mkdir()
