@@ -832,6 +832,27 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
     assert record["chunk_tokens"] == 64 and record["activations"].startswith("replay: ")
 
 
+@pytest.mark.parametrize("changes", [{"method": "sparsegpt"}, {"method": "rac", "reconstruct": "residual"}])
+def test_a_job_with_activations_on_disk_goes_on_to_the_same_bytes_within_any_limit(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Stopped under a limit that sends activations to disk; gone on with under it, under a lower one, and without."""
+    monkeypatch.setattr(engine, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
+    source, rules, calibration = checkpoint("qwen2"), settings(**changes), tiny.calibration([40, 17, 40, 25, 1, 9] * 16)
+    whole = prune(source, tmp_path / "whole", rules, calibration)
+    activations = 16 * 132 * (48 * (2 if rules.reconstructs == "residual" else 1) + 80) * 2
+    limit, places = whole.end["plan"]["host_peak"] - 3 * activations // 4, list[str]()
+    for goes_on in (limit, limit - 1, None):
+        out = tmp_path / str(goes_on)
+        with pytest.raises(Killed):
+            prune(source, out, rules, calibration, host_memory=limit, progress=stop_in(3, Killed()))
+        report = prune(source, out, rules, calibration, host_memory=goes_on)
+        places.append(report.end["plan"]["place"])
+        assert report.resumed == 2 and report.end["plan"]["host_peak"] <= (goes_on or limit + activations)
+        assert contents(out) == contents(tmp_path / "whole")
+    assert places == ["disk", "disk", "host"]
+
+
 def test_what_decides_the_result_is_said_alike_by_a_larger_process(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

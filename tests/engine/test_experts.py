@@ -17,7 +17,7 @@ from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.models import Model
+from rac_engine.models import Block, Model
 from rac_engine.plan import make_plan
 from rac_engine.recipe import PruneSettings
 from rac_engine.verify import verify
@@ -233,3 +233,34 @@ def test_no_pass_holds_the_hessians_of_the_one_before(
     rules = settings(reconstruct="layer", experts={"min_tokens": 9.0})
     prune(source, tmp_path / "out", rules, tiny.calibration(), hessians=hessians)
     assert most[0] <= hessians + 1
+
+
+def test_a_limit_that_not_all_hessians_fit_in_means_more_passes_and_the_same_bytes(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek's shape in small, in the host memory that a CPU's job may take: as many passes as the plan says."""
+    monkeypatch.setattr(engine, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
+    shape = {"hidden_size": 256, "n_routed_experts": 32, "n_group": 4, "num_experts_per_tok": 4, "num_hidden_layers": 2}
+    source, rules = checkpoint("deepseek_v3", shard_size="1GB", **shape), settings(method="sparsegpt")
+    calibration = tiny.calibration()
+    whole = prune(source, tmp_path / "whole", rules, calibration)
+    plan = whole.end["plan"]
+    assert plan["hessians"] is None
+    passes: list[int] = []
+    observe = Stream.observe
+
+    def counted(self: Stream, block: Block, statistics: dict[str, Statistic], *rest: Any) -> Any:
+        if any(name.startswith("mlp.experts") for name in statistics):
+            passes.append(len(statistics))
+        return observe(self, block, statistics, *rest)
+
+    monkeypatch.setattr(Stream, "observe", counted)
+    limit = plan["host_peak"] - 20 * 4 * 256**2  # a Hessian of gate and up has 256² numbers
+    report = prune(source, tmp_path / "few", rules, calibration, host_memory=limit)
+    assert report.end["plan"]["host_peak"] <= limit
+    together = report.end["plan"]["hessians"]
+    assert together is not None and together <= 16
+    entrance = passes[: -(-32 // (together - 1))]  # that of all tokens is among those of the first pass
+    assert entrance[0] == together and sum(entrance) == 32 + 1 and len(entrance) > 2
+    before, after = weights(tmp_path / "whole"), weights(tmp_path / "few")
+    assert all(torch.equal(after[name], before[name]) for name in before)
