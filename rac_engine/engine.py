@@ -176,6 +176,8 @@ def _prune(
         done = min(len(journal.records) - 1, source.layers)
         raise Interrupted(f"stopped with {done} of {source.layers} layers done") from None
     finally:
+        if memory.on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)  # what comes after is not this job's
         # Nothing worth going on with, unless a first pass was made.
         if len(journal.records) < 2 and partial.exists() and not (partial / ALLOCATION).exists():
             shutil.rmtree(partial)
