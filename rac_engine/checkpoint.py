@@ -202,10 +202,7 @@ class Checkpoint:
 
         def one(info: TensorInfo) -> tuple[str, bool]:
             digest, finite = hashlib.sha256(), True
-            if info.scaled is not None:
-                tensor = read_tensor(info)
-                return hashlib.sha256(bytes_of(tensor)).hexdigest(), bool(tensor.isfinite().all())
-            for piece in _pieces(info.file, info.offset, info.nbytes):
+            for piece in _pieces_of(info):
                 digest.update(piece)
                 finite = finite and is_finite(piece, info.dtype)
             return digest.hexdigest(), finite
@@ -253,7 +250,7 @@ class CheckpointWriter:
 
         Raises `ValueError` for another dtype or shape, and for values that are not finite.
         """
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not _all_finite(tensor):
             raise ValueError(f"{name}: NaN or Inf in the tensor to be written")
         return self._put(name, tensor)
 
@@ -269,12 +266,10 @@ class CheckpointWriter:
 
     def copy(self, name: str) -> str:
         """Put the source's bytes of a tensor (FP8 as bf16) in their place and return their SHA-256."""
-        if self.source.tensors[name].scaled is not None:
-            return self._put(name, self.source.read(name))
         there, place = self.source.tensors[name], self._places[name]
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), _opened(place.file, os.O_WRONLY) as target:
-            for piece in _pieces(there.file, there.offset, there.nbytes):
+            for piece in _pieces_of(there):
                 write_at(target, piece, at)
                 digest.update(piece)
                 at += len(piece)
@@ -710,12 +705,32 @@ def _pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
             yield piece
 
 
+def _pieces_of(info: TensorInfo) -> Iterator[memoryview]:
+    """Runs of a tensor's bytes, of FP8 those of the bf16 that it stands for: never much more of it than a run."""
+    if info.scaled is None:
+        yield from _pieces(info.file, info.offset, info.nbytes)
+        return
+    rows = info.shape[0]
+    block = info.scaled.block[0]
+    # Whole blocks of rows, so that none is multiplied in two parts.
+    step = max(_PIECE * rows // max(info.nbytes, 1) // block, 1) * block
+    for first in range(0, rows, step):
+        yield bytes_of(read_tensor(info, (first, min(first + step, rows))))
+
+
 def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     """Whether a run of a tensor's bytes holds no NaN and no Inf."""
-    if not dtype.is_floating_point or not len(data):
+    if not len(data):
         return True
-    values = torch.frombuffer(data, dtype=dtype)
-    return bool((values if dtype.itemsize > 1 else values.to(torch.bfloat16)).isfinite().all())
+    return _all_finite(torch.frombuffer(data, dtype=dtype))
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf, by its smallest and largest values: nothing of its size is made."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
+    return all(bool(edge.isfinite()) for edge in wide.aminmax())
 
 
 class _Locked(mmap.mmap):

@@ -42,8 +42,8 @@ class Gram:
         if self._factor is None or self._asked != damping or self._lent:
             if self._factor is not None:
                 self.upper()
-            # What `upper` has left is transposed: its rows are no longer contiguous.
-            self._H = self._H.contiguous()
+            if not self._H.is_contiguous():  # what `upper` has left is transposed: mirrored, it may be turned back
+                self._H = symmetrize_(self._H).T
             self._factor, self._asked, self._lent = factor_(self._H, damping), damping, False
         return self._factor
 

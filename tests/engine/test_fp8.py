@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rac_engine import checkpoint as module
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput
@@ -199,3 +201,34 @@ def test_dtypes_stay(checkpoint: Make, tmp_path: Path, dtype: torch.dtype, famil
     }
     assert after["model.layers.0.mlp.up_proj.weight"].dtype == dtype
     assert verify(out, source).problems == []
+
+
+def test_going_through_fp8_holds_runs_of_a_matrix_only(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its digest, and copied as it is: every core may be at a matrix of its own."""
+    held: list[int] = []
+    real = module.read_tensor
+
+    def noted(info: Any, *rest: Any) -> Tensor:
+        tensor = real(info, *rest)
+        if info.scaled is not None:
+            held.append(tensor.nbytes)
+        return tensor
+
+    source = Checkpoint.open(pair[0])
+    whole = {name: source.read(name) for name, info in source.tensors.items() if info.scaled is not None}
+    digests = {name: hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest() for name, t in whole.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_tensor", noted)
+        patch.setattr(module, "_PIECE", 512)
+        source.sha256()
+        assert source.nonfinite() == []
+        writer = module.CheckpointWriter(source, tmp_path)
+        assert {name: writer.copy(name) for name in whole} == digests
+    # Runs are whole blocks of 16 rows.
+    most = max(16 * tensor.shape[1] * 2 for tensor in whole.values())
+    assert max(held) == most < max(tensor.nbytes for tensor in whole.values())
+    for name, tensor in whole.items():
+        copied = writer.accept(name, digests[name])
+        assert copied is not None and torch.equal(copied, tensor)

@@ -198,3 +198,19 @@ def test_what_is_solved_in_batches_is_as_if_at_once(monkeypatch: pytest.MonkeyPa
             assert one.zeros == other.zeros
             assert other.objective == pytest.approx(one.objective, rel=1e-4)
             torch.testing.assert_close(other.weight, one.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_factors_asked_for_one_after_the_other_are_made_in_the_memory_of_one_matrix(
+    problem: tuple[Tensor, Tensor],
+) -> None:
+    """With dampings of their own, matrices that share an input take no second H; nor does a factor lent and spoilt."""
+    H = problem[1].triu()
+    held = Gram(H)
+    for damping, lent in ((0.01, True), (0.01, False), (0.3, True), (0.0, False)):
+        factor = held.borrow(damping) if lent else held.factor(damping)
+        expected = Gram(problem[1].triu()).factor(damping)
+        assert torch.equal(factor.U.triu(), expected.U.triu()) and factor.ridge == expected.ridge
+        assert factor.U.data_ptr() == H.data_ptr()
+        if lent:
+            factor.U.copy_(factor.U.tril(-1))
+    assert torch.equal(held.upper().triu(), problem[1].triu())
