@@ -37,9 +37,10 @@ from rac_engine.errors import BadInput
 
 ATTENTION = "rac_packed"
 EMBEDDINGS = -1  # where the table of embeddings stands among the layers; lm_head stands behind the last one
-_QUERY_BLOCK = 1024  # rows of a sliding window's mask that exist at a time
-_MASK_BYTES = 64 << 20  # of such a mask, at most, as fp32
-_SCORE_BYTES = 128 << 20  # of attention scores that exist at a time, where they have to be computed in the open
+_QUERY_BLOCK = 1024  # rows of a mask that exist at a time
+_MASK_BYTES = 16 << 20  # of such a mask, at most, as fp32
+_SCORE_BYTES = 64 << 20  # of attention scores that exist at a time, where they have to be computed in the open
+_FUSED_WIDTH = 256  # of heads, at most, in the kernels that hold no scores
 
 
 @dataclass(frozen=True)
@@ -666,6 +667,12 @@ class Model:
         before, behind = [EMBEDDINGS] * ("embeddings" in also), [self.layers] * ("lm_head" in also)
         return [*before, *range(self.layers), *behind]
 
+    @property
+    def scores_in_the_open(self) -> bool:
+        """Whether attention has soft caps or sinks, so that its scores have to be computed in the open."""
+        attention = self._bare_layer(0).get_submodule(self.plans(0)[0].module)
+        return hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
+
     def tensor_names(self, layer: int) -> list[str]:
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:
@@ -881,19 +888,47 @@ def packed_attention(
     query [1, heads, tokens, d], key [1, key-value heads, tokens, d], value [1, key-value heads, tokens, e], `lengths`
     adding up to tokens; fewer queries than keys are the last tokens of one sequence. `softcap` bounds the scores by
     softcap · tanh(score / softcap); `s_aux` [heads] are sinks, scores of a token that is always seen and has the value
-    0. Exact: runs of sequences of equal length are one batch, nothing is padded. Returns [1, tokens, heads, e] as
+    0. Exact: runs of sequences of equal length are one batch, nothing is padded; the scores of all queries and keys
+    never exist together (see `attention_bytes`). Returns [1, tokens, heads, e] as
     transformers' attention functions do.
     """
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     whole = key.shape[2] == query.shape[2]
     for start, length, count in _runs(lengths):
         q, k, v = (_unpack(x, start, length, count) if whole else x for x in (query, key, value))
-        if softcap is None and s_aux is None:
+        if softcap is None and s_aux is None and is_fused(q.device, q.dtype, q.shape[3], _within(sliding_window, k)):
             attended = _causal(q, k, v, scaling, sliding_window)
         else:
             attended = _causal_in_the_open(q, k, v, scaling, sliding_window, softcap, s_aux)
         out[0, start : start + length * count] = attended.transpose(1, 2).flatten(0, 1)
     return out, None
+
+
+def is_fused(device: torch.device, dtype: torch.dtype, width: int, window: int | None) -> bool:
+    """Whether PyTorch has a kernel for causal attention, without soft caps and sinks, that holds no scores.
+
+    A GPU's knows neither masks, which a `window` needs, nor fp32 with fewer keys than queries.
+    """
+    return device.type == "cpu" or (window is None and dtype.itemsize == 2 and width <= _FUSED_WIDTH)
+
+
+def attention_bytes(
+    fused: bool, group: int, widths: int, tokens: int, length: int, window: int | None, masked: bool, size: int
+) -> int:
+    """Bytes that exist within `packed_attention` at most, beside its arguments and what it returns.
+
+    Of `tokens` queries in sequences of up to `length` tokens, `group` query heads to a key, `widths` being those of a
+    key and a value together; `masked` where a fused kernel is given a mask, in numbers of `size` bytes.
+    """
+    if fused:
+        # As bool and as the kernel takes it, or as bool and what it is made of.
+        rows = _mask_rows(length, window) if masked else 0
+        return max(1 + size, 3) * rows * _keys(rows, length, window)
+    rows = _score_rows(group, tokens, length, window, 4)
+    keys = _keys(rows, length, window)
+    scores = min(rows * keys, _SCORE_BYTES // 4 // group)
+    # Scores and shares in fp32, the mask; and of a head, keys and values, queries and what they get.
+    return scores * (8 * group + 3) + 4 * widths * (max(keys, min(tokens, length)) + rows * group)
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -922,36 +957,62 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None)
         v = F.pad(v, (0, q.shape[3] - width))
     queries, length = q.shape[2], k.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": True}
-    if window is not None and length <= window:
-        window = None
+    window = _within(window, k)
     if window is None and queries == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[..., :width]
     if window is None and q.is_cuda:
         # Flash attention knows this form, and no mask exists.
         bias: Any = causal_lower_right(queries, length)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)[..., :width]
-    step = max(min(_QUERY_BLOCK, _MASK_BYTES // (4 * min(length, (window or length) + _QUERY_BLOCK))), 1)
-    parts = []
-    for rows, columns, seen in _blocks(queries, length, step, window, q.device):
+    out = torch.empty_like(q)
+    for rows, columns, seen in _blocks(queries, length, _mask_rows(length, window), window, q.device):
         here = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
-        parts.append(F.scaled_dot_product_attention(*here, attn_mask=seen, **options))
-    return torch.cat(parts, dim=2)[..., :width]
+        out[:, :, rows] = F.scaled_dot_product_attention(*here, attn_mask=seen, **options)
+    return out[..., :width]
 
 
 def _causal_in_the_open(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int | None, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """As `_causal`, with soft caps and sinks, which PyTorch's kernels do not know; scores in fp32 or better."""
+    """As `_causal`, of what PyTorch's kernels do not know, soft caps and sinks, or would do with all scores at once.
+
+    Of a key's head after the other, and of some queries at a time; scores in fp32 or better.
+    """
     count, heads, queries, _ = q.shape
-    length = k.shape[2]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    step = max(_SCORE_BYTES // (count * heads * min(length, window or length) * dtype.itemsize), 1)
-    parts = []
-    for rows, columns, seen in _blocks(queries, length, step, window, q.device):
-        parts.append(
-            attend_in_the_open(q[:, :, rows], k[:, :, columns], v[:, :, columns], seen, scaling, softcap, sinks)
-        )
-    return torch.cat(parts, dim=2)
+    group, window = heads // k.shape[1], _within(window, k)
+    size = torch.promote_types(q.dtype, torch.float32).itemsize
+    step = _score_rows(count * group, queries, k.shape[2], window, size)
+    out = q.new_empty(count, heads, queries, v.shape[3])
+    for rows, columns, seen in _blocks(queries, k.shape[2], step, window, q.device):
+        for head in range(k.shape[1]):
+            own, theirs = slice(head * group, (head + 1) * group), slice(head, head + 1)
+            here = (q[:, own, rows], k[:, theirs, columns], v[:, theirs, columns])
+            out[:, own, rows] = attend_in_the_open(*here, seen, scaling, softcap, None if sinks is None else sinks[own])
+    return out
+
+
+def _within(window: int | None, k: Tensor) -> int | None:
+    """The window, unless all keys [count, heads, keys, d] are within it."""
+    return None if window is None or k.shape[2] <= window else window
+
+
+def _keys(rows: int, length: int, window: int | None) -> int:
+    """How many keys so many queries in a row see, of a sequence of `length` tokens."""
+    return length if window is None else min(length, window + rows)
+
+
+def _mask_rows(length: int, window: int | None) -> int:
+    """Queries that a mask is made for at a time."""
+    return max(min(_QUERY_BLOCK, length, _MASK_BYTES // (4 * _keys(_QUERY_BLOCK, length, window))), 1)
+
+
+def _score_rows(heads: int, queries: int, length: int, window: int | None, size: int) -> int:
+    """Queries of so many heads whose scores, of `size` bytes, are made at a time."""
+    most = _SCORE_BYTES // (heads * size)
+    rows = most // length
+    if window is not None:
+        rows = max(rows, int((math.sqrt(window**2 + 4 * most) - window) / 2))  # rows · (window + rows) of them
+    return max(min(rows, queries), 1)
 
 
 def attend_in_the_open(
