@@ -468,9 +468,8 @@ def _plan(args: argparse.Namespace) -> int:
     settings = _settings(args, PruneSettings)
     if not args.tokens or not args.length:
         raise BadInput("--tokens and --length should be at least 1")
-    on_gpu, peaks, whose = args.device_memory is not None, None, ""
-    if not args.json:
-        peaks, whose = device_peaks(on_gpu)
+    on_gpu = args.device_memory is not None
+    peaks, whose = device_peaks(on_gpu)
     plan = make_plan(
         args.model,
         settings,

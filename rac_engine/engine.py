@@ -142,7 +142,8 @@ def _prune(
         longest = max((len(sequence.token_ids) for sequence in calibration.sequences), default=0)
         tokens = sum(len(sequence.token_ids) for sequence in calibration.sequences)  # those that do not count too
         chunk = None if restart else _begun_with(partial)
-        memory = plan_memory(shape, settings, tokens, longest, chunk=chunk, **limits)
+        weighted = any(sequence.weights is not None for sequence in calibration.sequences)
+        memory = plan_memory(shape, settings, tokens, longest, chunk=chunk, weighted=weighted, **limits)
         packing = Packing.of(calibration, memory.choice.chunk_tokens)
     run = _describe(source, settings, calibration, packing, device)
     peak_memory(reset=True)
@@ -509,6 +510,7 @@ class _Job:
         self, matrix: Matrix, result: MatrixResult, dense: Tensor, seconds: float = 0.0, tokens: int | None = None
     ) -> dict[str, Any]:
         """A matrix's line of metrics.jsonl; `dense` is its tensor as it was."""
+        before = matrix.of(dense)
         row = {
             "type": "matrix",
             "layer": matrix.layer,
@@ -518,7 +520,7 @@ class _Job:
             "columns": matrix.columns,
             "sparsity": result.zeros / (matrix.rows * matrix.columns),
             "zeros": result.zeros,
-            "zeros_before": int((matrix.of(dense) == 0).sum()),
+            "zeros_before": before.numel() - int(before.count_nonzero()),
             "objective": result.objective,
             "relative_error": result.relative_error,
             "magnitude_error": result.magnitude_error,

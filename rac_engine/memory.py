@@ -9,6 +9,9 @@ many Hessians are gathered in one pass over the tokens. Results depend on the ch
 from __future__ import annotations
 
 import itertools
+import math
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,29 +20,44 @@ import torch
 
 from rac_engine.activations import AHEAD, Place
 from rac_engine.calibrate import KEEP_BYTES
+from rac_engine.checkpoint import fp8_block
 from rac_engine.errors import BadInput
-from rac_engine.models import Model
+from rac_engine.models import Model, attention_bytes, is_fused
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
-from rac_engine.solve import METHODS
+from rac_engine.solve import METHODS, rac
 from rac_engine.solve.matrices import TOGETHER, WHOLE
+from rac_kernels.factor import EXACT as FACTORED_IN_FP64
+from rac_kernels.objective import COLUMNS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
 from rac_kernels.profile import ROWS_BYTES as SCORE_BYTES
+from rac_kernels.refine import ELEMENTS, EXACT_ELEMENTS, ROWS, solves_exactly
 
-# Measured as resident memory: Python, torch and transformers with nothing to do; what libraries keep for themselves as
-# soon as they compute; and what CUDA's context and libraries take of the host.
+# oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert has
+# another number of tokens in every chunk, memory would grow by a hundred megabytes. Heeded if nothing was computed yet.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
+
+# Measured as resident memory: Python, torch and transformers with nothing to do; what libraries, their threads and the
+# heap keep for themselves as soon as they compute (by two threads); what CUDA's libraries keep on the device, and its
+# context and libraries of the host.
 PROGRAM_BYTES = 560 << 20
-WORKSPACE_BYTES = 96 << 20
+WORKSPACE_BYTES = 48 << 20
+CUDA_WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
-FACTORED_IN_FP64 = 4096  # columns up to which a CPU factors in fp64
-MASK_BYTES = 80 << 20  # of an attention's mask, as bool and as what the kernel makes of it
 SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
-TOKEN_BYTES = 24  # id as it was read and as it is packed, and a weight
+TOKEN_BYTES = 24  # id as it was read and as it is packed, a weight, and a checksum
 SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
-COPIES = {"rac": 7, "alps": 8}  # of the weights in fp32 that ADMM and what follows it hold at a time
-EIGEN = 7  # matrices of H's size that an eigendecomposition takes: H, scaled, vectors, and what LAPACK asks for
+PACKED_BYTES = 32 << 20  # of tokens as the CPU's sums take them, at a time
 MATCHED_ROWS = 4096  # of the weights that match, made at a time
+# Bytes a weight in fp32 and bf16, all that a solver holds at a time: the sweep's on a CPU and on a GPU, ADMM's, what it
+# leaves beside the refined ones, and in the refinement of some rows; of mask and scores alone.
+SWEEPING = {False: 10, True: 8}
+COPIES = {"rac": 28, "alps": 32}
+REFINED, REFINING, REFINING_EXACTLY = 12, 57, 40
+SCORING, MEASURING = 16, 10
+EXACT = 20  # of H's elements, where a CPU factors in fp64
+EIGENSOLVER = 12  # of H's elements, beside H, scaled H and the vectors, that an eigendecomposition asks for
 
 
 @dataclass(frozen=True)
@@ -57,9 +75,16 @@ class Input:
     """Whether it is the block's own input, behind its norm."""
     last: bool
     """Whether it is that of a block's last matrix, which is kept while that is solved."""
+    inner: int = 3
+    """Copies of a block's inner activations that exist while they are made."""
     count: int = 1
     tied: bool = True
     """Whether the dense model's outputs can be matched: not in a mixture."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of all its matrices."""
+        return self.rows * self.columns * self.count
 
     def statistic(self, method: str) -> int:
         """Bytes of what is gathered from one such input, in fp32."""
@@ -69,6 +94,79 @@ class Input:
 def dtype_of(model: Model, settings: PruneSettings) -> torch.dtype:
     """What the tokens go through a model in: its own dtype, unless the settings name one."""
     return model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention's memory depends on."""
+
+    queries: int
+    """Elements of a token's queries."""
+    key_values: int
+    """Elements of keys and values a token."""
+    group: int
+    """Query heads to a key."""
+    widths: int
+    """Of a key and a value together."""
+    head: int
+    """Width of a query."""
+    open: bool
+    """Whether there are soft caps or sinks, which no kernel of PyTorch's knows."""
+    window: int | None
+
+    @classmethod
+    def of(cls, model: Model) -> Attention:
+        config = model.config
+        heads = int(config.num_attention_heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
+        key_values, widths, group = 2 * key_heads * width, 2 * width, heads // key_heads
+        if latent := getattr(config, "kv_lora_rank", None):
+            # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
+            width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+            key_values = int(latent) + int(config.qk_rope_head_dim) + 3 * heads * width
+            widths, group = 2 * width, 1
+        return cls(
+            queries=heads * width,
+            key_values=key_values,
+            group=group,
+            widths=widths,
+            head=width,
+            open=model.scores_in_the_open,
+            window=getattr(config, "sliding_window", None),
+        )
+
+    def passing(self, shape: Shape, chunk: int, longest: int, on_gpu: bool) -> int:
+        """Bytes of a chunk on its way through it: queries, keys and their rotations, norms in fp32, what comes out."""
+        size = shape.size
+        rotating = shape.hidden + 4 * self.queries + 2 * self.key_values
+        normed = (shape.hidden + self.queries) * size + 8 * self.queries
+        most = 0
+        for window in {None, self.window if self.window is not None and self.window < longest else None}:
+            device, dtype = torch.device("cuda" if on_gpu else "cpu"), {2: torch.bfloat16, 4: torch.float32}[size]
+            fused = not self.open and is_fused(device, dtype, self.head, window)
+            masked = not on_gpu and (window is not None or longest > chunk)
+            shares = attention_bytes(fused, self.group, self.widths, chunk, longest, window, masked, size)
+            most = max(most, shares)
+        attending = chunk * size * (shape.hidden + 3 * self.queries + self.key_values) + most
+        return max(chunk * rotating * size, chunk * normed, attending)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Inputs that are looked at in one pass over the tokens, and what has become of the layer before."""
+
+    inputs: tuple[Input, ...]
+    before: int
+    """Weights of the block that are pruned by then."""
+    gone: int
+    """Weights of the blocks before it."""
+
+    @property
+    def name(self) -> str:
+        """Those of its inputs, or of the experts' alone."""
+        routed = [found.name for found in self.inputs if found.count > 1]
+        return ", ".join(routed or [found.name for found in self.inputs])
 
 
 @dataclass(frozen=True)
@@ -83,51 +181,71 @@ class Shape:
     size: int
     """Bytes of an activation."""
     embedding_bytes: int
-    key_values: int
-    """Elements of keys and values a token."""
-    inputs: tuple[Input, ...]
-    head: Input | None = None
+    fp8_bytes: int
+    """Of the largest tensor in FP8 as it lies in the file."""
+    attention: Attention
+    stages: tuple[Stage, ...]
+    """Inputs that are looked at together, of the largest layer and of the first."""
+
+    head: Stage | None = None
     """That of lm_head, if it is to be pruned."""
     head_bytes: int = 0
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Those of all stages."""
+        return tuple(found for stage in self.stages for found in stage.inputs)
 
     @classmethod
     def of(cls, model: Model, settings: PruneSettings) -> Shape:
         """The shape of a model that goes through in the dtype of the settings."""
         infos = model.checkpoint.tensors
         dtype = dtype_of(model, settings)
-        # Layers of one kind are alike: those with the most bytes and the most inputs are looked at.
+        # Layers of one kind are alike: the one with the most bytes and the first are looked at.
         sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
         largest = sizes.index(max(sizes))
-        inputs = list[Input]()
+        stages = list[Stage]()
         for layer in dict.fromkeys((largest, 0)):
-            inputs += [found for found in _inputs(model, layer) if found not in inputs]
-        config = model.config
-        heads = int(config.num_attention_heads)
-        width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
-        key_values = 2 * int(getattr(config, "num_key_value_heads", None) or heads) * width
-        if latent := getattr(config, "kv_lora_rank", None):
-            # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
-            head = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
-            key_values = int(latent) + int(config.qk_rope_head_dim) + 3 * heads * head
-        last: Input | None = None
+            stages += [found for found in _stages(model, layer, settings.order == "layer") if found not in stages]
+        head: Stage | None = None
         if "lm_head" in settings.also:
             (matrix,) = model.matrices(model.layers)
             run = matrix.rows if matrix.rows * matrix.columns <= WHOLE else TOGETHER // matrix.columns
-            last = Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False)
+            head = Stage((Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False),), 0, 0)
         return cls(
-            head=last,
-            head_bytes=0 if last is None else infos[model.family.head].nbytes,
+            head=head,
+            head_bytes=0 if head is None else infos[model.family.head].nbytes,
             hidden=model.hidden_size,
             layer_bytes=max(sizes),
             weight_size=model.matrices(largest)[0].dtype.itemsize,
             size=dtype.itemsize,
             embedding_bytes=infos[model.family.embedding].nbytes * (2 if "embeddings" in settings.also else 1),
-            key_values=key_values,
-            inputs=tuple(inputs),
+            fp8_bytes=0 if fp8_block(model.checkpoint.config) is None else _largest(model, largest),
+            attention=Attention.of(model),
+            stages=tuple(stages),
         )
 
 
-def _inputs(model: Model, layer: int) -> Iterator[Input]:
+def _largest(model: Model, layer: int) -> int:
+    """Elements of the layer's largest matrix."""
+    return max(matrix.rows * matrix.columns for matrix in model.matrices(layer))
+
+
+def _stages(model: Model, layer: int, at_once: bool) -> Iterator[Stage]:
+    """Those of a layer; all inputs in one where they are looked at at once."""
+    inputs = list(_inputs(model, layer))
+    if at_once:
+        yield Stage(tuple(found for _, _, found in inputs), 0, 0)
+        return
+    done = Counter[int]()
+    for (block, _), alike in itertools.groupby(inputs, key=lambda entry: entry[:2]):
+        own = tuple(found for _, _, found in alike)
+        yield Stage(own, done[block], done.total() - done[block])
+        done[block] += sum(found.weights for found in own)
+
+
+def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
+    """Every input with the numbers of its block and stage."""
     plans = model.plans(layer)
     groups = [list(same) for _, same in itertools.groupby(model.matrices(layer), key=lambda matrix: matrix.group)]
     first = {block: min(g[0].stage for g in groups if g[0].group.block == block) for block in range(len(plans))}
@@ -136,8 +254,10 @@ def _inputs(model: Model, layer: int) -> Iterator[Input]:
     ):
         every = list(alike)
         for group in every[:1] if routed else every:
-            plan = plans[group[0].group.block]
-            yield Input(
+            block = group[0].group.block
+            plan = plans[block]
+            parts = max(len(g) for g in groups if g[0].stage == first[block])
+            found = Input(
                 name=", ".join(matrix.module for matrix in group) + (f" and {len(every) - 1} more" if routed else ""),
                 rows=sum(matrix.rows for matrix in group),
                 columns=group[0].columns,
@@ -146,9 +266,12 @@ def _inputs(model: Model, layer: int) -> Iterator[Input]:
                 attention=plan.attention,
                 entrance=stage == first[group[0].group.block],
                 last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
+                # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.
+                inner=3 if parts > 1 else 4 if plan.experts is None else 6,
                 count=len(every) if routed else 1,
                 tied=plan.experts is None,
             )
+            yield block, stage, found
 
 
 @dataclass(frozen=True)
@@ -197,6 +320,11 @@ class MemoryPlan:
         """Most bytes resident on the host at a time, the program itself included."""
         return max(sum(phase.host.values()) for phase in self.phases)
 
+    def passes(self, experts: int, everyone: bool) -> int:
+        """How often the tokens are gone through for a stage of so many experts, `everyone`'s statistic among theirs."""
+        together = self.choice.hessians
+        return 1 if together is None else -(-experts // max(together - everyone, 1))
+
     @property
     def peak_phase(self) -> Phase:
         """The phase that needs most of what computes."""
@@ -229,6 +357,7 @@ def plan_memory(
     device_spare: int | None = None,
     program: int = PROGRAM_BYTES,
     chunk: int | None = None,
+    weighted: bool = False,
 ) -> MemoryPlan:
     """The best way to go within the limits, in bytes: the host's counts the program itself.
 
@@ -236,7 +365,7 @@ def plan_memory(
     settings say, so that results do not depend on the machine, and activations go to disk where the host's `spare`
     bytes do not hold them; only a device whose free `device_spare` bytes are too few makes them smaller. `program` is
     what the process takes before it begins. Raises `BadInput`, naming the phase, where nothing fits. With `chunk`, so
-    many tokens go through a layer together, as when the job was begun.
+    many tokens go through a layer together, as when the job was begun. `weighted`: whether not all tokens count.
     """
     best: MemoryPlan | None = None
     free = device_limit is None and host_limit is None
@@ -248,7 +377,7 @@ def plan_memory(
     for choice in choices:
         if chunk is not None:
             choice = replace(choice, chunk_tokens=chunk)
-        phases, disk = _phases(shape, settings, tokens, longest, choice, on_gpu, program)
+        phases, disk = _phases(shape, settings, tokens, longest, choice, on_gpu, program, weighted)
         plan = MemoryPlan(on_gpu, choice, phases, device_limit, host_limit, disk)
         over = _excess(plan, device_room, host_room)
         if over <= 0:
@@ -307,14 +436,14 @@ def _phases(
     choice: Choice,
     on_gpu: bool,
     program: int,
+    weighted: bool,
 ) -> tuple[list[Phase], int]:
     method, hidden, size = settings.method, shape.hidden, shape.size
     matched = settings.reconstructs != "layer"
     calibrated = METHODS[method].needs != "nothing"
     chunk = min(choice.chunk_tokens, tokens) if calibrated else 0
-    converted = shape.layer_bytes // shape.weight_size * size if size != shape.weight_size else 0
-    weights_on_device = shape.layer_bytes // shape.weight_size * size
     streams = 2 if matched else 1
+    converted = on_gpu or size != shape.weight_size  # the layer computes with weights of its own
 
     def stores(width: int) -> tuple[dict[str, int], dict[str, int], int]:
         """Of hidden states and a kept input of that width: what is on the device, on the host, and on disk."""
@@ -333,136 +462,174 @@ def _phases(
             host["chunks of activations moving"] = coming + (AHEAD * one if on_gpu else going)
         return device, host, whole if choice.place == "disk" else 0
 
-    base_host = {"program": program + (CUDA_HOST_BYTES if on_gpu else 0)}
+    base_host = {"program": program + (CUDA_HOST_BYTES if on_gpu else 0), "libraries and heap": WORKSPACE_BYTES}
     if calibrated:
         base_host["calibration tokens"] = tokens * TOKEN_BYTES
-    ahead = max(shape.layer_bytes, shape.head_bytes)
-    layers_host = {
-        "weights of the layer": shape.layer_bytes,
-        **({"weights read ahead and written behind": ahead + shape.layer_bytes} if choice.overlap else {}),
-    }
-    workspace = {"libraries": WORKSPACE_BYTES}
-    alone = {"weights of the layer": weights_on_device}
-    device_layer = {"weights of the layer": weights_on_device * streams}
-    if not on_gpu and (converted or matched):
-        layers_host["converted weights"] = converted + (shape.layer_bytes if matched else 0)
+    layers_host = {"weights of the layer": shape.layer_bytes}
+    if choice.overlap:
+        ahead = max(shape.layer_bytes, shape.head_bytes)
+        layers_host["weights read ahead and written behind"] = ahead + shape.layer_bytes
+    if shape.fp8_bytes:
+        layers_host["FP8 being read"] = shape.fp8_bytes
+    workspace = {"libraries": CUDA_WORKSPACE_BYTES} if on_gpu else {}
     phases: list[Phase] = []
     disk = 0
 
-    def phase(name: str, width: int, work: dict[str, int], dense_too: bool = True, head: bool = False) -> None:
+    def phase(name: str, stage: Stage, kept: int, work: dict[str, int], beside: bool, done: bool = False) -> None:
+        """Enter a phase, with the dense model `beside` the pruned one but for the block at hand if that is `done`."""
         nonlocal disk
-        layer_host, layer_device = layers_host, device_layer if dense_too else alone
-        if head:  # of its weights nothing is on the device until they are solved, and no dense ones are beside
-            behind = {"weights written behind": shape.layer_bytes} if choice.overlap else {}
-            layer_host, layer_device = {"weights of the layer": shape.head_bytes, **behind}, {}
-        device, host, file = stores(width) if calibrated else ({}, {}, 0)
+        device, host, file = stores(kept) if calibrated else ({}, {}, 0)
         disk = max(disk, file)
-        work = {purpose: count for purpose, count in {**work, **workspace}.items() if count}
-        phases.append(
-            Phase(
-                name,
-                {**layer_device, **device, **work} if on_gpu else {},
-                {**base_host, **layer_host, **host, **({} if on_gpu else work)},
-            )
-        )
+        own = shape.layer_bytes // shape.weight_size
+        weights = {}
+        layer_host = layers_host
+        if stage is shape.head:  # nothing of it is on the device until it is solved, and nothing dense beside it
+            behind = {"weights written behind": shape.layer_bytes} if choice.overlap else {}
+            layer_host = {"weights of the layer": shape.head_bytes, **behind}
+        elif calibrated and converted:
+            weights["weights of the layer" if on_gpu else "converted weights"] = own * size
+        if matched and beside and stage is not shape.head:
+            # Where nothing is converted, of what is pruned; the rest is the same memory.
+            gone = stage.gone + (stage.before + sum(found.weights for found in stage.inputs) if done else 0)
+            dense = (own - gone) * size if converted else 0 if done else stage.before * shape.weight_size
+            weights["weights of the dense layer"] = dense
+        work = {purpose: count for purpose, count in {**weights, **work, **workspace}.items() if count}
+        host = {**base_host, **layer_host, **host}
+        phases.append(Phase(name, {**device, **work} if on_gpu else {}, host if on_gpu else {**host, **work}))
 
     if calibrated:
         device, host, _ = stores(0)
-        phases.append(Phase("embed", device, {**base_host, **host, "embedding table": shape.embedding_bytes}))
+        embedding = {"embedding table": shape.embedding_bytes, "a chunk": 2 * chunk * hidden * size}
+        phases.append(Phase("embed", device, {**base_host, **host, **embedding}))
     if settings.allocation != "uniform":
         kept = max((i.columns for i in shape.inputs if i.last and _keeps(i, tokens, size, choice)), default=0)
         work = {
             "norms": sum(4 * i.columns * i.count for i in shape.inputs),
-            "activations of a chunk": max(_transient(shape, i, chunk) for i in shape.inputs),
+            "activations of a chunk": max(_observing(shape, i, chunk, longest, False, on_gpu) for i in shape.inputs),
             "scores of some rows": SCORES * max(min(8 * i.largest * i.columns, SCORE_BYTES) for i in shape.inputs),
+            "keys and values": longest * shape.attention.key_values * size if longest > chunk else 0,
         }
-        if longest > chunk and any(i.attention for i in shape.inputs):
-            work["keys and values"] = longest * shape.key_values * size
-            work["attention mask"] = 0 if on_gpu else MASK_BYTES
-        phase("first pass", kept, work)
-    for found in (*shape.inputs, *([] if shape.head is None else [shape.head])):
-        head = found is shape.head
-        statistic = found.statistic(method)
-        tied = matched and found.tied and METHODS[method].needs == "hessian"
-        gathered = statistic * (3 if tied and not found.last else 1)
-        at_once = min(found.count, choice.hessians or found.count)
-        if found.count > 1:
-            at_once += 1  # that of all tokens, which scarce experts' are blended with
-        kept = found.columns if found.last and _keeps(found, tokens, size, choice) else 0
+        phase("first pass", shape.stages[0], kept, work, beside=False)
+    whole = settings.order == "layer"
+    for stage in (*shape.stages, *([] if shape.head is None else [shape.head])):
+        tied = matched and stage.inputs[0].tied and METHODS[method].needs == "hessian"
+        gathered = {GATHERED[METHODS[method].needs]: _gathered(stage, method, tied, choice.hessians)}
+        if tied and stage.inputs[-1].last:
+            last = stage.inputs[-1]
+            gathered["cross product with the dense outputs"] = 4 * last.columns * last.rows
+        kept = 0
+        if not whole:
+            kept = max((i.columns for i in stage.inputs if i.last and _keeps(i, tokens, size, choice)), default=0)
         if calibrated:
-            work = {"Hessian" if METHODS[method].needs == "hessian" else "norms": gathered * at_once}
-            if tied and found.last:
-                work["cross product with the dense outputs"] = 4 * found.columns * found.rows
-            work["activations of a chunk"] = streams * _transient(shape, found, chunk)
-            if found.attention and found.last and longest > chunk:
-                work["keys and values"] = streams * longest * shape.key_values * size
-                work["attention mask"] = 0 if on_gpu else MASK_BYTES
-            phase(f"observe {found.name}", kept, work, head=head)
-        phase(
-            f"solve {found.name}",
-            kept,
-            _solving(found, settings, shape.weight_size, gathered, at_once, tied, on_gpu),
-            dense_too=not found.last or found.attention,  # behind an MLP's last input, all of the dense layer is gone
-            head=head,
-        )
+            passing = max(_observing(shape, found, chunk, longest, tied, on_gpu) for found in stage.inputs)
+            widest = max(found.columns for found in stage.inputs)
+            counting = chunk * size * (widest + 4 * hidden if tied else widest)
+            if not on_gpu:
+                counting += min(PACKED_BYTES, widest * chunk * size)
+            if weighted:  # those that count are taken out of all
+                counting += chunk * size * (widest + (max(widest, 2 * hidden) if tied else 0))
+            if not on_gpu and choice.place == "host":
+                # Of what is asked for to keep activations in, a chunk's share is taken once that has passed.
+                passing -= 0 if tied else chunk * kept * size
+            work = {"activations of a chunk": max(passing, counting)}
+            if longest > chunk and (whole or any(i.attention and not i.entrance for i in stage.inputs)):
+                work["keys and values"] = streams * longest * shape.attention.key_values * size
+            phase(f"observe {stage.name}", stage, kept, {**gathered, **work}, beside=True)
+        waiting = 0
+        for found in stage.inputs:
+            if found.count > 1 and matched and not converted:
+                waiting = found.weights * shape.weight_size  # of the other experts, beside the dense ones
+            work = _solving(found, settings, shape.weight_size, tied, on_gpu)
+            work = {**gathered, "pruned before": waiting, **work}
+            phase(f"solve {found.name}", stage, kept, work, beside=True, done=found.last and found.tied)
+            if whole and not converted:
+                waiting += found.weights * shape.weight_size  # not in the layer before all are pruned
     return phases, disk
+
+
+GATHERED = {"hessian": "Hessian", "norms": "norms", "nothing": "nothing"}
+
+
+def _gathered(stage: Stage, method: str, tied: bool, together: int | None) -> int:
+    """Bytes of what is gathered in one pass over the tokens, at most."""
+    shared = [found for found in stage.inputs if found.count == 1]
+    # Of a last matrix H alone, of others what ties them to the dense model too: two of H's size.
+    sizes = [found.statistic(method) * (3 if tied and not found.last else 1) for found in shared]
+    total = sum(sizes)
+    for experts in (found for found in stage.inputs if found.count > 1):
+        own = experts.statistic(method)
+        # That of all tokens is with them: the shared experts', or what scarce ones' are blended with.
+        everyone = max([own, *sizes])
+        total = everyone + own * (min(experts.count, max(together - 1, 1)) if together else experts.count)
+    return total
 
 
 def _keeps(found: Input, tokens: int, size: int, choice: Choice) -> bool:
     return found.attention or tokens * found.columns * size <= choice.keep_bytes
 
 
-def _transient(shape: Shape, found: Input, chunk: int) -> int:
+def _observing(shape: Shape, found: Input, chunk: int, longest: int, tied: bool, on_gpu: bool) -> int:
     """Bytes of what exists of a chunk while an input is computed from the hidden states."""
     size, hidden = shape.size, shape.hidden
-    norm = chunk * hidden * (8 + size)
+    own, norm = chunk * hidden * size, chunk * hidden * 8
     if found.entrance:
-        return norm
+        return max(norm + own, 2 * own) if tied else max(norm, own)
     if found.attention:
-        # Queries and their rotation, attention's output, and its copy in the order of tokens.
-        inside = chunk * size * (hidden + 4 * found.columns + 2 * shape.key_values)
+        inside = shape.attention.passing(shape, chunk, longest, on_gpu)
     else:
-        inside = chunk * size * (hidden * (3 if found.count > 1 else 1) + 3 * found.columns)
-    return max(norm, inside)
+        inside = chunk * size * (hidden * (3 if found.count > 1 else 1) + found.inner * found.columns)
+    if not tied:
+        return max(norm, inside)
+    kept = chunk * size * found.columns
+    if not found.last:
+        return max(norm + own, 2 * inside)
+    # One model's after the other's, and then what the dense one gives and lacks, in fp32.
+    return max(own + kept + inside, 4 * own + kept + 12 * chunk * hidden)
 
 
-def _solving(
-    found: Input, settings: PruneSettings, size: int, gathered: int, at_once: int, tied: bool, on_gpu: bool
-) -> dict[str, int]:
+def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gpu: bool) -> dict[str, int]:
     """Bytes of what exists while the matrices of an input are pruned."""
-    rows, n = found.rows, found.columns
-    needs = METHODS[settings.method].needs
+    rows, n, largest = found.rows, found.columns, found.largest * found.columns
     # Solved together; `prune_matrices` takes larger ones one after the other.
-    some = min(rows, max(found.largest, TOGETHER // n))
-    stacked = some * n * size if found.matrices > 1 else 0
+    some = min(rows * n, max(largest, TOGETHER))
+    stacked = some * size if some > largest else 0
     moved = rows * n * size if on_gpu else 0
-    pruned = rows * n * size
+    if METHODS[settings.method].needs != "hessian":
+        scoring = SCORING * some if METHODS[settings.method].needs == "norms" else MEASURING * largest
+        solving = stacked + max(scoring, some * (size + 1))
+        return {"fp32 working copies": moved + (rows * n - some) * size + solving}
+    one, work = 4 * some, dict[str, int]()
+    exact = EXACT * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
     if settings.method in COPIES:
-        pruned -= some * n * size  # not there yet while these are solved
-    if rows > some and found.matrices == 1:
-        stacked = rows * n * size  # the runs of its rows as they are joined
-    work = {
-        "Hessian" if needs == "hessian" else "norms": gathered * at_once,
-        "weights, stacked and pruned": stacked + moved + pruned,
-    }
-    if needs != "hessian":
-        work["fp32 working copies"] = rows * n * 13
-        return work
-    one = 4 * some * n
-    # With the dense outputs matched: C, at the last input held all along, and the weights that come nearest to it.
-    cross = one if tied else 0
-    held = cross if found.last else 0
-    chosen = copies = one if tied else 0
-    if settings.method in COPIES:
-        copies += COPIES[settings.method] * one
+        solving = max(COPIES[settings.method] * some, REFINED * some + _refining(found, settings, some // n, on_gpu))
     else:
-        copies += one * (2 if on_gpu else 1)
-    measure = 3 * min(8 * found.largest * n, OBJECTIVE_BYTES) + 2 * 8 * 512 * n
-    exact = 20 * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
+        solving = SWEEPING[on_gpu] * some
     if settings.method == "alps":
-        work["H scaled, its eigenvectors and their workspace"] = EIGEN * 4 * n * n
-    matching = cross + chosen + 3 * 4 * min(some, MATCHED_ROWS) * n if tied else 0
-    # One after the other: match, solve, and measure what was solved, which is still there in fp32.
-    measuring = cross + chosen + one + measure + rows * n * size - pruned
-    work["fp32 working copies"] = max(exact + held, matching, held + copies, measuring)
+        work["H, scaled, its eigenvectors and an inverse"] = 16 * n * n
+        solving = max(solving, EIGENSOLVER * n * n)
+    matching = chosen = cross = 0
+    if tied:
+        chosen, cross = one, 0 if found.last else 4 * largest
+        shared = 0 if found.last else one
+        matching = stacked + shared + max(shared, chosen + 3 * 4 * min(some, MATCHED_ROWS * n))
+    measuring = rows * n * size + cross
+    together = min(found.largest, max(OBJECTIVE_BYTES // (8 * n), 1))  # rows in fp64, times some of H's columns
+    products = 8 * together * n + 8 * COLUMNS * (3 * together + 2 * min(COLUMNS, n) + n)
+    measuring += max(cross, MEASURING * largest, 24 * together * n, products)
+    # One after the other: factor, match, solve, round, and measure what was solved.
+    solving = max(exact + stacked, matching, stacked + chosen + solving, chosen + one + some * size)
+    joining = (
+        2 * rows * n * size if found.matrices == 1 and found.largest < rows else 0
+    )  # the runs of rows it was solved by
+    work["fp32 working copies"] = moved + max((rows * n - some) * size + solving, measuring, joining)
     return work
+
+
+def _refining(found: Input, settings: PruneSettings, rows: int, on_gpu: bool) -> int:
+    """Bytes that the refinement of some rows takes beside what it is given and returns."""
+    n = found.columns
+    device = torch.device("cuda" if on_gpu else "cpu")
+    some = min(rows, ROWS, max(ELEMENTS[device.type] // n, 1)) * n
+    kept = math.ceil((1 - settings.sparsity) * n)  # in the mean; the row that keeps most has half as many again
+    exactly = REFINING_EXACTLY * min(EXACT_ELEMENTS, some // n * (3 * kept // 2) ** 2)
+    return REFINING * some + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)

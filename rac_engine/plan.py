@@ -67,6 +67,8 @@ class Plan:
     stages: list[Stage]
     """Of the first layer, and of the first with experts; the experts' by that of one; and of lm_head if it is one."""
     memory: MemoryPlan
+    passes: int
+    """Over the tokens of a layer with experts, for these: 2 where all Hessians are gathered together, else more."""
     disk: int
     """Bytes of the output; while the job runs, `memory.disk` more."""
     hessians: bool
@@ -121,8 +123,9 @@ def make_plan(
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
+    shape = Shape.of(opened, settings)
     memory = plan_memory(
-        Shape.of(opened, settings),
+        shape,
         settings,
         calibrated,
         max(length, max_length or 0),
@@ -130,7 +133,13 @@ def make_plan(
         device_limit=device_memory,
         host_limit=host_memory,
     )
+    passes = _expert_passes(shape, memory)
+    mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))
+    further = mixtures * max(passes - 2, 0)
     work = _work(opened, settings, layers, head, left_dense, tokens, length)
+    if further:
+        router = 2.0 * opened.hidden_size * max(found.count for found in shape.inputs) * calibrated * further
+        work.append(Work("further passes", router, "2 · hidden · experts · tokens: the router's choice again"))
     disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
     return Plan(
         model=str(model),
@@ -143,10 +152,11 @@ def make_plan(
         tokens=tokens,
         stages=[_stage(group, settings.method) for group in [*first, head] if group],
         memory=memory,
+        passes=passes,
         disk=disk,
         hessians=METHODS[settings.method].needs == "hessian",
         work=work,
-        seconds=None if peaks is None else _seconds(work, disk, memory, opened.layers, peaks),
+        seconds=None if peaks is None else _seconds(work, disk, memory, opened.layers, further, peaks),
     )
 
 
@@ -200,17 +210,31 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(
         f"  {format_count(choice.chunk_tokens)} tokens go through a layer together; activations live {where}; "
         + ("the next layer is read and the last one written meanwhile" if choice.overlap else "one layer at a time")
-        + (f"; {choice.hessians} Hessians are gathered in one pass" if choice.hessians else "")
     )
+    if plan.passes:
+        together = "all" if choice.hessians is None else f"{choice.hessians} at once"
+        lines.append(
+            f"  Hessians of a layer's experts are gathered {together}: {plan.passes} passes over the tokens of each"
+        )
     return lines
 
 
-def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, peaks: Peaks) -> float:
+def _expert_passes(shape: Shape, memory: MemoryPlan) -> int:
+    """Over the tokens of one layer, in both of the experts' stages; 0 without experts."""
+    passes = 0
+    for stage in shape.stages:
+        for experts in (found for found in stage.inputs if found.count > 1):
+            passes += memory.passes(experts.count, experts.entrance or len(stage.inputs) > 1)
+    return passes
+
+
+def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, further: int, peaks: Peaks) -> float:
     """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
     dense = ("first pass", "forward", "attention", "Hessian", "norms", "outputs to match")
     computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
     reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
-    moving = ((reads + 1) * disk + (4 * memory.disk * layers)) / DISK
+    # In a layer all activations go to the disk and back twice; a further pass for experts reads them once more.
+    moving = ((reads + 1) * disk + (4 * layers + further) * memory.disk) / DISK
     return max(computing, moving) if memory.choice.overlap else computing + moving
 
 

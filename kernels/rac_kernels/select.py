@@ -53,7 +53,7 @@ def smallest(scores: Tensor, k: int, backend: str = "reference") -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     bound = _kth_op(scores, k, backend)
     mask = (scores <= bound).contiguous()
-    surplus = int(mask.sum()) - k
+    surplus = int(mask.count_nonzero()) - k  # a sum would make integers of them all first
     if surplus:
         ties = (scores == bound).flatten().nonzero().flatten()
         mask.view(-1)[ties[ties.numel() - surplus :]] = False

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rac_engine.checkpoint import INDEX
+from rac_engine.memory import WORKSPACE_BYTES
 from tests import tiny
 
 JOB = """
@@ -105,7 +107,7 @@ def test_a_long_trace_takes_no_more_than_its_keys_and_values(tmp_path: Path) -> 
     assert long_ - short < keys_and_values + masks + (4 << 20), (short, long_)
 
 
-def run(code: str, *words: Path) -> str:
+def run(code: str, *words: Path | str) -> str:
     """What a process that runs `code` prints.
 
     glibc keeps freed memory for later, more or less of it as threads happen to meet. Here it is told to give it back at
@@ -158,7 +160,7 @@ def test_a_job_keeps_to_its_limit_with_activations_on_disk(
         print(f"\nlimit {limit:,}, peak {peak:,}; beyond the program planned {planned:,}, measured {measured:,} bytes")
     assert place == "disk"
     assert peak <= limit
-    assert measured <= 1.1 * planned
+    assert measured <= planned
 
 
 def test_memory_does_not_grow_with_depth(four_layers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,3 +172,87 @@ def test_memory_does_not_grow_with_depth(four_layers: Path, tmp_path: Path, caps
         print(f"\npeak with 4 layers {shallow:,}, with 24 {deep:,} bytes; the weights of a layer are {layer:,} bytes")
     assert layer > 5_000_000
     assert abs(deep - shallow) < 2 * layer
+
+
+PLANNED = """
+import json, sys, torch
+from pathlib import Path
+from rac_engine.engine import prune
+from rac_engine.recipe import PruneSettings
+from tests import tiny
+
+torch.set_num_threads(1)
+settings = PruneSettings(**{"chunk_tokens": 1024, **json.loads(sys.argv[3])})
+lengths = json.loads(sys.argv[4])
+report = prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, tiny.calibration(lengths))
+print(report.end["memory"]["host_planned"], report.end["memory"]["host_measured"])
+"""
+
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
+JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
+    "sparsegpt": ("qwen2", {}, {"method": "sparsegpt"}),
+    "rac": ("qwen2", {}, {"method": "rac", "overrides": [{"modules": ".*up_proj", "damping": 0.1}]}),
+    "wanda": ("qwen2", {}, {"method": "wanda"}),
+    "layer": ("qwen2", {}, {"method": "sparsegpt", "order": "layer"}),
+    "experts": ("mixtral", {"intermediate_size": 1024, "num_local_experts": 8}, {"method": "sparsegpt"}),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_what_is_planned_is_what_it_takes(tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond the program never more, nor a tenth less, but for what the plan itself allows libraries and heap."""
+    family, sizes, changes = JOBS[job]
+    source = tiny.save(tmp_path / "model", family, shard_size="1GB", initializer_range=0.02, **{**SIZES, **sizes})
+    found = run(PLANNED, source, tmp_path / "out", json.dumps(changes), json.dumps([1200, 700, 200]))
+    planned, measured = map(int, found.split())
+    with capsys.disabled():
+        print(f"\n{job}: planned {planned:,}, measured {measured:,} bytes")
+    assert measured <= planned <= 1.1 * measured + WORKSPACE_BYTES
+
+
+OPEN = """
+import sys, torch
+from pathlib import Path
+from rac_engine.engine import peak_memory, prune, resident
+from rac_engine.models import attention_bytes, packed_attention
+from rac_engine.recipe import PruneSettings
+from tests import tiny
+
+torch.set_num_threads(1)
+tokens, window = 32768, 256
+settings = PruneSettings(method="wanda", chunk_tokens=8192)
+memory = prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, tiny.calibration([tokens])).end["memory"]
+print(memory["host_planned"], memory["host_measured"])
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 1, tokens, 8) for _ in range(3))
+for seen in (window, None):
+    peak_memory(reset=True)
+    before = resident()
+    out, _ = packed_attention(None, q, k, v, None, scaling=0.4, lengths=[tokens], sliding_window=seen, softcap=2.0)
+    taken = peak_memory() - before
+    print(taken, attention_bytes(False, 1, 16, tokens, tokens, seen, False, 4) + 2 * out.nbytes)
+    for row in (0, 1, window - 1, window, 12345, tokens - 1):
+        first = max(row + 1 - (seen or tokens), 0)
+        scores = 2.0 * (0.4 * k[0, 0, first : row + 1].double() @ q[0, 0, row].double() / 2.0).tanh()
+        torch.testing.assert_close(out[0, row, 0].double(), scores.softmax(0) @ v[0, 0, first : row + 1].double())
+"""
+
+
+def test_32k_tokens_in_one_sequence_with_soft_caps_take_what_is_planned(tmp_path: Path) -> None:
+    """Gemma 2's layers, with a sliding window and without: all scores of one head together would be 4 GiB."""
+    source = tiny.save(
+        tmp_path / "model",
+        "gemma2",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=256,
+    )
+    figures = [tuple(map(int, line.split())) for line in run(OPEN, source, tmp_path / "out").splitlines()]
+    (planned, measured), *attended = figures
+    assert measured <= planned < 300 << 20
+    for taken, most in attended:
+        assert taken <= most + (4 << 20) < 200 << 20

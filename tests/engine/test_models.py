@@ -243,3 +243,29 @@ def test_weights_in_eight_bits_are_refused_by_name(checkpoint: Make, tmp_path: P
 def test_counts_beyond_any_model_are_refused_at_once(tmp_path: Path, key: str, count: int) -> None:
     with pytest.raises(BadInput, match=f"{key} is more than .*not to be trusted"):
         Model.of_config(tmp_path, {"model_type": "qwen2", key: count})
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_scores_of_all_queries_and_keys_never_exist_together(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(models, "_SCORE_BYTES", 4 * 4000)
+    made: list[int] = []
+    real = models.attend_in_the_open
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+        made.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+        return real(q, k, *rest)
+
+    monkeypatch.setattr(models, "attend_in_the_open", noted)
+    q, k, v = (torch.randn(1, heads, 500, 8) for heads in (6, 2, 2))
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": 2.0}
+    packed_attention(torch.nn.Module(), q, k, v, None, lengths=[300, 100, 100], **options)
+    assert 2000 < max(made) <= 4000
+
+
+def test_a_gpu_is_given_what_its_kernels_take_without_holding_scores() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert models.is_fused(gpu, torch.bfloat16, 128, None) and models.is_fused(cpu, torch.float32, 300, 5)
+    for dtype, width, window in ((torch.float32, 128, None), (torch.bfloat16, 128, 4096), (torch.float16, 512, None)):
+        assert not models.is_fused(gpu, dtype, width, window)
