@@ -80,6 +80,9 @@ _MOST = {
 }
 
 
+_MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
+
+
 @dataclass(frozen=True)
 class Family:
     """How transformers builds models of one `model_type`: class names start with `prefix`."""
@@ -569,6 +572,13 @@ class Model:
         self.dtype = _compute_dtype(checkpoint, family)
         self._routed: int = getattr(config, "num_experts_per_tok", 0)
         self._pretrained = family.find("PreTrainedModel")
+        with torch.device("meta"):
+            angles = sum(buffer.numel() for buffer in family.make("RotaryEmbedding", config).buffers())
+        if angles > _MOST_ANGLES:
+            raise BadInput(
+                f"{checkpoint.path / 'config.json'}: heads of more than {_MOST_ANGLES:,} elements, which no model has; "
+                "the file is not to be trusted"
+            )
         self._rotary = family.make("RotaryEmbedding", config)
         self._mixtures: dict[int, bool] = {}
         self._groups: dict[bool, list[Group]] = {}

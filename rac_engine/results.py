@@ -153,7 +153,7 @@ class _StoredCalibration(_Stored):
 
 class _StoredRun(_Stored):
     model: _StoredModel = _StoredModel()
-    settings: _StoredSettings = _StoredSettings()
+    settings: _StoredSettings
     calibration: _StoredCalibration | None = None
     versions: _Object = {}
     machine: _Object = {}

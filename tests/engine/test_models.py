@@ -269,3 +269,11 @@ def test_a_gpu_is_given_what_its_kernels_take_without_holding_scores() -> None:
     assert models.is_fused(gpu, torch.bfloat16, 128, None) and models.is_fused(cpu, torch.float32, 300, 5)
     for dtype, width, window in ((torch.float32, 128, None), (torch.bfloat16, 128, 4096), (torch.float16, 512, None)):
         assert not models.is_fused(gpu, dtype, width, window)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_heads_beyond_any_model_are_refused_at_once(checkpoint: Make, family: str) -> None:
+    """Whose angles transformers would compute, 6 GB and half a minute of them, before any tensor is compared."""
+    config = json.loads((checkpoint(family) / "config.json").read_text())
+    with pytest.raises(BadInput, match=r"heads of more than 1,048,576 elements"):
+        Model.of_config(Path("m"), {**config, "head_dim": 1 << 32})
