@@ -7,6 +7,7 @@ them once more, and goes on, to the same bytes as if it had never stopped.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
@@ -67,6 +68,7 @@ JOURNAL = "rac/journal.jsonl"
 REPLAY = "replay: embeddings, then every finished layer in turn, from the tensors that its record vouches for"
 """The rule by which a job that goes on has the activations again, as its journal names it."""
 _PROGRAM_STEP = 256 << 20
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def _prune(
     device = _device(device)
     packing, shape, begun = None, Shape.of(source, settings), resident()
     limits = _limits(device, device_memory, host_memory, begun)
+    if host_memory is not None:
+        _give_back()
     if find_method(settings.method).needs == "nothing":
         calibration, memory = None, plan_memory(shape, settings, 0, 0, **limits)
     else:
@@ -849,6 +853,13 @@ def _limits(device: str, device_memory: int | None, host_memory: int | None, beg
         "spare": psutil.virtual_memory().available + begun,
         "program": program,
     }
+
+
+def _give_back() -> None:
+    """Let glibc give freed memory back at once: it keeps pieces of up to 32 MiB for later, more or less of them as
+    threads happen to meet, which a limit has no room for. Elsewhere nothing is done."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
 
 
 def require_memory(
