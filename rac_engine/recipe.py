@@ -50,7 +50,10 @@ def _size(value: Any) -> Any:
 
 def _resolve(path: str, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base")
-    expanded = Path(path).expanduser()
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path.split('/')[0]} is nobody's home folder") from None
     return expanded if base is None else Path(base) / expanded
 
 

@@ -172,7 +172,7 @@ class _StoredMatrix(_Stored):
     columns: _Size
     zeros: _Natural
     zeros_before: _Natural = 0
-    sparsity: float | None = None
+    sparsity: float
     relative_error: float | None = None
     damping: float | None = None
     tokens: _Natural | None = None
