@@ -125,15 +125,16 @@ class _Stored(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-_Size = Annotated[int, Field(ge=1)]
-_Natural = Annotated[int, Field(ge=0)]
+_Whole = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_Size = Annotated[_Whole, Field(ge=1)]
+_Natural = Annotated[_Whole, Field(ge=0)]
 _Object = dict[str, Any]
 
 
 class _StoredModel(_Stored):
     path: str = ""
     sha256: str | None = None
-    parameters: int | None = None
+    parameters: _Whole | None = None
 
 
 class _StoredSettings(_Stored):
@@ -147,8 +148,8 @@ class _StoredCalibration(_Stored):
     description: str
     source: str
     part: str
-    sequences: int
-    tokens: int
+    sequences: _Whole
+    tokens: _Whole
 
 
 class _StoredRun(_Stored):
@@ -165,7 +166,7 @@ class _StoredTarget(_Stored):
 
 
 class _StoredMatrix(_Stored):
-    layer: int
+    layer: _Whole
     module: str
     name: str
     rows: _Size
@@ -202,7 +203,7 @@ class _StoredAnswer(_Stored):
 
 
 class _StoredSummary(_Stored):
-    problems: int
+    problems: _Whole
     accuracy: float
     ci95: Annotated[list[float], Field(min_length=2, max_length=2)]
     mean_tokens: float
