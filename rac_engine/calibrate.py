@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rac_engine.activations import Activations, Place
+from rac_engine.checkpoint import all_finite
 from rac_engine.models import Block, Chunk, Model, Tap
 from rac_engine.timeline import Timeline
 from rac_engine.traces import Calibration
@@ -31,10 +32,7 @@ def usable(weights: Tensor | None, *parts: Tensor) -> tuple[list[Tensor], Tensor
     Returns their rows of each part, their weights [tokens] fp32 (None: 1 each), and how many others would have counted
     but hold NaN or Inf somewhere.
     """
-    # The extremes of a tensor say faster than its elements whether all of them are finite: NaN is passed on. Nothing of
-    # a part's size is made.
-    sound = all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in parts if part.numel())
-    if sound and weights is None:
+    if weights is None and all(map(all_finite, parts)):
         return list(parts), None, 0
     good = torch.stack([edge.isfinite() for part in parts for edge in (part.amin(-1), part.amax(-1))]).all(0)
     counted = torch.ones_like(good) if weights is None else weights > 0

@@ -250,7 +250,7 @@ class CheckpointWriter:
 
         Raises `ValueError` for another dtype or shape, and for values that are not finite.
         """
-        if not _all_finite(tensor):
+        if not all_finite(tensor):
             raise ValueError(f"{name}: NaN or Inf in the tensor to be written")
         return self._put(name, tensor)
 
@@ -722,15 +722,15 @@ def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     """Whether a run of a tensor's bytes holds no NaN and no Inf."""
     if not len(data):
         return True
-    return _all_finite(torch.frombuffer(data, dtype=dtype))
+    return all_finite(torch.frombuffer(data, dtype=dtype))
 
 
-def _all_finite(tensor: torch.Tensor) -> bool:
+def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds no NaN and no Inf, by its smallest and largest values: nothing of its size is made."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
-    return all(bool(edge.isfinite()) for edge in wide.aminmax())
+    return bool(torch.stack(wide.aminmax()).isfinite().all())
 
 
 class _Locked(mmap.mmap):

@@ -213,7 +213,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
 
     for name in (model.family.embedding, model.family.head):
         naming(name.removesuffix(".weight"))  # known, whether or not they would be pruned
-    for matrix in (matrix for part in model.parts(settings.also) for matrix in model.matrices(part)):
+    for matrix in model.prunable(settings.also):
         own = settings.of(matrix.path, matrix.module)
         unfit = [override for override in unfit if not override.names(matrix.path, matrix.module)]
         if found := naming(matrix.path, matrix.module):
@@ -251,8 +251,7 @@ def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
             f"{model.checkpoint.path}: tensor {names[0]!r}{more} holds NaN or Inf; the model is damaged "
             "(nonfinite: dense leaves such a matrix as it is)"
         )
-    parts = model.parts(settings.also) if names else []
-    matrices = (matrix for part in parts for matrix in model.matrices(part))
+    matrices = model.prunable(settings.also) if names else ()
     stacked = [matrix.name for matrix in matrices if matrix.tensor in names]
     return dict.fromkeys([*names, *stacked], "holds NaN or Inf")
 
@@ -321,7 +320,7 @@ class _Job:
         parts = model.parts(settings.also)
         self.stages = parts[-1] + 1
         """The decoder layers and, if it is to be pruned, lm_head behind them."""
-        wanted = [matrix.layer for part in parts if part >= 0 for matrix in model.matrices(part) if self._wants(matrix)]
+        wanted = [m.layer for m in model.prunable(settings.also) if m.layer != EMBEDDINGS and self._wants(m)]
         self.last = max(wanted, default=-1)
         """The last of them with anything to prune: the tokens need to come no further."""
         self._table = model.matrices(EMBEDDINGS) if EMBEDDINGS in parts else []

@@ -618,9 +618,8 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
     measuring += max(cross, MEASURING * largest, 24 * together * n, products)
     # One after the other: factor, match, solve, round, and measure what was solved.
     solving = max(exact + stacked, matching, stacked + chosen + solving, chosen + one + some * size)
-    joining = (
-        2 * rows * n * size if found.matrices == 1 and found.largest < rows else 0
-    )  # the runs of rows it was solved by
+    by_runs = found.matrices == 1 and found.largest < rows  # of its rows, joined in the end
+    joining = 2 * rows * n * size if by_runs else 0
     work["fp32 working copies"] = moved + max((rows * n - some) * size + solving, measuring, joining)
     return work
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -724,6 +725,10 @@ class Model:
                 name = f"{stacked}[{group.expert}]" if stacked else info.name
                 found.append(Matrix(layer, group, module, name, rows, columns, info.dtype, info.name))
         return found
+
+    def prunable(self, also: Sequence[str] = ()) -> Iterator[Matrix]:
+        """The matrices of all `parts`; the same errors."""
+        return itertools.chain.from_iterable(map(self.matrices, self.parts(also)))
 
     def _stacked(self, layer: int, group: Group, module: str) -> str | None:
         """The tensor that an expert's matrix is stacked in, if it is."""

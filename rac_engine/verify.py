@@ -176,11 +176,11 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
             )
     rows = {row["name"]: row for row in metrics.matrices}
     try:
-        parts = model.parts(recipe.prune.also)
+        matrices = model.prunable(recipe.prune.also)
     except BadInput as error:
         result.problems.append(str(error))
         return
-    for matrix in (matrix for part in parts for matrix in model.matrices(part)):
+    for matrix in matrices:
         row = rows.get(matrix.name)
         named = any(re.fullmatch(entry, name) for entry in recipe.prune.dense for name in (matrix.path, matrix.module))
         if row is None:

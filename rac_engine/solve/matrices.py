@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rac_engine.checkpoint import all_finite
 from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
 from rac_kernels import mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
@@ -118,7 +119,7 @@ def prune_matrices(
             return [left_dense(weight, why) for weight in weights]
         method, statistic, outputs = "magnitude", None, None
         notes = [f"{why}: pruned by magnitude"]
-    if outputs is not None and not all(map(math.isfinite, [*map(float, outputs.cross.aminmax()), *outputs.power])):
+    if outputs is not None and not (all_finite(outputs.cross) and all(map(math.isfinite, outputs.power))):
         outputs = None
         notes = ["the dense model's outputs are not finite: not matched"]
     targets = [target] * len(weights) if isinstance(target, Target) else list(target)
@@ -140,7 +141,7 @@ def prune_matrices(
             # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
             stored = pruned.to(weights[number].dtype, copy=True).add_(0.0)
             its = told
-            if not all(map(math.isfinite, map(float, stored.aminmax()))):
+            if not all_finite(stored):
                 stored = _by_magnitude(weights[number], wanted)
                 its = [*told, "the solver's result is not finite: pruned by magnitude"]
             zeros = stored.numel() - int(stored.count_nonzero())
@@ -218,9 +219,9 @@ def prune_table(table: Tensor, target: Target) -> MatrixResult:
     Their input is the token's number, one 1 among zeros: H is diagonal, nothing can make up for a weight that goes, and
     the best that a row can keep are its largest. Counts of tokens would only say which words may be forgotten.
     """
-    made = torch.empty_like(table)
-    for rows in torch.arange(len(table)).split(max(TOGETHER // table.shape[1], 1)):
-        some = slice(int(rows[0]), int(rows[-1]) + 1)
+    made, step = torch.empty_like(table), max(TOGETHER // table.shape[1], 1)
+    for first in range(0, len(table), step):
+        some = slice(first, first + step)
         mask = mask_by_score(table[some].float().abs(), target.sparsity, target.pattern, per="row")
         made[some] = table[some].masked_fill(mask, 0).add_(0.0)  # +0.0, never −0.0
     zeros = made.numel() - int(made.count_nonzero())

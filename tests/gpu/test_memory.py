@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# The engine's packages, which `make gpu` can do without.
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("safetensors")
-pytest.importorskip("pyarrow")
-pytest.importorskip("pydantic")
-pytest.importorskip("yaml")
-pytest.importorskip("jinja2")
-pytest.importorskip("psutil")
+pytest.importorskip("tests.gpu.engine")  # skips where one of the engine's packages is missing
 
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput

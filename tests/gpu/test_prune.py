@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-# The engine's packages, which `make gpu` can do without.
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("safetensors")
-pytest.importorskip("pyarrow")
-pytest.importorskip("pydantic")
-pytest.importorskip("yaml")
-pytest.importorskip("jinja2")
-pytest.importorskip("psutil")
+pytest.importorskip("tests.gpu.engine")  # skips where one of the engine's packages is missing
 
 from safetensors.torch import load_file
 
