@@ -91,6 +91,9 @@ class Activations(ABC):
     def write(self, start: int, values: Tensor) -> None:
         """Put values [n, width] in the place of tokens `start` up to `start` + n. They must not be changed later."""
 
+    def prepare(self, spans: Sequence[Span]) -> None:  # noqa: B027 - most have nothing to fetch
+        """Have the first of them on their way for an `each` to come, while something else is done."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of files and threads. Nothing can be read or written any more."""
 
@@ -221,16 +224,25 @@ class _OnDisk(Activations):
         self._out = [torch.empty(0, dtype=dtype) for _ in range(AHEAD)]
         self._turn = 0
         self._writes: deque[tuple[Span, Future[None]]] = deque()
+        self._ready: list[tuple[Span, Future[Tensor]]] = []
+
+    def prepare(self, spans: Sequence[Span]) -> None:
+        if self._transfer is not None:
+            self._transfer.settle()  # the last chunks may still leave the buffers that are read into
+        self._ready = [(span, self._fetch(span, number)) for number, span in enumerate(spans[:AHEAD])]
 
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
-        reads: deque[Future[Tensor]] = deque()
+        if [span for span, _ in self._ready] != list(spans[:AHEAD]):
+            self.prepare(spans)
+        reads = deque(read for _, read in self._ready)
+        self._ready = []
         if self._transfer is None:
             for number in range(len(spans)):
                 for at in range(number + len(reads), min(number + AHEAD, len(spans))):
                     reads.append(self._fetch(spans[at], at))
                 yield self._wait(reads.popleft())
+            self.prepare(spans)  # whoever goes through all chunks does so again
             return
-        self._transfer.settle()  # the last chunks of the pass before may still leave the buffers that are read into
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         for number in range(len(spans)):
             for at in range(number + len(coming), min(number + AHEAD, len(spans))):
@@ -241,6 +253,7 @@ class _OnDisk(Activations):
                 arriving[1].synchronize()  # its host buffer is free
                 reads.append(self._fetch(spans[number + AHEAD], number))
             yield self._transfer.use(arriving)
+        self.prepare(spans)
 
     def _wait(self, reading: Future[Tensor]) -> Tensor:
         with disk_errors(self._folder), self._timeline.waiting():
@@ -271,6 +284,9 @@ class _OnDisk(Activations):
         while len(self._writes) >= AHEAD:
             with disk_errors(self._folder), self._timeline.waiting():
                 self._writes.popleft()[1].result()
+        stop = start + len(values)
+        if any(start < last and first < stop for (first, last), _ in self._ready):
+            self._ready = []  # read too early
         values = values.to(self.dtype).contiguous()
         left: torch.cuda.Event | None = None
         if self._transfer is not None:
@@ -286,7 +302,7 @@ class _OnDisk(Activations):
                 self._sums[start : start + len(values)] = self._sum(values)
                 write_at(self._fd, _bytes(values), start * self._row)
 
-        self._writes.append(((start, start + len(values)), self._writer.submit(put)))
+        self._writes.append(((start, stop), self._writer.submit(put)))
 
     def close(self) -> None:
         self._reader.shutdown()

@@ -187,6 +187,9 @@ class Stream:
     They live in `place` (see `Activations.make`), and so does a block's inner activation where it is kept.
     """
 
+    _move: tuple[Block, Activations | None] | None = None
+    """The block that the tokens are still to go through, and its inner activations if they were kept."""
+
     def __init__(
         self,
         model: Model,
@@ -222,6 +225,8 @@ class Stream:
                 block.look(x, chunk, taps)
             else:
                 kept.write(chunk.start, block.inner(x, chunk, taps))
+        if kept is not None:
+            kept.prepare(self._spans)
         return kept
 
     def observe_beside(
@@ -265,6 +270,8 @@ class Stream:
             others |= {name: [x] for name, x in dense.items()}
             for name, statistic in statistics.items():
                 statistic.add_beside(matches[name], given[name], others[name], weights)
+        if kept is not None:
+            kept.prepare(self._spans)
         return kept
 
     def observe_sample(self, block: Block, experts: Mapping[int, tuple[Statistic, float]], count: int) -> None:
@@ -289,12 +296,22 @@ class Stream:
 
     def advance(self, block: Block, kept: Activations | None = None) -> None:
         """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""
-        before = None if kept is None else kept.each(self._spans)
-        for chunk, hidden in self._chunks():
-            inner = block.inner(block.norm(hidden), chunk) if before is None else next(before)
-            self.hidden.write(chunk.start, block.leave(hidden, inner))
-        if kept is not None:
-            kept.close()
+        self.advance_later(block, kept)
+        self.settle()
+
+    def advance_later(self, block: Block, kept: Activations | None = None) -> None:
+        """As `advance`, on the way of the next pass over the tokens: they are fetched once for both.
+
+        Until then the block and what was kept of it are in memory.
+        """
+        self.settle()
+        self._move = block, kept
+
+    def settle(self) -> None:
+        """Let the tokens go through the block that they are still to go through, if there is one."""
+        if self._move is not None:
+            for _ in self._chunks():
+                pass
 
     def observe_layer(self, blocks: list[Block], statistics: Mapping[str, Statistic]) -> None:
         """Gather statistics of all of a layer's inputs in one pass through it as it is, which moves no token on."""
@@ -320,8 +337,22 @@ class Stream:
         return Activations.make(tokens, width, self.dtype, self.device, self._place, self._folder, self._timeline)
 
     def _chunks(self) -> Iterator[tuple[Chunk, Tensor]]:
-        """Every chunk with its hidden states [chunk, hidden] on the device."""
-        return zip(self.packing.chunks, self.hidden.each(self._spans), strict=True)
+        """Every chunk with its hidden states [chunk, hidden] on the device, moved on by what was put off till now."""
+        move, self._move = self._move, None
+        chunks = zip(self.packing.chunks, self.hidden.each(self._spans), strict=True)
+        if move is None:
+            yield from chunks
+            return
+        block, kept = move
+        before = None if kept is None else kept.each(self._spans)
+        for chunk, hidden in chunks:
+            inner = block.inner(block.norm(hidden), chunk) if before is None else next(before)
+            hidden = block.leave(hidden, inner)
+            self.hidden.write(chunk.start, hidden)
+            del inner
+            yield chunk, hidden
+        if kept is not None:
+            kept.close()
 
     def _taps(self, statistics: Mapping[str, Statistic], chunk: Chunk) -> dict[str, Tap]:
         """The statistics as what is shown inputs on the way through a block."""

@@ -316,6 +316,7 @@ class _Job:
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
         self.clock, self.timeline = clock, Timeline()
         self.resumed = 0
+        self._behind: Future[None] | None = None
         self.writer = CheckpointWriter(model.checkpoint, partial, memory.disk if packing is not None else 0)
         parts = model.parts(settings.also)
         self.stages = parts[-1] + 1
@@ -342,7 +343,6 @@ class _Job:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             overlap = self.memory.choice.overlap
             ahead = reader.submit(self._read, 0)
-            behind: Future[None] | None = None
             fresh = False
             for layer in range(self.stages):
                 with self.clock("read"):
@@ -365,14 +365,14 @@ class _Job:
                         if self.memory.on_gpu:
                             torch.cuda.synchronize(self.device)  # before the pinned memory of its weights goes
                     del tensors
-                    self._wait(behind)
-                    behind = writer.submit(self._write, layer, list(work.tensors), work.pruned, work.rows)
+                    self.settle()
+                    self._behind = writer.submit(self._write, layer, list(work.tensors), work.pruned, work.rows)
                     del work
                     if not overlap:
-                        self._wait(behind)
+                        self.settle()
                 if more and not overlap:
                     ahead = reader.submit(self._read, layer + 1)
-            self._wait(behind)
+            self.settle()
         self.journal.cut(1 + self.stages)
         with self.clock("write"):
             rows, digests = list[dict[str, Any]](), dict[str, str]()
@@ -393,11 +393,19 @@ class _Job:
             result = prune_table(table, self.target(matrix))
             yield matrix, table, replace(result, notes=[*result.notes, *tied])
 
-    def _wait(self, behind: Future[None] | None) -> None:
-        """Until the layer before is written: one at a time, so that no more than one waits in memory."""
-        if behind is not None:
+    def settle(self) -> None:
+        """Wait until the layer before is written: one at a time, so that no more than one is in memory for that."""
+        if self._behind is not None:
             with self.clock("write"):
-                behind.result()
+                self._behind.result()
+            self._behind = None
+
+    def make_room(self, matrix: Matrix) -> None:
+        """Wait for the layer before where the matrix's stage needs the memory that it has."""
+        within = matrix.layer < self.model.layers
+        if within and (self.model.is_mixture(matrix.layer), matrix.stage) in self.memory.alone:
+            with self.timeline.waiting():
+                self.settle()
 
     def _read(self, layer: int) -> tuple[dict[str, Tensor], bool]:
         """A layer's tensors, and whether they are the pruned ones that an earlier job has left."""
@@ -600,7 +608,11 @@ class _Layer:
             if number in self.beside and further:
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
-            if further:
+            # The next block's first pass takes the tokens through this one, if there is room for what that holds on to.
+            aside = number + 1 < len(self.blocks) or (job.memory.choice.overlap and block.plan.experts is None)
+            if further and aside and (kept is not None or not block.plan.attention):
+                stream.advance_later(block, kept)
+            elif further:
                 with job.clock("forward"):
                     stream.advance(block, kept)
 
@@ -614,6 +626,7 @@ class _Layer:
         """
         job, kept = self.job, None
         residual = job.settings.reconstructs == "residual"
+        job.make_room(groups[0][0])
         for some in _batches(groups, job.hessians):
             matches: dict[str, DenseInputs | DenseOutputs] = {}
             with job.clock("calibrate"):
@@ -646,6 +659,7 @@ class _Layer:
         matrix it is estimated by min(N, m) evenly spaced tokens, which are sent through the expert.
         """
         job, rule = self.job, self.job.settings.experts
+        job.make_room(groups[0][0])
         everyone = next((group for group in groups if group[0].group.expert is None), None)
         experts = [group for group in groups if group[0].group.expert is not None]
         entrance = experts[0][0].stage == block.groups[0].stage
@@ -703,6 +717,7 @@ class _Layer:
         """Every matrix is calibrated on what the dense layer gives, as published."""
         job = self.job
         for some in _batches(self.groups, job.hessians):
+            job.make_room(some[0][0])
             with job.clock("calibrate"):
                 statistics = {group[0].group.input: self._statistic(group) for group in some}
                 stream.observe_layer(self.blocks, statistics)
@@ -734,6 +749,7 @@ class _Layer:
         model, whose outputs are then reconstructed.
         """
         job, settings = self.job, self.job.settings
+        job.make_room(group[0])
         began = time.monotonic()
         weights = [matrix.of(self.tensors[matrix.tensor]).to(job.device).contiguous() for matrix in group]
         with job.clock("solve"):

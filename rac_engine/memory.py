@@ -37,13 +37,15 @@ from rac_kernels.refine import ELEMENTS, EXACT_ELEMENTS, ROWS, solves_exactly
 # another number of tokens in every chunk, memory would grow by a hundred megabytes. Heeded if nothing was computed yet.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
 
-# Measured as resident memory: Python, torch and transformers with nothing to do; what libraries, their threads and the
-# heap keep for themselves as soon as they compute (by two threads); what CUDA's libraries keep on the device, and its
-# context and libraries of the host.
+# Measured as resident memory: Python, torch and transformers with nothing to do; what libraries and the heap keep for
+# themselves as soon as they compute, and for each thread up to eight, with linear algebra and without it; what CUDA's
+# libraries keep on the device, and its context and libraries of the host.
 PROGRAM_BYTES = 560 << 20
-WORKSPACE_BYTES = 48 << 20
+WORKSPACE_BYTES = {True: (33 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
 CUDA_WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
+BEHIND = "weights written behind"
+WORTH_WAITING = 1.02  # times the peak without them
 SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
 TOKEN_BYTES = 24  # id as it was read and as it is packed, a weight, and a checksum
@@ -80,6 +82,8 @@ class Input:
     count: int = 1
     tied: bool = True
     """Whether the dense model's outputs can be matched: not in a mixture."""
+    key: tuple[bool, int] = (False, 0)
+    """Whether its layer is a mixture, and the number of its stage there."""
 
     @property
     def weights(self) -> int:
@@ -270,6 +274,7 @@ def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
                 inner=3 if parts > 1 else 4 if plan.experts is None else 6,
                 count=len(every) if routed else 1,
                 tied=plan.experts is None,
+                key=(model.is_mixture(layer), stage),
             )
             yield block, stage, found
 
@@ -284,7 +289,8 @@ class Choice:
     keep_bytes: int
     """An MLP's inner activations are kept if they are no larger, else computed twice."""
     overlap: bool
-    """Whether the next layer is read and the last one written while one is pruned."""
+    """Whether the next layer is read and the last one written while one is pruned; on a CPU the last one is to be
+    written before what takes most memory begins."""
     hessians: int | None
     """How many of a stage are gathered in one pass over the tokens; None: all."""
 
@@ -296,6 +302,8 @@ class Phase:
     name: str
     device: dict[str, int]
     host: dict[str, int]
+    key: tuple[bool, int] | None = None
+    """That of the stage, of a decoder layer."""
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,14 @@ class MemoryPlan:
     def host_peak(self) -> int:
         """Most bytes resident on the host at a time, the program itself included."""
         return max(sum(phase.host.values()) for phase in self.phases)
+
+    @property
+    def alone(self) -> dict[tuple[bool, int], str]:
+        """Stages with no room for a layer that is still being written: names of their matrices by their keys."""
+        if self.on_gpu or not self.choice.overlap:
+            return {}
+        alone = (phase for phase in self.phases if phase.key and BEHIND not in phase.host)
+        return {phase.key: phase.name.partition(" ")[2] for phase in alone if phase.key}
 
     def passes(self, experts: int, everyone: bool) -> int:
         """How often the tokens are gone through for a stage of so many experts, `everyone`'s statistic among theirs."""
@@ -462,20 +478,32 @@ def _phases(
             host["chunks of activations moving"] = coming + (AHEAD * one if on_gpu else going)
         return device, host, whole if choice.place == "disk" else 0
 
-    base_host = {"program": program + (CUDA_HOST_BYTES if on_gpu else 0), "libraries and heap": WORKSPACE_BYTES}
+    kept_once, by_thread = WORKSPACE_BYTES[METHODS[method].needs == "hessian"]
+    base_host = {
+        "program": program + (CUDA_HOST_BYTES if on_gpu else 0),
+        "libraries and heap": kept_once + by_thread * min(torch.get_num_threads(), 8),
+    }
     if calibrated:
         base_host["calibration tokens"] = tokens * TOKEN_BYTES
     layers_host = {"weights of the layer": shape.layer_bytes}
     if choice.overlap:
         ahead = max(shape.layer_bytes, shape.head_bytes)
-        layers_host["weights read ahead and written behind"] = ahead + shape.layer_bytes
+        layers_host |= {"weights read ahead": ahead, BEHIND: shape.layer_bytes}
     if shape.fp8_bytes:
         layers_host["FP8 being read"] = shape.fp8_bytes
     workspace = {"libraries": CUDA_WORKSPACE_BYTES} if on_gpu else {}
     phases: list[Phase] = []
     disk = 0
 
-    def phase(name: str, stage: Stage, kept: int, work: dict[str, int], beside: bool, done: bool = False) -> None:
+    def phase(
+        name: str,
+        stage: Stage,
+        kept: int,
+        work: dict[str, int],
+        beside: bool,
+        done: bool = False,
+        key: tuple[bool, int] | None = None,
+    ) -> None:
         """Enter a phase, with the dense model `beside` the pruned one but for the block at hand if that is `done`."""
         nonlocal disk
         device, host, file = stores(kept) if calibrated else ({}, {}, 0)
@@ -484,7 +512,7 @@ def _phases(
         weights = {}
         layer_host = layers_host
         if stage is shape.head:  # nothing of it is on the device until it is solved, and nothing dense beside it
-            behind = {"weights written behind": shape.layer_bytes} if choice.overlap else {}
+            behind = {BEHIND: shape.layer_bytes} if choice.overlap else {}
             layer_host = {"weights of the layer": shape.head_bytes, **behind}
         elif calibrated and converted:
             weights["weights of the layer" if on_gpu else "converted weights"] = own * size
@@ -495,7 +523,8 @@ def _phases(
             weights["weights of the dense layer"] = dense
         work = {purpose: count for purpose, count in {**weights, **work, **workspace}.items() if count}
         host = {**base_host, **layer_host, **host}
-        phases.append(Phase(name, {**device, **work} if on_gpu else {}, host if on_gpu else {**host, **work}))
+        host = host if on_gpu else {**host, **work}
+        phases.append(Phase(name, {**device, **work} if on_gpu else {}, host, None if stage is shape.head else key))
 
     if calibrated:
         device, host, _ = stores(0)
@@ -531,20 +560,52 @@ def _phases(
             if not on_gpu and choice.place == "host":
                 # Of what is asked for to keep activations in, a chunk's share is taken once that has passed.
                 passing -= 0 if tied else chunk * kept * size
-            work = {"activations of a chunk": max(passing, counting)}
+            work = dict[str, int]()
+            if not whole and (before := _block_before(shape, stage, choice)) is not None:
+                # The tokens come out of it on their way.
+                leaving = chunk * hidden * size
+                if _keeps(before, tokens, size, choice):
+                    kept = before.columns
+                else:
+                    leaving = _observing(shape, before, chunk, longest, False, on_gpu)
+                passing = max(passing, leaving) + chunk * hidden * size
+                counting += chunk * hidden * size
+                if converted and not before.attention:
+                    mlp = sum(i.weights for i in shape.inputs if not i.attention and i.key[0] == before.key[0])
+                    work["weights of the block before"] = mlp * size
+            work["activations of a chunk"] = max(passing, counting)
             if longest > chunk and (whole or any(i.attention and not i.entrance for i in stage.inputs)):
                 work["keys and values"] = streams * longest * shape.attention.key_values * size
-            phase(f"observe {stage.name}", stage, kept, {**gathered, **work}, beside=True)
+            phase(f"observe {stage.name}", stage, kept, {**gathered, **work}, beside=True, key=stage.inputs[0].key)
         waiting = 0
         for found in stage.inputs:
             if found.count > 1 and matched and not converted:
                 waiting = found.weights * shape.weight_size  # of the other experts, beside the dense ones
             work = _solving(found, settings, shape.weight_size, tied, on_gpu)
             work = {**gathered, "pruned before": waiting, **work}
-            phase(f"solve {found.name}", stage, kept, work, beside=True, done=found.last and found.tied)
+            done = found.last and found.tied
+            phase(f"solve {found.name}", stage, kept, work, beside=True, done=done, key=found.key)
             if whole and not converted:
                 waiting += found.weights * shape.weight_size  # not in the layer before all are pruned
+    if choice.overlap and not on_gpu:
+        # The largest stages wait for the layer before to be written, unless it makes next to no difference.
+        sizes = [sum(each.host.values()) - program for each in phases]
+        most = max(whole - bool(each.key) * each.host.get(BEHIND, 0) for whole, each in zip(sizes, phases, strict=True))
+        largest = {each.key for whole, each in zip(sizes, phases, strict=True) if whole > WORTH_WAITING * most}
+        for each in phases:
+            if each.key in largest - {None}:
+                each.host.pop(BEHIND, None)
     return phases, disk
+
+
+def _block_before(shape: Shape, stage: Stage, choice: Choice) -> Input | None:
+    """The last input of the block that the tokens come out of in the pass that gathers a stage's statistics, if any."""
+    if not stage.inputs[0].entrance:
+        return None
+    attention = stage is not shape.head and not stage.inputs[0].attention
+    if not (attention or choice.overlap):
+        return None  # one layer at a time
+    return max((i for i in shape.inputs if i.last and i.attention == attention), key=lambda i: i.columns, default=None)
 
 
 GATHERED = {"hessian": "Hessian", "norms": "norms", "nothing": "nothing"}

@@ -207,10 +207,11 @@ def _memory(plan: Plan) -> list[str]:
         peak = format_bytes(sum(parts.values())) + within
         lines += _columns([*((f"  {what}", format_bytes(size)) for what, size in parts.items()), ("  peak", peak)])
     where = {"device": "on the device", "host": "in host memory", "disk": "on disk"}[choice.place]
-    lines.append(
-        f"  {format_count(choice.chunk_tokens)} tokens go through a layer together; activations live {where}; "
-        + ("the next layer is read and the last one written meanwhile" if choice.overlap else "one layer at a time")
-    )
+    meanwhile = "the next layer is read and the last one written meanwhile" if choice.overlap else "one layer at a time"
+    if memory.alone:
+        meanwhile += f", the latter before {' and '.join(memory.alone.values())}"
+    together = f"{format_count(choice.chunk_tokens)} tokens go through a layer together"
+    lines.append(f"  {together}; activations live {where}; {meanwhile}")
     if plan.passes:
         together = "all" if choice.hessians is None else f"{choice.hessians} at once"
         lines.append(

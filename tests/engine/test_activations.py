@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,37 @@ def test_a_pass_that_was_left_in_the_middle_harms_no_other(tmp_path: Path) -> No
     spans = [(at, at + 4) for at in range(0, 40, 4)]
     next(stored.each(spans))
     assert torch.equal(torch.cat([chunk.clone() for chunk in stored.each(spans)]), values)
+
+
+def test_the_next_pass_is_on_its_way_when_one_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first chunks are read meanwhile, once, and again only if they were written since."""
+    spans = [(at, at + 4) for at in range(0, 20, 4)]
+    stored = Activations.make(20, 3, torch.float32, "cpu", "disk", tmp_path)
+    values = torch.randn(20, 3)
+    stored.write(0, values)
+    preadv, starts = faults.preadv, queue.SimpleQueue[int]()
+
+    def watched(fd: int, buffers: list[memoryview], offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        starts.put(offset // 12)
+        return count
+
+    def read(count: int) -> list[int]:
+        return [starts.get(timeout=60) for _ in range(count)]
+
+    monkeypatch.setattr(faults, "preadv", watched)
+    for _ in stored.each(spans):
+        pass
+    assert read(7) == [0, 4, 8, 12, 16, 0, 4]
+    for _ in stored.each(spans):
+        pass
+    assert read(5) == [8, 12, 16, 0, 4]
+    stored.write(5, values[:2])
+    values[5:7] = values[:2]
+    assert torch.equal(torch.cat([chunk.clone() for chunk in stored.each(spans)]), values)
+    assert read(7) == [0, 4, 8, 12, 16, 0, 4]
+    stored.close()
+    assert starts.empty()
 
 
 def test_full_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,38 @@ def test_kept_activations_change_no_bit(checkpoint: Make, tmp_path: Path, place:
     assert torch.equal(hidden[1], whole(replayed))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("keep_bytes", [1 << 30, 0])
+def test_moving_on_with_the_next_pass_changes_no_bit(
+    checkpoint: Make, tmp_path: Path, place: Place, keep_bytes: int
+) -> None:
+    """The same statistics and hidden states, whether the tokens go through a block at once or on their next way."""
+    model, layers = opened(checkpoint("qwen2"))
+    found: list[list[Tensor]] = []
+    for later in (False, True):
+        packing = Packing.of(tiny.calibration(), 50)
+        stream = Stream(model, packing, model.dtype, "cpu", place, tmp_path, keep_bytes)
+        gathered = list[Tensor]()
+        for blocks in layers:
+            for block in blocks:
+                assert block.last is not None
+                kept = None
+                for name in (block.first, block.last):
+                    columns = block.linears[name].get_parameter("weight").shape[1]
+                    statistic = Statistic(columns, full=True, device="cpu")
+                    kept = stream.observe(block, {name: statistic})
+                    gathered.append(statistic.value)
+                before = whole(stream).clone()
+                (stream.advance_later if later else stream.advance)(block, kept)
+                assert torch.equal(whole(stream), before) == later
+        stream.settle()
+        found.append([*gathered, whole(stream).clone()])
+        stream.close()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_packing() -> None:
     calibration = tiny.calibration([3, 10, 4, 4, 0, 25, 1], part="completion")
     packing = Packing.of(calibration, chunk_tokens=9)

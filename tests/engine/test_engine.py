@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_what_is_written_beside_the_weights(checkpoint: Make, tmp_path: Path) ->
         assert row["damping"] == 0.01
         assert row["notes"] == []
     assert end["seconds"] > 0
-    assert {"embed", "read", "calibrate", "solve", "forward", "write"} <= end["phases"].keys()
+    assert {"embed", "read", "calibrate", "solve", "write"} <= end["phases"].keys()
     recipe = load_recipe(out / "rac" / "recipe.yaml")
     assert (recipe.model, recipe.prune) == (
         source,
@@ -577,6 +578,28 @@ def test_recipe_file_and_lazy_names(checkpoint: Make, tmp_path: Path) -> None:
     report = rac_engine.prune(checkpoint("qwen2"), tmp_path / "out", tmp_path / "recipe.yaml")
     assert {round(row["sparsity"], 2) for row in report.matrices} == {0.25}
     assert load_recipe(tmp_path / "out" / "rac" / "recipe.yaml").model == checkpoint("qwen2")
+
+
+def test_what_takes_most_memory_waits_for_the_layer_before_to_be_written(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, sync, solve = list[str](), CheckpointWriter.sync, matrices.prune_matrices
+
+    def late(self: CheckpointWriter) -> None:
+        time.sleep(0.2)  # longer than a stage takes
+        sync(self)
+        events.append("written")
+
+    def solving(weights: Sequence[Tensor], *others: Any) -> list[matrices.MatrixResult]:
+        events.append("down" if weights[0].shape[1] == 80 else "else")
+        return solve(weights, *others)
+
+    monkeypatch.setattr(CheckpointWriter, "sync", late)
+    monkeypatch.setattr(engine, "prune_matrices", solving)
+    monkeypatch.setattr(MemoryPlan, "alone", {(False, 3): "mlp.down_proj"})
+    prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration())
+    stages = ["else", "else", "else"]
+    assert events[: 4 + 5 + 5] == [*stages, "down", *[*stages, "written", "down"] * 2]
 
 
 def test_a_layer_is_written_while_the_next_one_is_pruned(
