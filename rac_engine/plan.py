@@ -234,8 +234,8 @@ def _seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, furth
     dense = ("first pass", "forward", "attention", "Hessian", "norms", "outputs to match")
     computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
     reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
-    # In a layer all activations go to the disk and back twice; a further pass for experts reads them once more.
-    moving = ((reads + 1) * disk + (4 * layers + further) * memory.disk) / DISK
+    # In a layer all activations are read four times and written twice; a further pass for experts reads them once more.
+    moving = ((reads + 1) * disk + (6 * layers + further) * memory.disk) / DISK
     return max(computing, moving) if memory.choice.overlap else computing + moving
 
 
