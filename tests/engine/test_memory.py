@@ -180,8 +180,8 @@ from rac_engine import engine
 torch.set_num_threads(1)
 if sys.argv[1] == "told":
     engine._give_back()
-torch.ones(5 << 20)  # once one was freed, pieces of this size come from the heap
-held = [(torch.ones(5 << 20), torch.ones(25_000)) for _ in range(8)]
+torch.ones(3 << 17)  # once one was freed, pieces of this size come from the heap
+held = [(torch.ones(3 << 17), torch.ones(25_000)) for _ in range(107)]
 before = engine.resident()
 held = [small for _, small in held]
 print(before - engine.resident())
@@ -189,7 +189,7 @@ print(before - engine.resident())
 
 
 def test_a_job_with_a_limit_has_freed_memory_given_back() -> None:
-    """160 MiB in pieces of 20: glibc keeps those that something small lies behind."""
+    """160 MiB in pieces of 1.5: glibc keeps those that something small lies behind."""
     assert int(run(KEPT, "told", limited=True)) > 150 << 20
     assert int(run(KEPT, "not told", limited=True)) < 50 << 20
 
