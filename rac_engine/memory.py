@@ -36,8 +36,8 @@ from rac_kernels.refine import ELEMENTS, EXACT_ELEMENTS, ROWS, solves_exactly
 # oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert has
 # another number of tokens in every chunk, memory would grow by a hundred megabytes. Heeded if nothing was computed yet.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
-# Where freed memory is given back at once (see `prune`), what is asked for anew comes in pages of 2 MiB, in a fifth less
-# time for the whole job than in those of 4 KiB.
+# Where freed memory is given back at once (see `prune`), what is asked for anew comes in pages of 2 MiB: a fifth less
+# time for the whole job than with those of 4 KiB.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Measured as resident memory: Python, torch and transformers with nothing to do; what libraries and the heap keep for

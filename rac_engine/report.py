@@ -372,12 +372,15 @@ def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:
 
 def _memory(metrics: Metrics) -> list[tuple[str, int, int]]:
     """Where, bytes planned and bytes measured at the peak; the host's beyond what the program had before."""
-    peaks = metrics.end.get("memory")
+    peaks, plan = metrics.end.get("memory"), metrics.end.get("plan")
     found = []
     for where, name in (("host", "host, beyond the program"), ("device", "GPU")):
         if isinstance(peaks, dict):
             planned, measured = peaks.get(f"{where}_planned"), peaks.get(f"{where}_measured")
             if isinstance(planned, int) and isinstance(measured, int):
+                limitless = isinstance(plan, dict) and plan.get("host_limit") is None
+                if where == "host" and measured > planned and limitless:
+                    name += " (without a limit the heap keeps what was freed)"
                 found.append((name, planned, measured))
     return found
 

@@ -31,7 +31,7 @@ TRIANGLES = ("full", "upper", "lower")
 METHODS = ("auto", "gradients", "exact")
 SIDE = 1024  # columns of H that a product takes at a time where only a triangle is given
 ROWS = 2048  # rows refined at a time, at most
-ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}  # and weights: some ten matrices of that many are held
+ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}  # and weights: some ten matrices of that many are held, H read for each
 EXACT_ELEMENTS = 1 << 24  # of the rows' own H_SS, fp64, held at a time
 
 

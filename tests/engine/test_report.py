@@ -201,12 +201,18 @@ def test_memory_and_the_timeline_are_shown(tmp_path):
     write_lines(tmp_path / "rac" / "metrics.jsonl", lines)
     page = _write(tmp_path)
     assert "planned 3 GiB" in page.text and "measured 2.5 GiB" in page.text
+    assert "without a limit" not in page.text
     assert "From top to bottom: read, compute" in page.text
     own = [attrs for tag, attrs in page.tags if tag == "rect" and attrs.get("height") == "4"]
     spans = [[float(attrs[key] or 0) for key in ("y", "x", "width")] for attrs in own]
     assert [1, 0, 25] in spans and [1, 25, 25] in spans and [7, 25, 75] in spans
+    lines[-1]["memory"]["host_planned"] = 1 << 30  # fewer than were measured
+    for limit, said in ((None, True), (4 << 30, False)):
+        lines[-1]["plan"] = {"host_limit": limit}
+        write_lines(tmp_path / "rac" / "metrics.jsonl", lines)
+        assert ("without a limit the heap keeps what was freed" in _write(tmp_path).text) == said
     for nonsense in ("x", [1], [{"lane": "read"}], None):
-        lines[-1].update(timeline=nonsense, memory=nonsense)
+        lines[-1].update(timeline=nonsense, memory=nonsense, plan=nonsense)
         write_lines(tmp_path / "rac" / "metrics.jsonl", lines)
         assert "From top to bottom" not in _write(tmp_path).text
 
