@@ -187,9 +187,6 @@ class Stream:
     They live in `place` (see `Activations.make`), and so does a block's inner activation where it is kept.
     """
 
-    _move: tuple[Block, Activations | None] | None = None
-    """The block that the tokens are still to go through, and its inner activations if they were kept."""
-
     def __init__(
         self,
         model: Model,
@@ -206,6 +203,8 @@ class Stream:
         self.packing, self.dtype, self.device = packing, dtype, device
         self._place, self._folder, self._keep_bytes, self._timeline = place, folder, keep_bytes, timeline
         self._spans = [(chunk.start, chunk.stop) for chunk in packing.chunks]
+        self._move: tuple[Block, Activations | None] | None = None
+        """The block that the tokens are still to go through, and its inner activations if they were kept."""
         self.hidden = self._room(model.hidden_size)
         """[tokens, hidden]"""
         table = model.embedding() if table is None else table

@@ -563,12 +563,12 @@ def _phases(
             if not on_gpu and choice.place == "host":
                 # Of what is asked for to keep activations in, a chunk's share is taken once that has passed.
                 passing -= 0 if tied else chunk * kept * size
-            work = dict[str, int]()
+            work, keeping = dict[str, int](), kept
             if not whole and (before := _block_before(shape, stage, choice)) is not None:
                 # The tokens come out of it on their way.
                 leaving = chunk * hidden * size
                 if _keeps(before, tokens, size, choice):
-                    kept = before.columns
+                    keeping = before.columns
                 else:
                     leaving = _observing(shape, before, chunk, longest, False, on_gpu)
                 passing = max(passing, leaving) + chunk * hidden * size
@@ -579,7 +579,8 @@ def _phases(
             work["activations of a chunk"] = max(passing, counting)
             if longest > chunk and (whole or any(i.attention and not i.entrance for i in stage.inputs)):
                 work["keys and values"] = streams * longest * shape.attention.key_values * size
-            phase(f"observe {stage.name}", stage, kept, {**gathered, **work}, beside=True, key=stage.inputs[0].key)
+            key = stage.inputs[0].key
+            phase(f"observe {stage.name}", stage, keeping, {**gathered, **work}, beside=True, key=key)
         waiting = 0
         for found in stage.inputs:
             if found.count > 1 and matched and not converted:
