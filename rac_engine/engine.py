@@ -608,8 +608,12 @@ class _Layer:
             if number in self.beside and further:
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
-            # The next block's first pass takes the tokens through this one, if there is room for what that holds on to.
-            aside = number + 1 < len(self.blocks) or (job.memory.choice.overlap and block.plan.experts is None)
+            # The next block's first pass takes the tokens through this one, if there is room for what that holds on to:
+            # with a mixture on either side, or nothing kept of an attention, there is not.
+            if block is self.blocks[-1]:
+                aside = job.memory.choice.overlap and block.plan.experts is None
+            else:
+                aside = self.blocks[number + 1].plan.experts is None
             if further and aside and (kept is not None or not block.plan.attention):
                 stream.advance_later(block, kept)
             elif further:

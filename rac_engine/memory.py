@@ -604,8 +604,8 @@ def _phases(
 
 def _block_before(shape: Shape, stage: Stage, choice: Choice) -> Input | None:
     """The last input of the block that the tokens come out of in the pass that gathers a stage's statistics, if any."""
-    if not stage.inputs[0].entrance:
-        return None
+    if not stage.inputs[0].entrance or any(found.count > 1 for found in stage.inputs):
+        return None  # a mixture's first passes have no room to spare
     attention = stage is not shape.head and not stage.inputs[0].attention
     if not (attention or choice.overlap):
         return None  # one layer at a time
