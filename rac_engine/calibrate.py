@@ -8,6 +8,7 @@ always the same chunks, so that the same weights give the same bytes.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,13 @@ class Statistic:
     """What a solver wants to know about an input: H = Σ w x xᵀ, or its diagonal only.
 
     `value` is fp32, [columns, columns] (upper triangle) or [columns]; `tokens` are the tokens counted, `dropped` those
-    left out because they hold NaN or Inf, which would spoil all of H.
+    left out because they hold NaN or Inf, which would spoil all of H. `match` is what ties the input to the dense
+    model, where its outputs are to be reconstructed.
     """
 
-    def __init__(self, columns: int, full: bool, device: str) -> None:
+    def __init__(self, columns: int, full: bool, device: str, match: DenseInputs | DenseOutputs | None = None) -> None:
         self.value = torch.zeros((columns, columns) if full else columns, dtype=torch.float32, device=device)
+        self.match = match
         self.tokens = self.dropped = 0
         self._accumulate = hessian_accumulate_ if full else column_norm_accumulate_
 
@@ -63,9 +66,7 @@ class Statistic:
         """Count tokens x [tokens, columns], with weights [tokens] fp32 or 1 each."""
         self._count(*usable(weights, x))
 
-    def add_beside(
-        self, match: DenseInputs | DenseOutputs, given: Tensor, others: Sequence[Tensor], weights: Tensor | None
-    ) -> None:
+    def add_beside(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
         """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
 
         What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either
@@ -73,7 +74,8 @@ class Statistic:
         """
         (given, *others), weights, dropped = usable(weights, given, *others)
         self._count([given], weights, dropped)
-        match.add(given, *others, weights=weights)
+        assert self.match is not None
+        self.match.add(given, *others, weights=weights)
 
     def _count(self, parts: Sequence[Tensor], weights: Tensor | None, dropped: int) -> None:
         (x,) = parts
@@ -85,6 +87,8 @@ class Statistic:
     def blend(self, other: Statistic, weight: float) -> None:
         """Add `weight` times what was gathered by another, which stays as it is."""
         self.value.add_(other.value, alpha=weight)
+        if isinstance(self.match, DenseInputs) and isinstance(other.match, DenseInputs):
+            self.match.blend(other.match, weight)
 
 
 class DenseInputs:
@@ -101,6 +105,11 @@ class DenseInputs:
         """Count tokens, all of them `usable`: inputs [tokens, columns] of the pruned model and of the dense one."""
         cross_accumulate_(self.cross, given, dense, weights)
         hessian_accumulate_(self.gram, dense, weights)
+
+    def blend(self, other: DenseInputs, weight: float) -> None:
+        """Add `weight` times what was gathered by another, which stays as it is."""
+        self.cross.add_(other.cross, alpha=weight)
+        self.gram.add_(other.gram, alpha=weight)
 
 
 class DenseOutputs:
@@ -233,16 +242,14 @@ class Stream:
         block: Block,
         statistics: Mapping[str, Statistic],
         beside: Beside,
-        matches: Mapping[str, DenseInputs | DenseOutputs],
         residual: bool,
         further: bool = True,
     ) -> Activations | None:
-        """As `observe`, and gather `matches`, by the inputs' names, of the pruned model's inputs and the dense one's.
+        """As `observe`, and gather what ties the inputs to those that the dense model beside has.
 
         The outputs wanted of the last matrix are the dense model's, or with `residual` those that would also bring the
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
-        block, unless the tokens go no `further`. Mixtures are not for this: their experts have other tokens in the one
-        model than in the other.
+        block, unless the tokens go no `further`. Experts' inputs are not for this (see `observe_experts`).
         """
         kept = self._room_for(block) if further and block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
@@ -254,44 +261,62 @@ class Stream:
                 block.look(x, chunk, taps)
             else:
                 kept.write(chunk.start, block.inner(x, chunk, taps))
-            last = matches.get(block.last or "")
-            between = _keeping(dense, [name for name in matches if name != block.last])
+            between = _keeping(dense, [name for name in statistics if name != block.last])
             others = dict[str, list[Tensor]]()
-            if isinstance(last, DenseOutputs):
+            if block.last is not None and block.last in statistics:
                 output = beside.block.output(beside.block.inner(theirs, chunk, between))
                 own = output if beside.block.bias is None else output - beside.block.bias
                 drift = block.missing(original, hidden) if residual else None
-                others[block.last or ""] = [own if drift is None else own + drift, own]
+                others[block.last] = [own if drift is None else own + drift, own]
                 if further:
                     beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
             else:
                 beside.block.look(theirs, chunk, between)
             others |= {name: [x] for name, x in dense.items()}
             for name, statistic in statistics.items():
-                statistic.add_beside(matches[name], given[name], others[name], weights)
+                statistic.add_beside(given[name], others[name], weights)
         if kept is not None:
             kept.prepare(self._spans)
         return kept
 
-    def observe_sample(self, block: Block, experts: Mapping[int, tuple[Statistic, float]], count: int) -> None:
-        """Add tokens of the whole layer to statistics of inputs of experts' last matrices, as if all were routed there.
+    def observe_experts(self, block: Block, statistics: Mapping[str, Statistic], beside: Beside) -> None:
+        """As `observe` for inputs of a mixture, and gather what ties them to those that the dense model beside has.
+
+        The tokens of an expert are those that the pruned model's router sends to it, in both models.
+        """
+        for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
+            taps = self._taps_beside(statistics, chunk, beside.block, beside.block.norm(original))
+            block.look(block.norm(hidden), chunk, taps)
+
+    def observe_sample(
+        self, block: Block, experts: Mapping[str, tuple[Statistic, float]], count: int, beside: Beside | None = None
+    ) -> None:
+        """Add tokens of the whole layer to statistics of experts' inputs, by their names, as if all were routed there.
 
         The tokens are `count` of those that count, evenly spaced, the same for all `experts`; each expert's weight (a
-        token's own aside) goes to the sum of them all.
+        token's own aside) goes to the sum of them all. `beside` is the dense model to which the inputs are tied.
         """
         weights = self.packing.weights
         counted = torch.arange(len(self.hidden)) if weights is None else weights.nonzero()[:, 0]
         count = min(count, len(counted))
         chosen = counted[torch.arange(count) * len(counted) // max(count, 1)]
         every = float(count if weights is None else weights[chosen].sum(dtype=torch.float64))
-        for chunk, hidden in self._chunks():
+        originals = itertools.repeat(None) if beside is None else (hidden for _, hidden in beside.stream._chunks())
+        for (chunk, hidden), original in zip(self._chunks(), originals, strict=False):
             here = chosen[(chosen >= chunk.start) & (chosen < chunk.stop)]
             if not len(here):
                 continue
-            x = block.norm(hidden[(here - chunk.start).to(self.device)])
+            places = (here - chunk.start).to(self.device)
+            x = block.norm(hidden[places])
+            theirs = None if beside is None or original is None else beside.block.norm(original[places])
             own = torch.ones(len(here)) if weights is None else weights[here]
-            for expert, (statistic, weight) in experts.items():
-                statistic.add(block.expert_inner(expert, x), (own * (weight / every)).to(self.device))
+            for name, (statistic, weight) in experts.items():
+                scaled = (own * (weight / every)).to(self.device)
+                given = block.routed(name, x)
+                if beside is None or theirs is None:
+                    statistic.add(given, scaled)
+                else:
+                    statistic.add_beside(given, _of_expert(statistic, beside.block, name, theirs), scaled)
 
     def advance(self, block: Block, kept: Activations | None = None) -> None:
         """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""
@@ -362,6 +387,25 @@ class Stream:
 
         return {name: functools.partial(add, statistic) for name, statistic in statistics.items()}
 
+    def _taps_beside(
+        self, statistics: Mapping[str, Statistic], chunk: Chunk, dense: Block, theirs: Tensor
+    ) -> dict[str, Tap]:
+        """As `_taps` for a mixture, beside its `dense` block, whose input is `theirs` [chunk, hidden].
+
+        What all tokens are given in it is made first, what an expert would be given of some when these are seen.
+        """
+        weights, of_all = self._weights(chunk), dict[str, Tensor]()
+        dense.look(theirs, chunk, _keeping(of_all, [name for name in statistics if not dense.is_routed(name)]))
+
+        def add(name: str, given: Tensor, tokens: Tensor | None) -> None:
+            if tokens is None:
+                statistics[name].add_beside(given, [of_all.pop(name)], weights)
+            else:
+                own = None if weights is None else weights[tokens]
+                statistics[name].add_beside(given, _of_expert(statistics[name], dense, name, theirs[tokens]), own)
+
+        return {name: functools.partial(add, name) for name in statistics}
+
     def _weights(self, chunk: Chunk) -> Tensor | None:
         weights = self.packing.weights
         return None if weights is None else weights[chunk.start : chunk.stop].to(self.device)
@@ -373,6 +417,12 @@ class Beside:
 
     stream: Stream
     block: Block
+
+
+def _of_expert(statistic: Statistic, dense: Block, name: str, x: Tensor) -> list[Tensor]:
+    """What an input of an expert of the `dense` block is tied to, if the tokens x [tokens, hidden] come there."""
+    inner = dense.routed(name, x)
+    return [dense.routed_output(name, inner)] * 2 if isinstance(statistic.match, DenseOutputs) else [inner]
 
 
 def _keeping(place: dict[str, Tensor], names: list[str]) -> dict[str, Tap]:

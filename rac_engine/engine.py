@@ -462,7 +462,6 @@ class _Job:
         notes = [
             *remarks,
             *self.model.notes(),
-            *self._unmatched(),
             *([f"allocation {self.settings.allocation}: {self.allocation.describe()}"] if self.allocation else []),
             *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
         ]
@@ -500,15 +499,6 @@ class _Job:
                 "device_measured": torch.cuda.max_memory_allocated(self.device),
             }
         return peaks
-
-    def _unmatched(self) -> list[str]:
-        """What of the model is not tied to the dense one, though the settings say so."""
-        mixtures = [layer for layer in range(self.model.layers) if self.model.is_mixture(layer)]
-        if not mixtures or self.settings.reconstructs == "layer" or self.stream is None:
-            return []
-        return [
-            f"{len(mixtures)} layers with experts: these reconstruct their own layer's output, not the dense model's"
-        ]
 
     def target(self, matrix: Matrix) -> Target:
         """What is asked of a matrix."""
@@ -604,7 +594,7 @@ class _Layer:
                 if groups[-1][0].group.expert is None:
                     kept = self._prune_groups(stream, block, groups, number, further)
                 else:
-                    self._prune_experts(stream, block, groups)
+                    self._prune_experts(stream, block, groups, self.beside.get(number))
             if number in self.beside and further:
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
@@ -632,29 +622,19 @@ class _Layer:
         residual = job.settings.reconstructs == "residual"
         job.make_room(groups[0][0])
         for some in _batches(groups, job.hessians):
-            matches: dict[str, DenseInputs | DenseOutputs] = {}
             with job.clock("calibrate"):
-                statistics = {group[0].group.input: self._statistic(group) for group in some}
-                if number not in self.beside or block.plan.experts is not None:
+                statistics = {group[0].group.input: self._statistic(group, self.beside.get(number)) for group in some}
+                if number not in self.beside:
                     kept = stream.observe(block, statistics, further)
                 else:
-                    matches = {group[0].group.input: self._match(block, group) for group in some}
-                    kept = stream.observe_beside(block, statistics, self.beside[number], matches, residual, further)
-                    if block.last in matches:
+                    kept = stream.observe_beside(block, statistics, self.beside[number], residual, further)
+                    if block.last in statistics:
                         del self.beside[number]
             for group in some:
-                name = group[0].group.input
-                self._solve(group, statistics.pop(name), match=matches.pop(name, None))
+                self._solve(group, statistics.pop(group[0].group.input))
         return kept
 
-    def _match(self, block: Block, group: list[Matrix]) -> DenseInputs | DenseOutputs:
-        """Room for what ties a group to the dense model: outputs where they are a matrix's own, inputs where shared."""
-        columns = group[0].columns
-        if group[0].group.input == block.last:
-            return DenseOutputs(columns, group[0].rows, self.job.device)
-        return DenseInputs(columns, self.job.device)
-
-    def _prune_experts(self, stream: Stream, block: Block, groups: list[list[Matrix]]) -> None:
+    def _prune_experts(self, stream: Stream, block: Block, groups: list[list[Matrix]], beside: Beside | None) -> None:
         """Prune a stage of a mixture: each expert by H of the tokens that were routed to it.
 
         An expert with n tokens, fewer than m = min_tokens · columns, is never pruned by those alone. To `blend`, its H
@@ -669,15 +649,16 @@ class _Layer:
         entrance = experts[0][0].stage == block.groups[0].stage
         common = None
         if everyone is not None:
-            common, name = self._statistic(everyone), everyone[0].group.input
+            common, name = self._statistic(everyone, beside), everyone[0].group.input
         elif entrance and rule.otherwise == "blend":
-            common, name = self._statistic(experts[0]), block.first
+            common, name = self._statistic(experts[0], beside), block.first
         room = None if job.hessians is None else max(job.hessians - (common is not None), 1)
         least = math.ceil(rule.min_tokens * experts[0][0].columns)
         for number, some in enumerate(_batches(experts, room)):
             extra = {} if number or common is None else {name: common}
             with job.clock("calibrate"):
-                statistics, seen = self._gather(stream, block, some, extra, common if entrance else None, least)
+                shared = common if entrance else None
+                statistics, seen = self._gather(stream, block, some, beside, extra, shared, least)
             for group, tokens in zip(some, seen, strict=True):
                 why = None
                 if tokens < least:
@@ -691,6 +672,7 @@ class _Layer:
         stream: Stream,
         block: Block,
         experts: list[list[Matrix]],
+        beside: Beside | None,
         extra: dict[str, Statistic],
         common: Statistic | None,
         least: int,
@@ -700,21 +682,24 @@ class _Layer:
         `common` is of all tokens, where that is the same for every expert. Also returns each expert's own tokens.
         """
         blended = self.job.settings.experts.otherwise == "blend"
-        statistics = {group[0].group.input: self._statistic(group) for group in experts}
-        stream.observe(block, {**statistics, **extra})
+        statistics = {group[0].group.input: self._statistic(group, beside) for group in experts}
+        if beside is None:
+            stream.observe(block, {**statistics, **extra})
+        else:
+            stream.observe_experts(block, {**statistics, **extra}, beside)
         seen = [statistic.tokens for statistic in statistics.values()]
         total = stream.packing.weight or 1.0
-        scarce: dict[int, tuple[Statistic, float]] = {}
-        for group, tokens, statistic in zip(experts, seen, statistics.values(), strict=True):
-            number, lacking = group[0].group.expert, max(least - tokens, 0)
-            if not blended or not lacking or number is None:
+        scarce: dict[str, tuple[Statistic, float]] = {}
+        for tokens, (name, statistic) in zip(seen, statistics.items(), strict=True):
+            lacking = max(least - tokens, 0)
+            if not blended or not lacking:
                 continue
             if common is None:
-                scarce[number] = (statistic, float(lacking))
+                scarce[name] = (statistic, float(lacking))
             else:
                 statistic.blend(common, lacking / total)
         if scarce:
-            stream.observe_sample(block, scarce, least)
+            stream.observe_sample(block, scarce, least, beside)
         return statistics, seen
 
     def _prune_at_once(self, stream: Stream) -> None:
@@ -733,10 +718,21 @@ class _Layer:
                 for block in self.blocks:
                     stream.advance(block)
 
-    def _statistic(self, group: list[Matrix]) -> Statistic:
+    def _statistic(self, group: list[Matrix], beside: Beside | None = None) -> Statistic:
+        """Room for what is to be known of a group's input, and of what ties it to the dense model if that is `beside`.
+
+        That is outputs of a block's last matrix, inputs where several matrices may share them; of an expert's last
+        matrix what is smaller.
+        """
         self.job.tell(self.layer, " ".join(matrix.module.rpartition(".")[2] for matrix in group))
         full = find_method(self.job.settings.method).needs == "hessian"
-        return Statistic(group[0].columns, full, self.job.device)
+        columns, device = group[0].columns, self.job.device
+        match: DenseInputs | DenseOutputs | None = None
+        if beside is not None:
+            of_expert = group[0].group.expert is not None and len(group[0].group.modules) == 1
+            outputs = group[0].group.input == beside.block.last or (of_expert and group[0].rows < columns)
+            match = DenseOutputs(columns, group[0].rows, device) if outputs else DenseInputs(columns, device)
+        return Statistic(columns, full, device, match)
 
     def _solve(
         self,
@@ -745,12 +741,10 @@ class _Layer:
         tokens: int | None = None,
         scarce: str | None = None,
         install: bool = True,
-        match: DenseInputs | DenseOutputs | None = None,
     ) -> None:
         """Prune matrices that share an input and put them into the layer.
 
-        `tokens` is how many came to an expert, `scarce` says that they are too few; `match` ties the input to the dense
-        model, whose outputs are then reconstructed.
+        `tokens` is how many came to an expert, `scarce` says that they are too few.
         """
         job, settings = self.job, self.job.settings
         job.make_room(group[0])
@@ -758,7 +752,7 @@ class _Layer:
         weights = [matrix.of(self.tensors[matrix.tensor]).to(job.device).contiguous() for matrix in group]
         with job.clock("solve"):
             try:
-                known = None if statistic is None else statistic.value
+                known, match = (None, None) if statistic is None else (statistic.value, statistic.match)
                 method, otherwise = settings.method, settings.experts.otherwise
                 if scarce is not None and otherwise == "dense":
                     results = [left_dense(weight, scarce) for weight in weights]

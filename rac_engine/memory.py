@@ -83,8 +83,6 @@ class Input:
     inner: int = 3
     """Copies of a block's inner activations that exist while they are made."""
     count: int = 1
-    tied: bool = True
-    """Whether the dense model's outputs can be matched: not in a mixture."""
     key: tuple[bool, int] = (False, 0)
     """Whether its layer is a mixture, and the number of its stage there."""
 
@@ -93,9 +91,21 @@ class Input:
         """Elements of all its matrices."""
         return self.rows * self.columns * self.count
 
+    @property
+    def by_outputs(self) -> bool:
+        """Whether what ties it to the dense model is its matrix's outputs, not the inputs."""
+        return self.last or (self.count > 1 and self.matrices == 1 and self.rows < self.columns)
+
     def statistic(self, method: str) -> int:
         """Bytes of what is gathered from one such input, in fp32."""
         return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[METHODS[method].needs]
+
+    def tied(self, method: str) -> int:
+        """The same with what ties it to the dense model, but for the outputs of a block's last matrix."""
+        own = self.statistic(method)
+        if self.by_outputs:
+            return own + (0 if self.last else 4 * self.columns * self.rows)
+        return 3 * own
 
 
 def dtype_of(model: Model, settings: PruneSettings) -> torch.dtype:
@@ -276,7 +286,6 @@ def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
                 # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.
                 inner=3 if parts > 1 else 4 if plan.experts is None else 6,
                 count=len(every) if routed else 1,
-                tied=plan.experts is None,
                 key=(model.is_mixture(layer), stage),
             )
             yield block, stage, found
@@ -544,7 +553,7 @@ def _phases(
         phase("first pass", shape.stages[0], kept, work, beside=False)
     whole = settings.order == "layer"
     for stage in (*shape.stages, *([] if shape.head is None else [shape.head])):
-        tied = matched and stage.inputs[0].tied and METHODS[method].needs == "hessian"
+        tied = matched and METHODS[method].needs == "hessian"
         gathered = {GATHERED[METHODS[method].needs]: _gathered(stage, method, tied, choice.hessians)}
         if tied and stage.inputs[-1].last:
             last = stage.inputs[-1]
@@ -587,8 +596,7 @@ def _phases(
                 waiting = found.weights * shape.weight_size  # of the other experts, beside the dense ones
             work = _solving(found, settings, shape.weight_size, tied, on_gpu)
             work = {**gathered, "pruned before": waiting, **work}
-            done = found.last and found.tied
-            phase(f"solve {found.name}", stage, kept, work, beside=True, done=done, key=found.key)
+            phase(f"solve {found.name}", stage, kept, work, beside=True, done=found.last, key=found.key)
             if whole and not converted:
                 waiting += found.weights * shape.weight_size  # not in the layer before all are pruned
     if choice.overlap and not on_gpu:
@@ -618,14 +626,14 @@ GATHERED = {"hessian": "Hessian", "norms": "norms", "nothing": "nothing"}
 def _gathered(stage: Stage, method: str, tied: bool, together: int | None) -> int:
     """Bytes of what is gathered in one pass over the tokens, at most."""
     shared = [found for found in stage.inputs if found.count == 1]
-    # Of a last matrix H alone, of others what ties them to the dense model too: two of H's size.
-    sizes = [found.statistic(method) * (3 if tied and not found.last else 1) for found in shared]
+    sizes = [found.tied(method) if tied else found.statistic(method) for found in shared]
     total = sum(sizes)
     for experts in (found for found in stage.inputs if found.count > 1):
-        own = experts.statistic(method)
-        # That of all tokens is with them: the shared experts', or what scarce ones' are blended with.
-        everyone = max([own, *sizes])
-        total = everyone + own * (min(experts.count, max(together - 1, 1)) if together else experts.count)
+        own = experts.tied(method) if tied else experts.statistic(method)
+        # That of all tokens may be with them: the shared experts', or at the entrance what scarce ones blend with.
+        everyone = bool(sizes) or experts.entrance
+        some = experts.count if together is None else min(experts.count, max(together - everyone, 1))
+        total = max([own, *sizes]) * everyone + own * some
     return total
 
 
@@ -674,8 +682,8 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
         solving = max(solving, EIGENSOLVER * n * n)
     matching = chosen = cross = 0
     if tied:
-        chosen, cross = one, 0 if found.last else 4 * largest
-        shared = 0 if found.last else one
+        chosen, cross = one, 0 if found.by_outputs else 4 * largest
+        shared = 0 if found.by_outputs else one
         matching = stacked + shared + max(shared, chosen + 3 * 4 * min(some, MATCHED_ROWS * n))
     measuring = rows * n * size + cross
     together = min(found.largest, max(OBJECTIVE_BYTES // (8 * n), 1))  # rows in fp64, times some of H's columns

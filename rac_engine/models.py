@@ -438,6 +438,8 @@ class Block:
         """Columns of the last matrix."""
         self._output: nn.Module = nn.Identity()
         self._mixture: Mixture | None = None
+        self._routed: dict[str, tuple[Expert, bool]] = {}
+        """By the inputs of experts' matrices: whose they are, and whether they are the last matrix's."""
         self._between = [group.input for group in shared[1:]]
         if plan.experts is None:
             self.last = self._between.pop()
@@ -450,9 +452,10 @@ class Block:
             of_experts = [group for group in groups if group.expert is not None]
             half = len(of_experts) // 2
             self._mixture.names = [
-                (entrance.input, exit_.input)
-                for entrance, exit_ in zip(of_experts[:half], of_experts[half:], strict=True)
+                (first.input, last.input) for first, last in zip(of_experts[:half], of_experts[half:], strict=True)
             ]
+            for expert, (entrance, exit_) in zip(self._mixture, self._mixture.names, strict=True):
+                self._routed |= {entrance: (cast(Expert, expert), False), exit_: (cast(Expert, expert), True)}
 
     def inner(self, x: Tensor, chunk: Chunk, taps: Mapping[str, Tap] | None = None) -> Tensor:
         """The block's input x [tokens, hidden], normalised, to the input of `output` [tokens, its columns].
@@ -466,10 +469,19 @@ class Block:
         with suppress(_Enough):
             self._pass(x, chunk, _Viewing(taps, through=False))
 
-    def expert_inner(self, expert: int, x: Tensor) -> Tensor:
-        """What the last matrix of an expert would be given, if the tokens x [tokens, hidden] came to it."""
-        assert self._mixture is not None
-        return cast(Expert, self._mixture[expert]).inner(x)
+    def is_routed(self, name: str) -> bool:
+        """Whether an input is an expert's."""
+        return name in self._routed
+
+    def routed(self, name: str, x: Tensor) -> Tensor:
+        """What an expert's input would be, if the tokens x [tokens, hidden] came to that expert."""
+        expert, last = self._routed[name]
+        return expert.inner(x) if last else x
+
+    def routed_output(self, name: str, inner: Tensor) -> Tensor:
+        """What an expert's last matrix gives [tokens, hidden] for its input, called `name`, without its bias."""
+        output = self.linears[name]
+        return F.linear(inner, output.get_parameter("weight"))
 
     def leave(self, hidden: Tensor, inner: Tensor) -> Tensor:
         """What the block hands on [tokens, hidden], from what it was given and its `inner`."""

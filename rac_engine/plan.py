@@ -335,10 +335,11 @@ def _work(
             Work("factor", sum(roofline.factor_flops(n) for n, _ in stages), "n³/3"),
         ]
         if matched:
-            own = [group for group in groups if group and group[0].group.expert is None]  # experts are not matched
-            tied = [(group[0].columns, sum(matrix.rows for matrix in group)) for group in own]
-            cross = sum(4.0 * min(n * n, n * rows) * tokens for n, rows in tied)
-            work.append(Work("outputs to match", cross, "4 · n · min(n, rows) · tokens at most"))
+            alone = [len(group[0].group.modules) == 1 for group in groups if group]
+            tied = [n * min(n, rows if one else n) for (n, rows), one in zip(stages, alone, strict=True)]
+            cross = sum(share * 4.0 * size * tokens for size, share in zip(tied, shares, strict=True))
+            rule = "4 · n² · tokens at most, of a single matrix 4 · n · min(n, rows)"
+            work.append(Work("outputs to match", cross, rule + routed))
         if settings.method == "rac":
             steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
             flops = sum(2.0 * rows * n * n * (steps + refining) + n**3 / 3 * inverses for n, rows in stages)

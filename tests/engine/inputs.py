@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 @torch.inference_mode()
 def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
-    """What every linear layer and norm of a model is given, all sequences behind one another, in fp64."""
+    """What every linear layer and norm of a model is given, all sequences behind one another, in fp64.
+
+    "… experts: chosen" [tokens, k] are the experts that each token goes to.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     seen: dict[str, list[Tensor]] = {}
 
@@ -31,6 +34,7 @@ def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
 
         def hook(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
             seen.setdefault(disk, []).append(given[0].double())
+            seen.setdefault(f"{disk}: chosen", []).append(given[1])
             for expert in range(experts.num_experts):
                 x = given[0][(given[1] == expert).any(dim=1)]
                 if hasattr(experts, "gate_up_proj_bias"):  # stacked on disk too

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_engine import engine
-from rac_engine.calibrate import Packing, Statistic, Stream
+from rac_engine.calibrate import Beside, DenseInputs, DenseOutputs, Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput, Interrupted
@@ -25,6 +25,7 @@ from tests import tiny
 from tests.engine.inputs import inputs_of
 
 Make = Callable[..., Path]
+Inputs = dict[str, torch.Tensor]
 TOKENS = 4 * (40 + 17 + 40 + 25 + 1 + 9)
 
 
@@ -84,46 +85,128 @@ def test_passes_change_no_byte(checkpoint: Make, tmp_path: Path, family: str) ->
     assert rows[0] == rows[1] == rows[2]
 
 
-def test_scarce_experts_are_blended_with_all_tokens(lonely: Path, tmp_path: Path) -> None:
-    """The objective of a pruned matrix is its error under the blended H, as the docstring of the engine states it."""
+def given_to_experts(
+    given: Inputs, dense: Inputs, before: Inputs, after: Inputs, path: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What all tokens would give an expert's matrix in the pruned model and in the dense one [tokens, columns], and
+    which of them the pruned model's router sends there [tokens]; all in fp64."""
+    experts, number, part = path.rsplit(".", 2)
+    pair = [given[experts], dense[experts]]
+    if part in ("down_proj", "w2"):
+        first = ("w1", "w3") if part == "w2" else ("gate_proj", "up_proj")
+        for at, weights in enumerate((after, before)):
+            gate, up = (weights[f"{experts}.{number}.{name}.weight"].double() for name in first)
+            pair[at] = torch.nn.functional.silu(pair[at] @ gate.T) * (pair[at] @ up.T)
+    return pair[0], pair[1], (given[f"{experts}: chosen"] == int(number)).any(dim=1)
+
+
+@pytest.mark.parametrize("reconstruct", ["layer", "dense"])
+def test_scarce_experts_are_blended_with_all_tokens(lonely: Path, tmp_path: Path, reconstruct: str) -> None:
+    """The objective of a pruned matrix is its error by the blended H, as the docstring of the engine states it."""
     out = tmp_path / "out"
-    report = prune(lonely, out, settings(experts={"min_tokens": 20.0}), tiny.calibration())
+    rules = settings(experts={"min_tokens": 20.0}, reconstruct=reconstruct)
+    report = prune(lonely, out, rules, tiny.calibration())
     ids = [torch.as_tensor(sequence.token_ids) for sequence in tiny.calibration().sequences]
-    inputs, before, after = inputs_of(out, ids), weights(lonely), weights(out)
+    given, dense, before, after = inputs_of(out, ids), inputs_of(lonely, ids), weights(lonely), weights(out)
     of_experts = [row for row in report.matrices if ".experts." in row["name"]]
     assert len(of_experts) == 2 * 8 * 3
     assert [row["tokens"] for row in of_experts if ".2.mlp.experts.3." in row["name"]] == [0, 0, 0]
     for row in of_experts:
-        path = row["name"].removesuffix(".weight")
-        experts, number, part = path.rsplit(".", 2)
-        own, everyone = inputs.get(path, torch.empty(0, row["columns"])).double(), inputs[experts]
-        if part == "down_proj":
-            gate, up = (after[f"{experts}.{number}.{name}.weight"].double() for name in ("gate_proj", "up_proj"))
-            everyone = torch.nn.functional.silu(everyone @ gate.T) * (everyone @ up.T)
-        assert (row["tokens"], len(everyone)) == (len(own), TOKENS)
-        D = before[row["name"]].double() - after[row["name"]].double()
-        scarce = max(20 * row["columns"] - len(own), 0)
-        objective = (own @ D.T).square().sum() + scarce / TOKENS * (everyone @ D.T).square().sum()
+        x, theirs, here = given_to_experts(given, dense, before, after, row["name"].removesuffix(".weight"))
+        tokens = int(here.sum())
+        assert (row["tokens"], len(x)) == (tokens, TOKENS)
+        W, Q = before[row["name"]].double(), after[row["name"]].double()
+        errors = (x @ Q.T - (theirs if reconstruct == "dense" else x) @ W.T).square().sum(1)
+        scarce = max(20 * row["columns"] - tokens, 0)
+        objective = errors[here].sum() + scarce / TOKENS * errors.sum()
         assert row["objective"] == pytest.approx(float(objective), rel=2e-3), row["name"]
         assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
-        note = f"{len(own)} tokens, fewer than {20 * row['columns']} (20 for each of its inputs): H blended"
+        note = f"{tokens} tokens, fewer than {20 * row['columns']} (20 for each of its inputs): H blended"
         assert (scarce > 0) == any(text.startswith(note) for text in row["notes"])
     assert verify(out, lonely).problems == []
 
 
-def test_few_tokens_are_blended_with_a_sample(lonely: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reconstruct", ["layer", "dense"])
+def test_few_tokens_are_blended_with_a_sample(lonely: Path, tmp_path: Path, reconstruct: str) -> None:
     """With fewer tokens wanted than there are, the last matrix's input is estimated by that many of them."""
-    report = prune(lonely, tmp_path / "out", settings(experts={"min_tokens": 3.0}), tiny.calibration())
+    out = tmp_path / "out"
+    rules = settings(experts={"min_tokens": 3.0}, reconstruct=reconstruct)
+    report = prune(lonely, out, rules, tiny.calibration())
     row = next(row for row in report.matrices if row["name"].endswith("layers.2.mlp.experts.3.down_proj.weight"))
     ids = [torch.as_tensor(sequence.token_ids) for sequence in tiny.calibration().sequences]
     ids.sort(key=lambda sequence: -len(sequence))
-    inputs, before, after = inputs_of(tmp_path / "out", ids), weights(lonely), weights(tmp_path / "out")
-    experts = "model.layers.2.mlp.experts"
-    x = inputs[experts][torch.arange(96) * TOKENS // 96]
-    gate, up = (after[f"{experts}.3.{name}.weight"].double() for name in ("gate_proj", "up_proj"))
-    inner = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    D = before[row["name"]].double() - after[row["name"]].double()
-    assert row["objective"] == pytest.approx(float((inner @ D.T).square().sum()), rel=2e-3)
+    given, dense, before, after = inputs_of(out, ids), inputs_of(lonely, ids), weights(lonely), weights(out)
+    x, theirs, _ = given_to_experts(given, dense, before, after, row["name"].removesuffix(".weight"))
+    sample = torch.arange(96) * TOKENS // 96
+    W, Q = before[row["name"]].double(), after[row["name"]].double()
+    off = x[sample] @ Q.T - (theirs if reconstruct == "dense" else x)[sample] @ W.T
+    assert row["objective"] == pytest.approx(float(off.square().sum()), rel=2e-3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_experts_are_tied_to_the_dense_ones_at_the_pruned_routers_tokens(
+    checkpoint: Make, tmp_path: Path, family: str
+) -> None:
+    """H, and X′ᵀX and XᵀX or C = X′ᵀ(X Wᵀ), of every input of a mixture, by fp64 sums over what both models are given
+    in transformers; tokens have weights."""
+    source, out, calibration = checkpoint(family, dtype=torch.float32), tmp_path / "out", tiny.weighted()
+    prune(source, out, settings(method="magnitude"))
+    sequences = sorted(calibration.sequences, key=lambda sequence: -len(sequence.token_ids))
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in sequences]
+    given, dense, before, after = inputs_of(out, ids), inputs_of(source, ids), weights(source), weights(out)
+    streams, blocks = [], []
+    with torch.inference_mode():
+        for folder in (out, source):
+            model = Model.open(Checkpoint.open(folder))
+            stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
+            for layer in range(model.layers):
+                tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
+                parts = model.build_layer(layer, tensors, model.dtype, "cpu")
+                for block in parts[: None if layer < 2 else 1]:
+                    stream.advance(block)
+            streams.append(stream)
+            blocks.append(parts[1])
+        paths = {m.group.input: m.path for m in model.matrices(2) if m.group.block == 1 and m.module == m.group.input}
+        columns = {m.module: m.columns for m in model.matrices(2)}
+        ties = {name: DenseInputs(columns[name], "cpu") for name in paths}
+        statistics = {name: Statistic(columns[name], True, "cpu", tie) for name, tie in ties.items()}
+        wide = {m.module: DenseOutputs(m.columns, m.rows, "cpu") for m in model.matrices(2) if m.module.endswith(".w2")}
+        statistics |= {name: Statistic(columns[name], True, "cpu", tie) for name, tie in wide.items()}
+        streams[0].observe_experts(blocks[0], statistics, Beside(streams[1], blocks[1]))
+    counts, differ = torch.cat([torch.as_tensor(s.weights) for s in sequences if s.weights is not None]).double(), 0
+    for name, path in paths.items():
+        if blocks[0].is_routed(name):
+            x, theirs, here = given_to_experts(given, dense, before, after, path)
+            experts = path.rsplit(".", 2)[0]
+            differ += int((given[f"{experts}: chosen"] != dense[f"{experts}: chosen"]).sum())
+        else:
+            x, theirs, here = given[path], dense[path], torch.ones(TOKENS, dtype=torch.bool)
+        w, statistic = (counts * here)[:, None], statistics[name]
+        assert statistic.tokens == int((w > 0).sum())
+        match = statistic.match
+        pairs = [(statistic.value.triu(), ((x * w).T @ x).triu())]
+        if isinstance(match, DenseInputs):
+            pairs += [(match.cross, (x * w).T @ theirs), (match.gram.triu(), ((theirs * w).T @ theirs).triu())]
+        else:
+            assert isinstance(match, DenseOutputs)
+            outputs = theirs @ before[f"{path}.weight"].double().T
+            pairs.append((match.cross, (x * w).T @ outputs))
+            assert match.wanted == match.dense == pytest.approx(float((outputs.square() * w).sum()), rel=1e-4)
+        for found, exact in pairs:
+            assert float((found.double() - exact).abs().max()) <= 1e-4 * float(exact.abs().max()), name
+    assert differ  # or nothing was said about which router it is
+
+
+def test_matching_brings_a_mixture_nearer_to_the_dense_model(checkpoint: Make, tmp_path: Path) -> None:
+    source, calibration = checkpoint("qwen3_moe", dtype=torch.float32), tiny.calibration()
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
+    wanted, far = inputs_of(source, ids)["lm_head"], {}
+    for reconstruct in ("layer", "dense", "residual"):
+        out = tmp_path / reconstruct
+        prune(source, out, settings(reconstruct=reconstruct), calibration)
+        far[reconstruct] = float((inputs_of(out, ids)["lm_head"] - wanted).square().sum() / wanted.square().sum())
+    assert far["dense"] < 0.9 * far["layer"]
+    assert far["residual"] < 0.9 * far["layer"]
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])

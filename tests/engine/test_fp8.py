@@ -119,8 +119,7 @@ def test_fp8_is_pruned_as_the_bf16_that_it_stands_for(pair: tuple[Path, Path], t
         "weights in FP8 with a scale for each 16 × 16 were read and written as bfloat16",
         "layer 3 predicts further tokens and was not pruned: transformers does not run it",
     ]
-    assert reports[0].end["notes"][2].startswith("2 layers with experts: these reconstruct their own layer's output")
-    assert reports[1].end["notes"][:2] == reports[0].end["notes"][1:3]
+    assert reports[1].end["notes"] == reports[0].end["notes"][1:]
     assert verify(tmp_path / "fp8", pair[0]).problems == []
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)

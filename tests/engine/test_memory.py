@@ -215,6 +215,11 @@ JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "wanda": ("qwen2", {}, {"method": "wanda"}),
     "layer": ("qwen2", {}, {"method": "sparsegpt", "order": "layer"}),
     "experts": ("mixtral", {"intermediate_size": 1024, "num_local_experts": 8}, {"method": "sparsegpt"}),
+    "matched experts": (
+        "mixtral",
+        {"intermediate_size": 1024, "num_local_experts": 8},
+        {"method": "sparsegpt", "reconstruct": "dense"},
+    ),
 }
 
 
