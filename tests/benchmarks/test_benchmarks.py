@@ -15,6 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from rac_engine import prune
+from rac_engine.recipe import ExpertSettings, PruneSettings
+from tests import tiny
+from tests.engine.inputs import inputs_of
+
 ROOT = Path(__file__).parents[2]
 OPS = ("hessian", "column_norm", "cross", "factor", "select", "sweep", "refine")
 
@@ -78,6 +83,29 @@ def test_cells_of_the_quality_record_keep_their_names(monkeypatch: pytest.Monkey
     assert "rac-text-1of4-damping0.003-tokens5000-without-sort" in names
     assert quality.Cell("rac", "rac", "2:4").name == "rac-rac-2of4"
     assert quality.Cell("alps", "rac", "0.8", "dense").name == "alps-rac-0.8-dense"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_either_router_may_choose_the_tokens_that_experts_are_matched_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    """By how many tokens an expert was pruned: those that the dense model's router sends to it, or the pruned one's."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    mixture = importlib.import_module("mixture")
+    source, calibration = tiny.save(tmp_path / "model", family, dtype=torch.float32), tiny.calibration()
+    ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
+    errors = []
+    for name in mixture.WAYS:
+        out = tmp_path / name
+        with mixture.way(name):
+            report = prune(source, out, PruneSettings(sparsity=0.7, experts=ExpertSettings(min_tokens=0)), calibration)
+        sent = inputs_of(source if name == "dense router" else out, ids)
+        rows = [row for row in report.matrices if row.get("expert") is not None]
+        for row in rows:
+            chosen = sent[row["name"].partition(".experts.")[0] + ".experts: chosen"]
+            assert row["tokens"] == int((chosen == row["expert"]).sum()), (name, row["name"])
+        errors.append([row["objective"] for row in rows])
+    assert errors[0] != errors[1] != errors[2] != errors[0]
 
 
 def test_an_op_that_is_not_there() -> None:

@@ -1,0 +1,204 @@
+"""Which tokens tie the experts of a mixture to the dense model: none, or those that the one router or the other sends.
+
+    python examples/problems.py --split calibration --count 400 --out prompts.jsonl     # or what the model answers
+    python examples/problems.py --split evaluation --count 900 --out problems.jsonl
+    python benchmarks/mixture.py --model MIXTURE --prompts prompts.jsonl --evaluation problems.jsonl --work WORK
+
+The default method, attention and all else as by default, three times:
+
+- `none`: an expert reconstructs what its dense matrices make of the pruned model's inputs;
+- `dense router`: an expert's outputs are matched at the tokens that the dense model sends to it;
+- `pruned router`: at those that the pruned model sends to it, as the engine does.
+
+Each is pruned with `--traces` independent sets of the dense model's traces; each pruned model answers the first
+`--problems` problems once, and its perplexity is that of the traces of the problems behind these, completions only.
+Stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from common import machine
+from quality import perplexity
+from torch import Tensor
+
+from rac_engine import engine, prune
+from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
+from rac_engine.decode import load_tokenizer
+from rac_engine.evaluate import evaluate, wilson
+from rac_engine.models import Block
+from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings
+from rac_engine.sizes import parse_size
+from rac_engine.traces import generate, load_calibration
+
+WAYS = ("none", "dense router", "pruned router")
+HELD_TOKENS = 20_000
+
+
+def at_the_dense_routers_tokens(
+    self: Stream, block: Block, statistics: Mapping[str, Statistic], beside: Beside
+) -> None:
+    """`Stream.observe_experts` with the dense block going first, and the pruned one asked for the same tokens."""
+    for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
+        weights, x, of_all = self._weights(chunk), block.norm(hidden), dict[str, Tensor]()
+        everyones = [name for name in statistics if not block.is_routed(name)]
+
+        def keep(name: str, given: Tensor, _: Tensor | None, place: dict[str, Tensor] = of_all) -> None:
+            place[name] = given
+
+        block.look(x, chunk, {name: functools.partial(keep, name) for name in everyones})
+
+        def add(
+            name: str,
+            theirs: Tensor,
+            tokens: Tensor | None,
+            x: Tensor = x,
+            weights: Tensor | None = weights,
+            of_all: dict[str, Tensor] = of_all,
+        ) -> None:
+            given = of_all[name] if tokens is None else block.routed(name, x[tokens])
+            own = weights if weights is None or tokens is None else weights[tokens]
+            by_outputs = isinstance(statistics[name].match, DenseOutputs)
+            others = [beside.block.routed_output(name, theirs)] * 2 if by_outputs else [theirs]
+            statistics[name].add_beside(given, others, own)
+
+        taps = {name: functools.partial(add, name) for name in statistics}
+        beside.block.look(beside.block.norm(original), chunk, taps)
+
+
+@contextmanager
+def way(name: str) -> Iterator[None]:
+    """The engine, going that way."""
+    if name == "dense router":
+        with patch.object(Stream, "observe_experts", at_the_dense_routers_tokens):
+            yield
+    elif name == "none":
+        matched = engine._Layer._prune_experts
+
+        def alone(self: Any, stream: Stream, block: Block, groups: Any, beside: Any) -> None:
+            matched(self, stream, block, groups, None)
+
+        with patch.object(engine._Layer, "_prune_experts", alone):
+            yield
+    else:
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a mixture of experts that reasons")
+    parser.add_argument("--prompts", type=Path, required=True, help="to calibrate with, a jsonl")
+    parser.add_argument("--evaluation", type=Path, required=True, help="problems with answers, a jsonl")
+    parser.add_argument("--work", type=Path, required=True, help="folder for traces, cells and models under way")
+    parser.add_argument("--out", type=Path, help="JSON record of all cells")
+    parser.add_argument("--sparsities", nargs="+", default=["0.5", "0.6", "0.7"], metavar="SHARE|N:M")
+    parser.add_argument("--traces", type=int, default=2, help="sets of traces, each pruned with (default 2)")
+    parser.add_argument("--tokens", type=parse_size, default=38_000, help="in a set (default 38k)")
+    parser.add_argument("--problems", type=int, default=300, help="answered by each model (default 300)")
+    parser.add_argument("--max-new-tokens", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=256)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    behind = args.work / "held.jsonl"
+    behind.write_text("".join(f"{line}\n" for line in args.evaluation.read_text().splitlines()[args.problems :]))
+    source = _traces(args, "held", behind, HELD_TOKENS, 0)
+    calibration = load_calibration(source, part="completion", tokens=HELD_TOKENS, tokenizer=load_tokenizer(args.model))
+    worth = functools.partial(_worth, args, calibration.sequences)
+    cells = [_cell(args, "dense", lambda name: worth(args.model, name))]
+    for sparsity, number, name in itertools.product(args.sparsities, range(args.traces), WAYS):
+        source = _traces(args, f"traces-{number}", args.prompts, args.tokens, number)
+
+        def made(cell: str, sparsity: str = sparsity, source: str = source, name: str = name) -> dict[str, Any]:
+            asked = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
+            recipe = Recipe(
+                model=args.model,
+                calibration=CalibrationSettings(source=source, tokens=args.tokens),
+                prune=PruneSettings.model_validate(asked),
+            )
+            out = args.work / "model"
+            shutil.rmtree(out, ignore_errors=True)
+            with way(name):
+                prune(args.model, out, recipe, restart=True)
+            return {"sparsity": sparsity, "way": name, **worth(out, cell)}
+
+        cells.append(_cell(args, f"{sparsity.replace(':', 'of')}-{name.replace(' ', '-')}-{number}", made))
+    print(table(cells))
+    record = {"machine": machine(), "model": args.model.name, "tokens": args.tokens, "cells": cells}
+    print(json.dumps(record["machine"]))
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Accuracy of all sets of traces together with its 95% interval, and their mean loss on held-out traces."""
+    lines = ["| sparsity | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]
+    dense, *pruned = cells
+    for sparsity in dict.fromkeys(cell["sparsity"] for cell in pruned):
+        told = []
+        for name in WAYS:
+            these = [cell for cell in pruned if (cell["sparsity"], cell["way"]) == (sparsity, name)]
+            right, asked = (sum(cell[key] for cell in these) for key in ("correct", "problems"))
+            low, high = wilson(right, asked)
+            losses = [math.log(cell["trace_perplexity"]) for cell in these]
+            told.append(f"{right / asked:.3f} [{low:.3f}, {high:.3f}], {1000 * sum(losses) / len(losses):.2f}")
+        lines.append(f"| {sparsity} | " + " | ".join(told) + " |")
+    own = f"{dense['correct'] / dense['problems']:.3f}, {1000 * math.log(dense['trace_perplexity']):.2f}"
+    return "\n".join([*lines, "", f"accuracy [95%], loss on held-out traces in 1/1000 nats; the dense model: {own}"])
+
+
+def _cell(args: argparse.Namespace, name: str, make: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What a cell's file says, made where there is none."""
+    path = args.work / f"{name}.json"
+    if not path.exists():
+        made = make(name)
+        path.with_suffix(".tmp").write_text(json.dumps(made, indent=1) + "\n")
+        path.with_suffix(".tmp").replace(path)
+        print(name, made, file=sys.stderr, flush=True)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _worth(args: argparse.Namespace, held: list[Any], model: Path, name: str) -> dict[str, Any]:
+    settings = EvalSettings(
+        problems=args.evaluation,
+        limit=args.problems,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+    )
+    answers = args.work / "answers.json"
+    answers.unlink(missing_ok=True)
+    summary = evaluate(model, settings, answers).summary
+    kept = ("problems", "correct", "mean_tokens", "cut_off_share")
+    return {**{key: summary[key] for key in kept}, "trace_perplexity": perplexity(model, held)}
+
+
+def _traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int, seed: int) -> str:
+    """The dense model's own traces."""
+    out = args.work / name
+    if not out.exists():
+        settings = TraceSettings(
+            prompts=prompts,
+            tokens=tokens,
+            samples=1,
+            max_new_tokens=args.max_new_tokens,
+            seed=seed,
+            batch_size=args.batch_size,
+        )
+        generate(args.model, settings, out)
+    return str(out)
+
+
+if __name__ == "__main__":
+    main()
