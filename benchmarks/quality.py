@@ -41,6 +41,11 @@ ROOT = Path(__file__).parents[1]
 METHODS = ("rac", "sparsegpt", "alps", "wanda", "magnitude")
 CALIBRATIONS = ("rac", "prompt", "text")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "2:4", "1:4")
+EFFORTS: dict[str, dict[str, Any]] = {
+    "not reordered nor tuned": {"reorder": "none", "tune": 0},
+    "reordered only": {"tune": 0},
+    "tuned only": {"reorder": "none"},
+}
 HELD_TOKENS = 20_000
 COLUMNS = {
     "by method, on traces": [*((method, "rac") for method in METHODS[:-1]), ("magnitude", "none")],
@@ -60,6 +65,8 @@ class Cell:
     tokens: int | None = None
     without: str | None = None
     """The kind of problem that no trace is of, and that is answered."""
+    effort: str | None = None
+    """Which of EFFORTS, where it is not what the pattern has by default."""
 
     @property
     def variant(self) -> list[str]:
@@ -67,6 +74,7 @@ class Cell:
         found = [] if self.reconstruct == "auto" else [self.reconstruct]
         found += [] if self.damping is None else [f"damping {self.damping:g}"]
         found += [] if self.tokens is None else [f"{self.tokens / 1000:g}k tokens"]
+        found += [] if self.effort is None else [self.effort]
         return found + ([] if self.without is None else [f"no {self.without} in the traces, all answered are"])
 
     @property
@@ -75,6 +83,7 @@ class Cell:
         parts += [] if self.reconstruct == "auto" else [self.reconstruct]
         parts += [] if self.damping is None else [f"damping{self.damping:g}"]
         parts += [] if self.tokens is None else [f"tokens{self.tokens}"]
+        parts += [] if self.effort is None else [self.effort.replace(" ", "-")]
         return "-".join(parts + ([] if self.without is None else [f"without-{self.without}"]))
 
 
@@ -120,7 +129,11 @@ def main() -> None:
 def _cells(args: argparse.Namespace) -> list[Cell]:
     """All that are asked for, every combination."""
     variants = itertools.product(
-        args.reconstruct, args.dampings or [None], args.token_counts or [None], args.without or [None]
+        args.reconstruct,
+        args.dampings or [None],
+        args.token_counts or [None],
+        args.without or [None],
+        args.efforts or [None],
     )
     return [
         Cell(method, calibration, sparsity, *variant)
@@ -238,6 +251,8 @@ def _recipe(args: argparse.Namespace, cell: Cell) -> Recipe:
         asked["reconstruct"] = cell.reconstruct
     if cell.damping is not None:
         asked["damping"] = cell.damping
+    if cell.effort is not None:
+        asked |= EFFORTS[cell.effort]
     tokens = cell.tokens or args.tokens
     return Recipe(
         model=args.model,
@@ -353,6 +368,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reconstruct", nargs="+", choices=("auto", "residual", "dense", "layer"), default=["auto"])
     parser.add_argument("--dampings", nargs="+", type=float, metavar="SHARE", help="other dampings, cells of their own")
     parser.add_argument("--token-counts", nargs="+", type=parse_size, metavar="N", help="other counts, of traces only")
+    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, help="some of what the default does for 1:4 alone")
     parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")

@@ -27,6 +27,7 @@ from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS, rac
 from rac_engine.solve.matrices import TOGETHER, WHOLE
+from rac_engine.tune import BATCH, STEPS
 from rac_kernels.factor import EXACT as FACTORED_IN_FP64
 from rac_kernels.objective import COLUMNS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
@@ -63,6 +64,11 @@ REFINED, REFINING, REFINING_EXACTLY = 12, 57, 40
 SCORING, MEASURING = 16, 10
 EXACT = 20  # of H's elements, where a CPU factors in fp64
 EIGENSOLVER = 12  # of H's elements, beside H, scaled H and the vectors, that an eigendecomposition asks for
+
+
+# Of a block that is tuned: bytes a weight (in fp32 itself, its gradient, two means and more), and fp32 copies of a
+# token's hidden states, of queries, keys and values, and of scores where they are in the open.
+TUNED_WEIGHTS, TUNED_HIDDEN, TUNED_QUERIES, TUNED_SCORES = 20, 8, 2, 4
 
 
 @dataclass(frozen=True)
@@ -599,6 +605,9 @@ def _phases(
             phase(f"solve {found.name}", stage, kept, work, beside=True, done=found.last, key=found.key)
             if whole and not converted:
                 waiting += found.weights * shape.weight_size  # not in the layer before all are pruned
+        if settings.epochs and tied and stage.inputs[-1].last:
+            work = _tuning(shape, stage, tokens, chunk, longest)
+            phase(f"tune {stage.name}", stage, 0, work, beside=True, done=True, key=stage.inputs[0].key)
     if choice.overlap and not on_gpu:
         # The largest stages wait for the layer before to be written, unless it makes next to no difference.
         sizes = [sum(each.host.values()) - program for each in phases]
@@ -695,6 +704,23 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
     joining = 2 * rows * n * size if by_runs else 0
     work["fp32 working copies"] = moved + max((rows * n - some) * size + solving, measuring, joining)
     return work
+
+
+def _tuning(shape: Shape, stage: Stage, tokens: int, chunk: int, longest: int) -> dict[str, int]:
+    """Bytes of what exists while the block that a stage ends is tuned, all in fp32."""
+    last, attention = stage.inputs[-1], shape.attention
+    weights = stage.before + sum(found.weights for found in stage.inputs)
+    batch = min(max(BATCH, tokens // STEPS, longest), chunk)
+    between = last.inner * last.columns
+    if last.attention:
+        between = TUNED_QUERIES * (attention.queries + attention.key_values)
+        if attention.open or attention.window is not None:
+            between += TUNED_SCORES * min(longest, chunk) * attention.queries // attention.head
+    kept = 4 * batch * (TUNED_HIDDEN * shape.hidden + between)
+    return {
+        "weights in fp32, gradients and their means": TUNED_WEIGHTS * weights,
+        "activations of a batch and their gradients": kept,
+    }
 
 
 def _refining(found: Input, settings: PruneSettings, rows: int, on_gpu: bool) -> int:

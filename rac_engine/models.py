@@ -21,7 +21,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -510,6 +510,25 @@ class Block:
         if self.plan.after is not None:
             return None
         return (wanted.float() - hidden.float()).div_(self._scale).to(hidden.dtype)
+
+    @contextmanager
+    def copied(self) -> Iterator[dict[str, nn.Module]]:
+        """For a while, all of the block's parameters are copies in fp32. Gives its matrices' modules by their names."""
+        parts = (self.norm, self._module, self._output, self._after)
+        held = {
+            (module, name): parameter
+            for part in parts
+            for module in part.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        try:
+            for (module, name), parameter in held.items():
+                copy = parameter.detach().to(torch.float32, copy=True)
+                module.register_parameter(name, nn.Parameter(copy, requires_grad=False))
+            yield self.linears
+        finally:
+            for (module, name), parameter in held.items():
+                module.register_parameter(name, parameter)
 
     def _pass(self, x: Tensor, chunk: Chunk, viewing: _Viewing) -> Tensor:
         viewing.see(self.first, x)
@@ -1055,15 +1074,15 @@ def attend_in_the_open(
     keys, values = (x.to(dtype)[:, :, None] for x in (k, v))
     scores = ((q.to(dtype) * scaling).unflatten(1, groups)) @ keys.mT
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(softcap).tanh_() * softcap  # gradients need what tanh gave
     scores.masked_fill_(~seen, -torch.inf)
     if sinks is None:
         shares = scores.softmax(-1)
     else:
         sink = sinks.to(dtype).view(1, *groups, 1, 1)
-        top = torch.maximum(scores.amax(-1, keepdim=True), sink)
+        top = torch.maximum(scores.detach().amax(-1, keepdim=True), sink)
         shares = scores.sub_(top).exp_()
-        shares /= shares.sum(-1, keepdim=True) + (sink - top).exp()
+        shares = shares / (shares.sum(-1, keepdim=True) + (sink - top).exp())
     return (shares @ values).flatten(1, 2).to(q.dtype)
 
 

@@ -340,6 +340,12 @@ def _work(
             cross = sum(share * 4.0 * size * tokens for size, share in zip(tied, shares, strict=True))
             rule = "4 · n² · tokens at most, of a single matrix 4 · n · min(n, rows)"
             work.append(Work("outputs to match", cross, rule + routed))
+        if settings.epochs:
+            passes = 3 * settings.epochs + 2  # a gradient costs two; before and after the error is measured
+            whole = [m for layer in layers for m in layer if model.plans(m.layer)[m.group.block].experts is None]
+            flops = 2.0 * sum(matrix.rows * matrix.columns for matrix in whole) * tokens
+            flops += 2.0 * width * length * tokens * len(layers)
+            work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
         if settings.method == "rac":
             steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
             flops = sum(2.0 * rows * n * n * (steps + refining) + n**3 / 3 * inverses for n, rows in stages)

@@ -34,6 +34,8 @@ from rac_engine.sizes import parse_size
 MAX_RECIPE_BYTES = 1 << 20
 RESERVED_NAMES = ("dense", "pruned")
 TEXT_PREFIX = "text:"
+EPOCHS = 10
+TUNED_BELOW = 0.3  # share of weights that a pattern keeps: with more there is little to gain for the time
 
 Location = tuple[int | str, ...]
 
@@ -243,6 +245,20 @@ class PruneSettings(Settings):
         "(residual), or what dense matrices would make of the pruned model's inputs (layer, as published); "
         "auto is residual for rac, layer for the others",
     )
+    tune: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="epochs over the tokens in which a block's kept weights are moved together, so that its hidden "
+        f"states come nearer to the dense model's; 0 for none (by default {EPOCHS} for rac and patterns that keep less "
+        f"than {TUNED_BELOW:.0%}, else none)",
+    )
+    reorder: Literal["auto", "none", "mlp"] = Field(
+        default="auto",
+        description="order of an MLP's inner neurons, which makes no difference to the model but to a pattern: as it "
+        "is (none), or one that brings large weights of a row of down into different groups (mlp); auto is mlp where "
+        "blocks are tuned by default",
+    )
     order: Literal["staged", "layer"] = Field(
         default="staged", description="calibrate each stage on the pruned ones before it, or a layer at once"
     )
@@ -312,6 +328,10 @@ class PruneSettings(Settings):
                 raise ValueError(f"reconstruct: {self.reconstruct} needs order: staged")
             if self.method in ("wanda", "magnitude"):
                 raise ValueError(f"reconstruct: {self.reconstruct} needs a method with a Hessian, not {self.method}")
+        if self.reorder == "mlp" and (self.order == "layer" or self.method == "magnitude"):
+            raise ValueError("reorder: mlp needs order: staged and a method with calibration")
+        if self.tune and self.reconstructs == "layer":
+            raise ValueError(f"tune: {self.tune} needs the dense model beside: reconstruct: residual or dense")
         return self
 
     def of(self, *names: str) -> PruneSettings:
@@ -344,6 +364,24 @@ class PruneSettings(Settings):
         if self.reconstruct == "auto":
             return "residual" if self.method == "rac" and self.order == "staged" else "layer"
         return self.reconstruct
+
+    @property
+    def epochs(self) -> int:
+        """What `tune` comes to."""
+        return EPOCHS * self._keeps_little if self.tune is None else self.tune
+
+    @property
+    def reorders(self) -> bool:
+        """What `reorder` comes to."""
+        return self._keeps_little if self.reorder == "auto" else self.reorder == "mlp"
+
+    @property
+    def _keeps_little(self) -> bool:
+        """Whether it is the default method with a pattern for which more effort pays."""
+        if self.method != "rac" or self.reconstructs == "layer" or self.pattern is None:
+            return False
+        n, m = parse_pattern(self.pattern)
+        return n / m < TUNED_BELOW
 
 
 class EvalSettings(Settings):

@@ -7,6 +7,7 @@ imported here, once.
 from __future__ import annotations
 
 from rac_kernels import native, roofline
+from rac_kernels.adam import MaskedAdam
 from rac_kernels.admm import admm, admm_short_
 from rac_kernels.column_norm import column_norm_accumulate_
 from rac_kernels.cross import cross_accumulate_
@@ -18,11 +19,13 @@ from rac_kernels.objective import objective, reconstruction_error
 from rac_kernels.profile import ScoreProfile, count_above, score_profile
 from rac_kernels.refine import RefineResult, refine
 from rac_kernels.select import kth_smallest, mask_by_score
+from rac_kernels.spread import spread_columns
 from rac_kernels.sweep import sweep
 
 __all__ = [
     "Factor",
     "FactorError",
+    "MaskedAdam",
     "RefineResult",
     "ScoreProfile",
     "admm",
@@ -44,6 +47,7 @@ __all__ = [
     "refine",
     "roofline",
     "score_profile",
+    "spread_columns",
     "sweep",
     "symmetrize_",
 ]
