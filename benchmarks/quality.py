@@ -3,7 +3,8 @@
     python benchmarks/quality.py --work build/quality                  # all cells; stopped, it goes on where it was
     python benchmarks/quality.py --work build/quality --methods rac sparsegpt --calibrations rac --sparsities 0.7 2:4
     python benchmarks/quality.py --work build/quality --methods rac --calibrations rac --sparsities 0.7 \\
-        --token-counts 5k 200k            # or --dampings 0.003, --reconstruct dense, --without sort multiply
+        --token-counts 5k 200k            # or --dampings 0.003, --reconstruct dense, --without sort multiply,
+                                          # at 1:4 --efforts "tuned only"
 
 A cell is accuracy with its 95% interval, decode length, share of answers cut off, perplexity on held-out traces of the
 dense model (completions only) and on general text, and the time to prune. Cells count the same number of calibration
