@@ -241,7 +241,7 @@ class _OnDisk(Activations):
                 for at in range(number + len(reads), min(number + AHEAD, len(spans))):
                     reads.append(self._fetch(spans[at], at))
                 yield self._wait(reads.popleft())
-            self.prepare(spans)  # whoever goes through all chunks does so again
+            self._again(spans)
             return
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         for number in range(len(spans)):
@@ -253,7 +253,12 @@ class _OnDisk(Activations):
                 arriving[1].synchronize()  # its host buffer is free
                 reads.append(self._fetch(spans[number + AHEAD], number))
             yield self._transfer.use(arriving)
-        self.prepare(spans)
+        self._again(spans)
+
+    def _again(self, spans: Sequence[Span]) -> None:
+        """Whoever has gone through all tokens will do so again, and in the same chunks."""
+        if sum(stop - start for start, stop in spans) == self.tokens:
+            self.prepare(spans)
 
     def _wait(self, reading: Future[Tensor]) -> Tensor:
         with disk_errors(self._folder), self._timeline.waiting():
