@@ -245,3 +245,19 @@ def test_hidden_states_too_large_to_square_are_not_tuned_on(checkpoint: Make, tm
         large = row["layer"] == 2 and "mlp" in row["module"]
         assert ("tuned" in row, any("not tuned" in note for note in row["notes"])) == (not large, large), row["name"]
     assert verify(tmp_path / "out", source).problems == []
+
+
+def test_what_was_reordered_is_not_left_dense(tmp_path: Path) -> None:
+    """Its rows stand elsewhere than in the source, which `dense` would promise: where H is no use, by magnitude."""
+    source = tiny.save(tmp_path / "model", shard_size="1GB", dtype=torch.float32)
+    tensors, path = load_file(source / "model.safetensors"), "model.layers.1."
+    scales = {"post_attention_layernorm": 1e22, "mlp.gate_proj": 1e-22, "mlp.up_proj": 1e-22}
+    for name, scale in scales.items():
+        tensors[f"{path}{name}.weight"] *= scale
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for reorder in ("mlp", "none"):
+        asked = settings(tune=0, unseen="dense", reorder=reorder)
+        report = prune(source, tmp_path / reorder, asked, tiny.calibration())
+        rows = [row for row in report.matrices if row["layer"] == 1 and row["module"] in scales]
+        assert len(rows) == 2 and all(("skipped" in row) == (reorder == "none") for row in rows)
+        assert verify(tmp_path / reorder, source).problems == []
