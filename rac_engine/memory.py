@@ -46,6 +46,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # libraries keep on the device, and its context and libraries of the host.
 PROGRAM_BYTES = 560 << 20
 WORKSPACE_BYTES = {True: (33 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
+FILE_BYTES = 18 << 20  # of libraries' files, as many more pages as the system happens to map at a time
 CUDA_WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
 BEHIND = "weights written behind"
@@ -499,7 +500,7 @@ def _phases(
     kept_once, by_thread = WORKSPACE_BYTES[METHODS[method].needs == "hessian"]
     base_host = {
         "program": program + (CUDA_HOST_BYTES if on_gpu else 0),
-        "libraries and heap": kept_once + by_thread * min(torch.get_num_threads(), 8),
+        "libraries and heap": FILE_BYTES + kept_once + by_thread * min(torch.get_num_threads(), 8),
     }
     if calibrated:
         base_host["calibration tokens"] = tokens * TOKEN_BYTES

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rac_engine.checkpoint import INDEX
+from rac_engine.memory import FILE_BYTES
 from tests import tiny
 
 JOB = """
@@ -226,14 +227,14 @@ JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("job", JOBS)
 def test_what_is_planned_is_what_it_takes(tmp_path: Path, job: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Beyond the program never more, and the plan no more than a tenth above it."""
+    """Beyond the program never more, and the plan no more than a tenth above, but for what is mapped of files."""
     family, sizes, changes = JOBS[job]
     source = tiny.save(tmp_path / "model", family, shard_size="1GB", initializer_range=0.02, **{**SIZES, **sizes})
     found = run(PLANNED, source, tmp_path / "out", json.dumps(changes), json.dumps([1200, 700, 200]))
     planned, measured = map(int, found.split())
     with capsys.disabled():
         print(f"\n{job}: planned {planned:,}, measured {measured:,} bytes")
-    assert measured <= planned <= 1.1 * measured
+    assert measured <= planned <= 1.1 * measured + FILE_BYTES
 
 
 OPEN = """
