@@ -23,28 +23,26 @@ import itertools
 import json
 import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from common import machine
-from quality import perplexity
+from quality import HELD_TOKENS, finished, own_traces, perplexity
 from torch import Tensor
 
 from rac_engine import engine, prune
-from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
+from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream, _keeping
 from rac_engine.decode import load_tokenizer
 from rac_engine.evaluate import evaluate, wilson
 from rac_engine.models import Block
-from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings
+from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe
 from rac_engine.sizes import parse_size
-from rac_engine.traces import generate, load_calibration
+from rac_engine.traces import load_calibration
 
 WAYS = ("none", "dense router", "pruned router")
-HELD_TOKENS = 20_000
 
 
 def at_the_dense_routers_tokens(
@@ -53,12 +51,7 @@ def at_the_dense_routers_tokens(
     """`Stream.observe_experts` with the dense block going first, and the pruned one asked for the same tokens."""
     for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
         weights, x, of_all = self._weights(chunk), block.norm(hidden), dict[str, Tensor]()
-        everyones = [name for name in statistics if not block.is_routed(name)]
-
-        def keep(name: str, given: Tensor, _: Tensor | None, place: dict[str, Tensor] = of_all) -> None:
-            place[name] = given
-
-        block.look(x, chunk, {name: functools.partial(keep, name) for name in everyones})
+        block.look(x, chunk, _keeping(of_all, [name for name in statistics if not block.is_routed(name)]))
 
         def add(
             name: str,
@@ -108,19 +101,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="in a set (default 38k)")
     parser.add_argument("--problems", type=int, default=300, help="answered by each model (default 300)")
     parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
+    args.samples = 1  # of each prompt in a set of traces
     args.work.mkdir(parents=True, exist_ok=True)
     behind = args.work / "held.jsonl"
     behind.write_text("".join(f"{line}\n" for line in args.evaluation.read_text().splitlines()[args.problems :]))
-    source = _traces(args, "held", behind, HELD_TOKENS, 0)
+    source = str(own_traces(args, "held", behind, HELD_TOKENS))
     calibration = load_calibration(source, part="completion", tokens=HELD_TOKENS, tokenizer=load_tokenizer(args.model))
     worth = functools.partial(_worth, args, calibration.sequences)
-    cells = [_cell(args, "dense", lambda name: worth(args.model, name))]
+    cells = [finished(args.work, "dense", lambda: worth(args.model))]
     for sparsity, number, name in itertools.product(args.sparsities, range(args.traces), WAYS):
-        source = _traces(args, f"traces-{number}", args.prompts, args.tokens, number)
+        source = str(own_traces(args, f"traces-{number}", args.prompts, args.tokens, number))
 
-        def made(cell: str, sparsity: str = sparsity, source: str = source, name: str = name) -> dict[str, Any]:
+        def made(sparsity: str = sparsity, source: str = source, name: str = name) -> dict[str, Any]:
             asked = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
             recipe = Recipe(
                 model=args.model,
@@ -131,9 +125,9 @@ def main() -> None:
             shutil.rmtree(out, ignore_errors=True)
             with way(name):
                 prune(args.model, out, recipe, restart=True)
-            return {"sparsity": sparsity, "way": name, **worth(out, cell)}
+            return {"sparsity": sparsity, "way": name, **worth(out)}
 
-        cells.append(_cell(args, f"{sparsity.replace(':', 'of')}-{name.replace(' ', '-')}-{number}", made))
+        cells.append(finished(args.work, f"{sparsity.replace(':', 'of')}-{name.replace(' ', '-')}-{number}", made))
     print(table(cells))
     record = {"machine": machine(), "model": args.model.name, "tokens": args.tokens, "cells": cells}
     print(json.dumps(record["machine"]))
@@ -158,46 +152,18 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"accuracy [95%], loss on held-out traces in 1/1000 nats; the dense model: {own}"])
 
 
-def _cell(args: argparse.Namespace, name: str, make: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """What a cell's file says, made where there is none."""
-    path = args.work / f"{name}.json"
-    if not path.exists():
-        made = make(name)
-        path.with_suffix(".tmp").write_text(json.dumps(made, indent=1) + "\n")
-        path.with_suffix(".tmp").replace(path)
-        print(name, made, file=sys.stderr, flush=True)
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def _worth(args: argparse.Namespace, held: list[Any], model: Path, name: str) -> dict[str, Any]:
+def _worth(args: argparse.Namespace, held: list[Any], model: Path) -> dict[str, Any]:
     settings = EvalSettings(
         problems=args.evaluation,
         limit=args.problems,
         max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
+        batch_size=2 * args.batch_size,
     )
     answers = args.work / "answers.json"
     answers.unlink(missing_ok=True)
     summary = evaluate(model, settings, answers).summary
     kept = ("problems", "correct", "mean_tokens", "cut_off_share")
     return {**{key: summary[key] for key in kept}, "trace_perplexity": perplexity(model, held)}
-
-
-def _traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int, seed: int) -> str:
-    """The dense model's own traces."""
-    out = args.work / name
-    if not out.exists():
-        settings = TraceSettings(
-            prompts=prompts,
-            tokens=tokens,
-            samples=1,
-            max_new_tokens=args.max_new_tokens,
-            seed=seed,
-            batch_size=args.batch_size,
-        )
-        generate(args.model, settings, out)
-    return str(out)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ file in WORK, and so are the dense model's traces; the table and the JSON record
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     held = {
         "trace_perplexity": load_calibration(
-            str(_traces(args, "held", _held_prompts(args), HELD_TOKENS)),
+            str(own_traces(args, "held", _held_prompts(args), HELD_TOKENS)),
             part="completion",
             tokens=HELD_TOKENS,
             tokenizer=tokenizer,
@@ -107,9 +109,9 @@ def main() -> None:
             sequence_length=256,
         ).sequences,
     }
-    _cell(args, "dense", lambda: {"method": "dense", **_worth(args, args.model, "dense", held)})
+    finished(args.work, "dense", lambda: {"method": "dense", **_worth(args, args.model, "dense", held)})
     for cell in _cells(args):
-        _cell(args, cell.name, lambda cell=cell: _made(args, cell, held))
+        finished(args.work, cell.name, functools.partial(_made, args, cell, held))
     cells = [json.loads(path.read_text()) for path in sorted((args.work / "cells").glob("*.json"))]
     cells.sort(key=lambda cell: (cell.get("sparsity", ""), len(_variant(cell)), -cell["accuracy"]))
     print(table(cells))
@@ -231,16 +233,17 @@ def overview(cells: list[dict[str, Any]], columns: list[tuple[str, str]]) -> str
     return "\n".join(lines)
 
 
-def _cell(args: argparse.Namespace, name: str, make: Any) -> None:
-    """Make a cell unless its file is there."""
-    path = args.work / "cells" / f"{name}.json"
-    if path.exists():
-        return
-    path.parent.mkdir(exist_ok=True)
-    made = make()
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(made, indent=1) + "\n")
-    staged.replace(path)
+def finished(work: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A cell as its file says, made if that is not there."""
+    path = work / "cells" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        made = make()
+        staged = path.with_suffix(".tmp")
+        staged.write_text(json.dumps(made, indent=1) + "\n")
+        staged.replace(path)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def _recipe(args: argparse.Namespace, cell: Cell) -> Recipe:
@@ -316,15 +319,15 @@ def _source(args: argparse.Namespace, cell: Cell) -> str | None:
         prompts = args.work / f"prompts-without-{cell.without}.jsonl"
         lines = args.prompts.read_text().splitlines()
         prompts.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["kind"] != cell.without))
-        return str(_traces(args, f"traces-without-{cell.without}", prompts, args.tokens))
+        return str(own_traces(args, f"traces-without-{cell.without}", prompts, args.tokens))
     if cell.tokens is not None and cell.tokens > args.tokens:
         most = max(args.token_counts)
-        return str(_traces(args, f"traces-{most}", args.prompts, most))
-    return str(_traces(args, "traces", args.prompts, args.tokens))
+        return str(own_traces(args, f"traces-{most}", args.prompts, most))
+    return str(own_traces(args, "traces", args.prompts, args.tokens))
 
 
-def _traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int) -> Path:
-    """The dense model's own traces."""
+def own_traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int, seed: int = 0) -> Path:
+    """The dense model's own traces, made where they are not there yet."""
     out: Path = args.work / name
     if not out.exists():
         settings = TraceSettings(
@@ -332,6 +335,7 @@ def _traces(args: argparse.Namespace, name: str, prompts: Path, tokens: int) -> 
             tokens=tokens,
             samples=args.samples,
             max_new_tokens=args.max_new_tokens,
+            seed=seed,
             batch_size=2 * args.batch_size,
         )
         generate(args.model, settings, out)

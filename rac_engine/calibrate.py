@@ -220,13 +220,13 @@ class Stream:
         for start, stop in self._spans:
             self.hidden.write(start, model.embed(packing.token_ids[start:stop], dtype, table).to(device))
 
-    def observe(self, block: Block, statistics: Mapping[str, Statistic], further: bool = True) -> Activations | None:
+    def observe(self, block: Block, statistics: Mapping[str, Statistic], keep: bool = True) -> Activations | None:
         """Gather `statistics` from inputs of the block's matrices, by the inputs' names, no further than needed.
 
         If the input [tokens, block.width] of the block's last matrix is among them, returns it for `advance`, unless it
-        is too large to be kept or the tokens go no `further` than this block.
+        is too large or not to be kept: where the tokens go no further, or the block will be another by then.
         """
-        kept = self._room_for(block) if further and block.last in statistics else None
+        kept = self._room_for(block) if keep and block.last in statistics else None
         for chunk, hidden in self._chunks():
             x, taps = block.norm(hidden), self._taps(statistics, chunk)
             if kept is None:
@@ -243,6 +243,7 @@ class Stream:
         statistics: Mapping[str, Statistic],
         beside: Beside,
         residual: bool,
+        keep: bool = True,
         further: bool = True,
     ) -> Activations | None:
         """As `observe`, and gather what ties the inputs to those that the dense model beside has.
@@ -251,7 +252,7 @@ class Stream:
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
         block, unless the tokens go no `further`. Experts' inputs are not for this (see `observe_experts`).
         """
-        kept = self._room_for(block) if further and block.last in statistics else None
+        kept = self._room_for(block) if keep and block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
             weights = self._weights(chunk)
             given, dense = dict[str, Tensor](), dict[str, Tensor]()

@@ -614,16 +614,13 @@ class _Layer:
             for _, stage in itertools.groupby(here, key=lambda group: group[0].stage):
                 groups = list(stage)
                 if groups[-1][0].group.expert is None:
-                    kept = self._prune_groups(stream, block, groups, number, further or tuned)
+                    kept = self._prune_groups(stream, block, groups, number, further and not tuned, further or tuned)
                 else:
                     self._prune_experts(stream, block, groups, self.beside.get(number))
             if number in self.beside and (further or tuned):
                 with job.clock("forward"):
                     self.beside[number].stream.advance(self.beside[number].block)
             if tuned:
-                if kept is not None:
-                    kept.close()
-                    kept = None
                 self._tune(stream, block, here)
             # The next block's first pass takes the tokens through this one, if there is room for what that holds on to:
             # with a mixture on either side, or nothing kept of an attention, there is not.
@@ -638,12 +635,12 @@ class _Layer:
                     stream.advance(block, kept)
 
     def _prune_groups(
-        self, stream: Stream, block: Block, groups: list[list[Matrix]], number: int, further: bool
+        self, stream: Stream, block: Block, groups: list[list[Matrix]], number: int, keep: bool, further: bool
     ) -> Activations | None:
         """Prune groups of a stage, as many in a pass over the tokens as their Hessians may be; see `Stream.observe`.
 
-        `number` is the block's: with its last matrix observed, the dense one beside is done and goes. Tokens that go no
-        `further` are moved on by nothing.
+        `number` is the block's: with its last matrix observed, the dense one beside is done and goes, its tokens moved
+        on unless they go no `further`. To `keep` is what the pruned one's tokens gave.
         """
         job, kept = self.job, None
         residual = job.settings.reconstructs == "residual"
@@ -652,9 +649,9 @@ class _Layer:
             with job.clock("calibrate"):
                 statistics = {group[0].group.input: self._statistic(group, self.beside.get(number)) for group in some}
                 if number not in self.beside:
-                    kept = stream.observe(block, statistics, further)
+                    kept = stream.observe(block, statistics, keep)
                 else:
-                    kept = stream.observe_beside(block, statistics, self.beside[number], residual, further)
+                    kept = stream.observe_beside(block, statistics, self.beside[number], residual, keep, further)
                     if block.last in statistics:
                         del self.beside[number]
             for group in some:
@@ -678,7 +675,7 @@ class _Layer:
             return
         with job.clock("calibrate"):
             statistic = Statistic(last.columns, False, job.device)
-            stream.observe(block, {last.module: statistic}, further=False)
+            stream.observe(block, {last.module: statistic}, keep=False)
         if not bool(statistic.value.isfinite().all() and statistic.value.any()):
             return
         with job.clock("solve"):

@@ -65,8 +65,6 @@ REFINED, REFINING, REFINING_EXACTLY = 12, 57, 40
 SCORING, MEASURING = 16, 10
 EXACT = 20  # of H's elements, where a CPU factors in fp64
 EIGENSOLVER = 12  # of H's elements, beside H, scaled H and the vectors, that an eigendecomposition asks for
-
-
 # Of a block that is tuned: bytes a weight (in fp32 itself, its gradient, two means and more), and fp32 copies of a
 # token's hidden states, of queries, keys and values, and of scores where they are in the open.
 TUNED_WEIGHTS, TUNED_HIDDEN, TUNED_QUERIES, TUNED_SCORES = 20, 8, 2, 4
@@ -352,8 +350,9 @@ class MemoryPlan:
         """Stages with no room for a layer that is still being written: names of their matrices by their keys."""
         if self.on_gpu or not self.choice.overlap:
             return {}
-        alone = (phase for phase in self.phases if phase.key and BEHIND not in phase.host)
-        return {phase.key: phase.name.partition(" ")[2] for phase in alone if phase.key}
+        return {
+            phase.key: phase.name.partition(" ")[2] for phase in self.phases if phase.key and BEHIND not in phase.host
+        }
 
     def passes(self, experts: int, everyone: bool) -> int:
         """How often the tokens are gone through for a stage of so many experts, `everyone`'s statistic among theirs."""
@@ -480,6 +479,10 @@ def _phases(
     streams = 2 if matched else 1
     converted = on_gpu or size != shape.weight_size  # the layer computes with weights of its own
 
+    def keeps(found: Input) -> bool:
+        # A block that is tuned is another by the time that its tokens move on.
+        return not settings.epochs and _keeps(found, tokens, size, choice)
+
     def stores(width: int) -> tuple[dict[str, int], dict[str, int], int]:
         """Of hidden states and a kept input of that width: what is on the device, on the host, and on disk."""
         whole = tokens * (streams * hidden + width) * size
@@ -567,7 +570,7 @@ def _phases(
             gathered["cross product with the dense outputs"] = 4 * last.columns * last.rows
         kept = 0
         if not whole:
-            kept = max((i.columns for i in stage.inputs if i.last and _keeps(i, tokens, size, choice)), default=0)
+            kept = max((i.columns for i in stage.inputs if i.last and keeps(i)), default=0)
         if calibrated:
             passing = max(_observing(shape, found, chunk, longest, tied, on_gpu) for found in stage.inputs)
             widest = max(found.columns for found in stage.inputs)
@@ -580,10 +583,11 @@ def _phases(
                 # Of what is asked for to keep activations in, a chunk's share is taken once that has passed.
                 passing -= 0 if tied else chunk * kept * size
             work, keeping = dict[str, int](), kept
-            if not whole and (before := _block_before(shape, stage, choice)) is not None:
+            before = None if whole else _block_before(shape, stage, choice)
+            if before is not None and (keeps(before) or not before.attention):
                 # The tokens come out of it on their way.
                 leaving = chunk * hidden * size
-                if _keeps(before, tokens, size, choice):
+                if keeps(before):
                     keeping = before.columns
                 else:
                     leaving = _observing(shape, before, chunk, longest, False, on_gpu)
@@ -611,11 +615,11 @@ def _phases(
             phase(f"tune {stage.name}", stage, 0, work, beside=True, done=True, key=stage.inputs[0].key)
     if choice.overlap and not on_gpu:
         # The largest stages wait for the layer before to be written, unless it makes next to no difference.
-        sizes = [sum(each.host.values()) - program for each in phases]
-        most = max(whole - bool(each.key) * each.host.get(BEHIND, 0) for whole, each in zip(sizes, phases, strict=True))
-        largest = {each.key for whole, each in zip(sizes, phases, strict=True) if whole > WORTH_WAITING * most}
+        sized = [(sum(each.host.values()) - program, each) for each in phases]
+        most = max(size - bool(each.key) * each.host.get(BEHIND, 0) for size, each in sized)
+        largest = {each.key for size, each in sized if each.key and size > WORTH_WAITING * most}
         for each in phases:
-            if each.key in largest - {None}:
+            if each.key in largest:
                 each.host.pop(BEHIND, None)
     return phases, disk
 
