@@ -136,8 +136,9 @@ def _prune(
     source, settings = Model.open(Checkpoint.open(model)), recipe.prune
     skipped = {**skipped_matrices(source, settings), **not_finite(source, settings)}
     device = _device(device)
-    packing, shape, begun = None, Shape.of(source, settings), resident()
+    packing, begun = None, resident()
     limits = _limits(device, device_memory, host_memory, begun)
+    shape = Shape.of(source, settings, limits["on_gpu"])
     if host_memory is not None:
         _give_back()
     if find_method(settings.method).needs == "nothing":
@@ -312,7 +313,7 @@ class _Job:
         self.model, self.settings, self.skipped, self.device = model, settings, skipped, device
         self.partial, self.journal, self.progress = partial, journal, progress
         self.memory, self.begun = memory, begun
-        self.dtype, self.allocation = dtype_of(model, settings), allocation
+        self.dtype, self.allocation = dtype_of(model, settings, memory.on_gpu), allocation
         self.hessians: int | None = None
         """How many Hessians may be gathered in one pass over the tokens; None: all of a stage."""
         self.clock, self.timeline = clock, Timeline()
@@ -965,7 +966,7 @@ def require_memory(
 ) -> None:
     """`BadInput` for limits, as those of `prune`, in which not even a single token goes through the model."""
     limits = _limits(_device(device), device_memory, host_memory, resident())
-    plan_memory(Shape.of(model, settings), settings, 1, 1, **limits)
+    plan_memory(Shape.of(model, settings, limits["on_gpu"]), settings, 1, 1, **limits)
 
 
 def peak_memory(reset: bool = False) -> int:

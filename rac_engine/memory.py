@@ -22,7 +22,7 @@ from rac_engine.activations import AHEAD, Place
 from rac_engine.calibrate import KEEP_BYTES
 from rac_engine.checkpoint import fp8_block
 from rac_engine.errors import BadInput
-from rac_engine.models import Model, attention_bytes, is_fused
+from rac_engine.models import Model, attention_bytes, is_fused, working_dtype
 from rac_engine.recipe import PruneSettings
 from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS, rac
@@ -113,9 +113,9 @@ class Input:
         return 3 * own
 
 
-def dtype_of(model: Model, settings: PruneSettings) -> torch.dtype:
-    """What the tokens go through a model in: its own dtype, unless the settings name one."""
-    return model.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+def dtype_of(model: Model, settings: PruneSettings, on_gpu: bool) -> torch.dtype:
+    """What the tokens go through a model in: its own dtype or what is quicker, unless the settings name one."""
+    return working_dtype(model.dtype, on_gpu) if settings.dtype == "auto" else getattr(torch, settings.dtype)
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ class Shape:
         return tuple(found for stage in self.stages for found in stage.inputs)
 
     @classmethod
-    def of(cls, model: Model, settings: PruneSettings) -> Shape:
+    def of(cls, model: Model, settings: PruneSettings, on_gpu: bool) -> Shape:
         """The shape of a model that goes through in the dtype of the settings."""
         infos = model.checkpoint.tensors
-        dtype = dtype_of(model, settings)
+        dtype = dtype_of(model, settings, on_gpu)
         # Layers of one kind are alike: the one with the most bytes and the first are looked at.
         sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
         largest = sizes.index(max(sizes))

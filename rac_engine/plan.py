@@ -123,7 +123,7 @@ def make_plan(
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
-    shape = Shape.of(opened, settings)
+    shape = Shape.of(opened, settings, on_gpu)
     memory = plan_memory(
         shape,
         settings,

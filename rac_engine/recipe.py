@@ -296,7 +296,8 @@ class PruneSettings(Settings):
         default=8192, description="tokens that go through a layer together; fewer take less memory"
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="number format of activations"
+        default="auto",
+        description="number format of activations (auto: the checkpoint's; fp32 on a CPU slow with 16 bits)",
     )
 
     @model_validator(mode="before")

@@ -115,7 +115,8 @@ def _survey(
 ) -> list[tuple[_Seen, float]]:
     """Every input of the dense model with its profile, and the share of outliers in its layer."""
     last = max((layer for layer, matrices in enumerate(layers) if matrices), default=-1)
-    stream = Stream(model, packing, dtype_of(model, settings), device, choice.place, folder, choice.keep_bytes)
+    dtype = dtype_of(model, settings, torch.device(device).type == "cuda")
+    stream = Stream(model, packing, dtype, device, choice.place, folder, choice.keep_bytes)
     found: list[tuple[_Seen, float]] = []
     try:
         for layer in range(last + 1):

@@ -140,7 +140,7 @@ from tests import tiny
 torch.set_num_threads(1)
 settings = PruneSettings(method="wanda", chunk_tokens=512)
 calibration = tiny.calibration([2048] * 8 + [128] * 64)
-shape = Shape.of(Model.open(Checkpoint.open(sys.argv[1])), settings)
+shape = Shape.of(Model.open(Checkpoint.open(sys.argv[1])), settings, on_gpu=False)
 machine = engine._limits("cpu", None, None, engine.resident())
 ample = plan_memory(shape, settings, calibration.tokens, 2048, **{**machine, "host_limit": 1 << 40})
 assert ample.choice.place == "host"
