@@ -160,6 +160,15 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
+        "settle",
+        [](Address T, Address V, Address kept, Address goal, Address gap, int64_t rows, int64_t n, int64_t zeros,
+           int64_t keep, int64_t group, float relaxation, float shrink, int threads) {
+            if (!RAC_OP(settle)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept), pointer<const float>(goal),
+                                pointer<uint16_t>(gap), rows, n, zeros, keep, group, relaxation, shrink, threads))
+                throw std::bad_alloc();
+        },
+        NoGil());
+    m.def(
         "column_norm",
         [](Address s, Address X, int dtype, int64_t tokens, int64_t n, int64_t row_stride, int64_t column_stride,
            Address weights, int threads) {

@@ -37,3 +37,9 @@ Status mirror(float* H, int64_t n, int64_t h_stride, bool down, int threads);
 // Returns the rows that go on.
 int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t* mask, const float* inverse,
                     double* sizes, const double* done_at, int32_t* counts, int64_t rows, int64_t n, int threads);
+
+// What ADMM does between two products, of one matrix [rows, n]: T = relaxation V + T, where a weight stays relaxation V
+// + (1 - relaxation) T; then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay;
+// T of those that go is multiplied by `shrink`; gap (bf16) = T - goal, of those that go -T - goal. V is overwritten.
+bool settle(float* T, float* V, uint8_t* kept, const float* goal, uint16_t* gap, int64_t rows, int64_t n, int64_t zeros,
+            int64_t keep, int64_t group, float relaxation, float shrink, int threads);
