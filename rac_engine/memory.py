@@ -28,6 +28,7 @@ from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS, rac
 from rac_engine.solve.matrices import TOGETHER, WHOLE
 from rac_engine.tune import BATCH, STEPS
+from rac_kernels.admm import SIDE
 from rac_kernels.factor import EXACT as FACTORED_IN_FP64
 from rac_kernels.objective import COLUMNS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
@@ -57,10 +58,10 @@ TOKEN_BYTES = 24  # id as it was read and as it is packed, a weight, and a check
 SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
 PACKED_BYTES = 32 << 20  # of tokens as the CPU's sums take them, at a time
 MATCHED_ROWS = 4096  # of the weights that match, made at a time
-# Bytes a weight in fp32 and bf16, all that a solver holds at a time: the sweep's on a CPU and on a GPU, ADMM's, what it
-# leaves beside the refined ones, and in the refinement of some rows; of mask and scores alone.
+# Bytes a weight in fp32 and bf16, all that a solver holds at a time: the sweep's and ADMM's on a CPU and on a GPU, what
+# ADMM leaves beside the refined ones, and in the refinement of some rows; of mask and scores alone.
 SWEEPING = {False: 10, True: 8}
-COPIES = {"rac": 28, "alps": 32}
+COPIES = {"rac": {False: 23, True: 20}, "alps": {False: 32, True: 32}}
 REFINED, REFINING, REFINING_EXACTLY = 12, 57, 40
 SCORING, MEASURING = 16, 10
 EXACT = 20  # of H's elements, where a CPU factors in fp64
@@ -688,7 +689,10 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
     one, work = 4 * some, dict[str, int]()
     exact = EXACT * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
     if settings.method in COPIES:
-        solving = max(COPIES[settings.method] * some, REFINED * some + _refining(found, settings, some // n, on_gpu))
+        solving = COPIES[settings.method][on_gpu] * some
+        if settings.method == "rac":
+            solving += 2 * n * n + 12 * min(SIDE, n) * n  # what the steps multiply by, and bands of it
+        solving = max(solving, REFINED * some + _refining(found, settings, some // n, on_gpu))
     else:
         solving = SWEEPING[on_gpu] * some
     if settings.method == "alps":

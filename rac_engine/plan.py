@@ -348,8 +348,9 @@ def _work(
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
         if settings.method == "rac":
             steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
-            flops = sum(2.0 * rows * n * n * (steps + refining) + n**3 / 3 * inverses for n, rows in stages)
-            work.append(Work("mask and weights", flops, f"{steps + refining} · 2 · rows · n² + {inverses} · n³/3"))
+            products = steps + refining - 1  # the first step has nothing to multiply
+            flops = sum(2.0 * rows * n * n * products + n**3 * inverses for n, rows in stages)
+            work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
         elif settings.method == "alps":
             flops = sum(
                 roofline.refine_flops(rows, n, alps.REFINING_STEPS)

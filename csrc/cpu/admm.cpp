@@ -9,14 +9,19 @@ inline uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
-// What stays of a group: all but the group - keep smallest; of equal ones the leftmost goes.
-inline void choose(const float* scores, uint8_t* kept, int64_t keep, int64_t group) {
-    for (int64_t i = 0; i < group; ++i) {
-        int64_t before = 0;  // how many of the group go before this one
-        for (int64_t j = 0; j < i; ++j) before += scores[j] <= scores[i];
-        for (int64_t j = i + 1; j < group; ++j) before += scores[j] < scores[i];
-        kept[i] = before >= group - keep;
-    }
+// What stays of each group of a row: all but the group - keep smallest; of equal ones the leftmost goes.
+template <int64_t kGroup>
+inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict kept, int64_t n, int64_t keep,
+                          int64_t any_group) {
+    const int64_t group = kGroup ? kGroup : any_group;
+    for (int64_t first = 0; first < n; first += group)
+        for (int64_t i = 0; i < group; ++i) {
+            const float own = scores[first + i];
+            int32_t before = 0;  // how many of the group go before this one
+            for (int64_t j = 0; j < i; ++j) before += scores[first + j] <= own;
+            for (int64_t j = i + 1; j < group; ++j) before += scores[first + j] < own;
+            kept[first + i] = before >= group - keep;
+        }
 }
 
 }  // namespace
@@ -37,7 +42,12 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
                 t[j] += relaxation * (v[j] - (stays[j] ? t[j] : 0.0f));
                 v[j] = __builtin_fabsf(t[j]);
             }
-            for (int64_t j = 0; group && j < n; j += group) choose(v + j, stays + j, keep, group);
+            if (group == 4)
+                choose_in_row<4>(v, stays, n, keep, group);
+            else if (group == 8)
+                choose_in_row<8>(v, stays, n, keep, group);
+            else if (group)
+                choose_in_row<0>(v, stays, n, keep, group);
         }
     });
     float bound = -1;  // what is not above it goes, but for equal ones beyond the first `ties`

@@ -28,10 +28,11 @@ from rac_kernels.select import mask_by_score
 
 FIRST_PENALTY = 0.1
 CHECK = 3
-RENEW = 5  # steps of a short run with one penalty
+RENEW = 8  # steps of a short run with one penalty
 SHORT_RANGE = 6.0  # of the penalty, from the first to the last step of a short run
 RELAXATION = 1.3  # of a short run: V is taken so far beyond Q
 SIDE = 512  # rows or columns of H that are inverted at a time
+ELEMENTS = 1 << 24  # of W that go through a step's sums and differences at a time
 RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
 
 
@@ -79,12 +80,12 @@ def admm_short_(
 
         V ← W + (Q − L/ρ − W) M,   M = ρ (H + ρI)⁻¹,
 
-    H scaled. No element of M exceeds 1, and what M is applied to is a difference that the next step makes anew: both go
-    into the product as bf16, at 2·rows·n² FLOP a step, summed in fp32. Emulated with 5 bits of significand the objective
-    moves by less than 0.1%, with 3 by 0.3%. H + λI and the penalty are factored and inverted anew every RENEW steps,
-    n³ FLOP in the memory that U has. Beside U, M in bf16 is held, and of W's size three matrices in fp32, one in bf16,
-    a mask and what selection takes. ``row_groups``: row counts of matrices stacked in W, each with its own zeros to
-    reach. ``backend`` as in `rac_kernels.backend.choose`. Other arguments as for `admm`.
+    H scaled. No element of M exceeds 1, and what it is applied to is a difference that every step makes anew: both go
+    into the product as bf16, 2·rows·n² FLOP a step, summed in fp32 (rounded to 5 bits instead of bf16's 8 they leave
+    the objective as it is within 0.1%). H + λI and the penalty are factored and inverted anew every RENEW steps, n³
+    FLOP in the memory that U has. Beside it M is held, and of W's size three matrices in fp32, one in bf16, a mask and
+    what selection takes. ``row_groups``: row counts of matrices stacked in W, each with its own zeros to reach.
+    ``backend`` as in `rac_kernels.backend.choose`. Other arguments as for `admm`.
     """
     n = len(factor.diagonal)
     if W.ndim != 2 or W.shape[1] != n or steps < 1:
@@ -114,8 +115,8 @@ def admm_short_(
                 _inverse_(U)
                 _scaled(U, root * penalty**0.5, M)
             cross_accumulate_(V, gap.T, M, backend=backend)
-        turn = step + 1 < steps and (step + 1) % RENEW == 0
-        settle(T, V, kept, goal, gap, RELAXATION if step else 1.0, 1 / growth if turn else 1.0, sparsity, pattern, groups)
+        shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
+        settle(T, V, kept, goal, gap, RELAXATION if step else 1.0, shrink, sparsity, pattern, groups)
     return T.mul_(kept).div_(root).add_(0.0)
 
 
@@ -135,13 +136,15 @@ def _settle_reference(
 
     Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
     """
-    T.sub_(T * kept, alpha=relaxation).add_(V, alpha=relaxation)
-    torch.abs(T, out=V)
+    some = max(1, ELEMENTS // T.shape[1])
+    for t, v, own in zip(T.split(some), V.split(some), kept.split(some), strict=True):
+        t.sub_(t * own, alpha=relaxation).add_(v, alpha=relaxation)
+        torch.abs(t, out=v)
     for scores, own in zip(V.split(groups), kept.split(groups), strict=True):
         torch.logical_not(mask_by_score(scores, sparsity, pattern, per="matrix"), out=own)
-    if shrink != 1:
-        T.mul_(torch.where(kept, 1.0, shrink))
-    gap.copy_(torch.where(kept, T, -T).sub_(goal))
+    for t, own, aim, out in zip(T.split(some), kept.split(some), goal.split(some), gap.split(some), strict=True):
+        t.mul_(torch.where(own, 1.0, shrink))
+        out.copy_(torch.where(own, t, -t).sub_(aim))
 
 
 def _settle_native(

@@ -9,10 +9,10 @@ a few penalties, in the memory that H has, and takes a fixed number of steps, mo
 from __future__ import annotations
 
 from rac_engine.solve.method import Problem, Solution, register
-from rac_kernels import admm_short_, refine
+from rac_kernels import admm_short_, refine, symmetrize_
 
 STEPS = 40
-REFINING_STEPS = 10
+REFINING_STEPS = 6
 TOLERANCE = 1e-2
 
 
@@ -23,13 +23,7 @@ def rac(problem: Problem) -> Solution:
     factor = problem.gram.borrow(target.damping)
     goal = problem.weights.masked_fill(factor.dead, 0)
     masked = admm_short_(goal, factor, target.sparsity, target.pattern, STEPS, problem.rows)
-    refined, how = refine(
-        masked,
-        factor.U,
-        goal,
-        triangle="lower",
-        diagonal=factor.damped,
-        iterations=REFINING_STEPS,
-        tolerance=TOLERANCE,
-    )
+    H = symmetrize_(factor.U.T)  # H lies below the diagonal; U is used up
+    H.diagonal().copy_(factor.damped)
+    refined, how = refine(masked, H.T, goal, iterations=REFINING_STEPS, tolerance=TOLERANCE)
     return Solution(refined, factor.damping, STEPS + how.iterations)

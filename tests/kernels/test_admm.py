@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
+from rac_kernels.admm import SIDE, _inverse_, _scaled, _settle_native, _settle_reference
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,6 +62,92 @@ def test_stacked_matrices_have_zeros_of_their_own() -> None:
     for part, whole in zip(together.split([8, 12]), W.split([8, 12]), strict=True):
         assert int((part == 0).sum()) == int(0.6 * part.numel())
         torch.testing.assert_close(part, admm_short_(whole, factor_(H.clone(), 0.0), 0.6), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (3, 8), (1, 3)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_settling_in_native_code_is_the_reference_to_the_bit(
+    pattern: tuple[int, int] | None, sparsity: float, threads: int
+) -> None:
+    """Quarters, so that nothing is rounded and many tie."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(-8, 9, (37, 96), generator=generator) / 4 for _ in range(3)]
+    kept = torch.rand(37, 96, generator=generator) > 0.5
+    T, V, goal = made
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for settle in (_settle_native, _settle_reference):
+            own = [x.clone() for x in (T, V, kept, goal)]
+            gap = torch.empty(37, 96, dtype=torch.bfloat16)
+            settle(own[0], own[1], own[2], own[3], gap, 1.5, 0.5, sparsity, pattern, [10, 27])
+            found.append((own[0], own[2], gap))
+    finally:
+        torch.set_num_threads(before)
+    for native, reference in zip(*found, strict=True):
+        torch.testing.assert_close(native, reference, rtol=0, atol=0)
+
+
+def test_settling_rounds_to_the_nearest_bf16() -> None:
+    T = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+    goal, gap = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.bfloat16)
+    kept = torch.ones(T.shape, dtype=torch.bool)
+    _settle_native(T.clone(), T.clone(), kept, goal, gap, 1.0, 1.0, 0.0, None, [64])
+    torch.testing.assert_close(gap, T.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [1, 50, SIDE, SIDE + 1, 2 * SIDE + 88])
+def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
+    x = torch.randn(2 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factor = factor_((x.T @ x).float(), 0.01)
+    U, below = factor.U, factor.U.tril(-1)
+    inverse = torch.linalg.inv((U.triu() @ U.triu().T).double())
+    _inverse_(U)
+    torch.testing.assert_close(U.triu().double(), inverse.triu(), rtol=0, atol=1e-5 * float(inverse.abs().max()))
+    torch.testing.assert_close(U.tril(-1), below, rtol=0, atol=0)
+
+
+def test_a_step_multiplies_by_the_symmetric_matrix() -> None:
+    n = SIDE + 40
+    U = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5
+    M = torch.empty(n, n, dtype=torch.bfloat16)
+    _scaled(U, scale, M)
+    whole = (U.triu() + U.triu(1).T) * scale[:, None] * scale
+    torch.testing.assert_close(M.float(), whole, rtol=2**-8, atol=0)
+    assert torch.equal(M, M.T)
+
+
+def test_products_in_bf16_cost_nothing_of_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run with every product in fp64, on inputs of which a direction outweighs all others."""
+    W, H = problem(48, 160)
+    mean = torch.randn(160, generator=torch.Generator().manual_seed(3))
+    H = H + 50 * H.diagonal().mean() * torch.outer(mean, mean)
+
+    def cost() -> float:
+        Q = admm_short_(W, factor_(H.clone(), 0.01), 0.6)
+        return objective(W, refine(Q, H, W, iterations=200, tolerance=1e-6)[0], H)
+
+    in_bf16 = cost()
+    exact = {}
+
+    def keep(U: Tensor, scale: Tensor, M: Tensor) -> None:
+        exact["M"] = (U.triu() + U.triu(1).T).double() * scale.double()[:, None] * scale.double()
+
+    def product(V: Tensor, gap: Tensor, M: Tensor, backend: str) -> None:
+        V.add_((exact["gap"].double() @ exact["M"]).float())
+
+    def settle(*arguments: Any) -> None:
+        T, _, kept, goal, *_ = arguments
+        _settle_reference(*arguments)
+        exact["gap"] = torch.where(kept, T, -T) - goal
+
+    module = sys.modules["rac_kernels.admm"]
+    for name, instead in {"_scaled": keep, "cross_accumulate_": product, "_settle_native": settle}.items():
+        monkeypatch.setattr(module, name, instead)
+    assert in_bf16 == pytest.approx(cost(), rel=0.02)
 
 
 def test_what_does_not_fit_is_refused() -> None:
