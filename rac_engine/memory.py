@@ -43,10 +43,12 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Measured as resident memory: Python, torch and transformers with nothing to do; what libraries and the heap keep for
-# themselves as soon as they compute, and for each thread up to eight, with linear algebra and without it; what CUDA's
-# libraries keep on the device, and its context and libraries of the host.
+# themselves as soon as they compute, and for each thread up to eight, with linear algebra and without it, and how much
+# less of it where oneDNN multiplies nothing; what CUDA's libraries keep on the device, and its context and libraries of
+# the host.
 PROGRAM_BYTES = 560 << 20
 WORKSPACE_BYTES = {True: (33 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
+UNUSED_BYTES = {True: 16 << 20, False: 10 << 20}
 FILE_BYTES = 18 << 20  # of libraries' files, as many more pages as the system happens to map at a time
 CUDA_WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
@@ -501,7 +503,10 @@ def _phases(
             host["chunks of activations moving"] = coming + (AHEAD * one if on_gpu else going)
         return device, host, whole if choice.place == "disk" else 0
 
-    kept_once, by_thread = WORKSPACE_BYTES[METHODS[method].needs == "hessian"]
+    algebra = METHODS[method].needs == "hessian"
+    kept_once, by_thread = WORKSPACE_BYTES[algebra]
+    if not on_gpu and working_dtype(torch.bfloat16, on_gpu) == torch.float32:
+        kept_once -= UNUSED_BYTES[algebra]
     base_host = {
         "program": program + (CUDA_HOST_BYTES if on_gpu else 0),
         "libraries and heap": FILE_BYTES + kept_once + by_thread * min(torch.get_num_threads(), 8),
