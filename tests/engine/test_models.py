@@ -271,6 +271,14 @@ def test_a_gpu_is_given_what_its_kernels_take_without_holding_scores() -> None:
         assert not models.is_fused(gpu, dtype, width, window)
 
 
+def test_sixteen_bits_are_computed_in_fp32_where_a_processor_is_slow_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, quick in (("_is_mkldnn_bf16_supported", False), ("_is_mkldnn_fp16_supported", True)):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda quick=quick: quick)
+    found = [models.working_dtype(dtype, False) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    assert found == [torch.float32, torch.float16, torch.float32]
+    assert models.working_dtype(torch.bfloat16, True) == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_heads_beyond_any_model_are_refused_at_once(checkpoint: Make, family: str) -> None:
     """Whose angles transformers would compute, 6 GB and half a minute of them, before any tensor is compared."""
