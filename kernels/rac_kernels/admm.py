@@ -28,7 +28,7 @@ from rac_kernels.select import mask_by_score
 
 FIRST_PENALTY = 0.1
 CHECK = 3
-RENEW = 8  # steps of a short run with one penalty
+RENEW = 5  # steps of a short run with one penalty
 SHORT_RANGE = 6.0  # of the penalty, from the first to the last step of a short run
 RELAXATION = 1.3  # of a short run: V is taken so far beyond Q
 SIDE = 512  # rows or columns of H that are inverted at a time
