@@ -231,8 +231,7 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
     H, triangle, diagonal, _ = system
     if triangle == "full":
         torch.mm(A, H, out=out)
-        lacks = diagonal - H.diagonal()
-        return out.addcmul_(A, lacks) if lacks.any() else out
+        return out.addcmul_(A, diagonal - H.diagonal())
     n = H.shape[0]
     if triangle == "upper":
         H = H.T
@@ -250,13 +249,13 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row: [rows] fp64, of products in the dtype of both."""
-    return (a * b).sum(1, dtype=torch.float64)
+    """Row by row, in fp64: [rows]."""
+    return (a.double() * b).sum(1)
 
 
 def _size(a: Tensor, diagonal: Tensor) -> Tensor:
-    """√(Σ a_j² H_jj), row by row: [rows] fp64."""
-    return _dot(a.square(), diagonal).sqrt()
+    """√(Σ a_j² H_jj), row by row, in fp64: [rows]."""
+    return (a.double().square_() @ diagonal.double()).sqrt()
 
 
 def _rows(
