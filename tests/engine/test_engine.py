@@ -861,7 +861,8 @@ def test_a_job_with_activations_on_disk_goes_on_to_the_same_bytes_within_any_lim
 ) -> None:
     """Stopped under a limit that sends activations to disk; gone on with under it, under a lower one, and without."""
     monkeypatch.setattr(engine, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
-    source, rules, calibration = checkpoint("qwen2"), settings(**changes), tiny.calibration([40, 17, 40, 25, 1, 9] * 16)
+    source, rules = checkpoint("qwen2"), settings(dtype="bfloat16", **changes)
+    calibration = tiny.calibration([40, 17, 40, 25, 1, 9] * 16)
     whole = prune(source, tmp_path / "whole", rules, calibration)
     activations = 16 * 132 * (48 * (2 if rules.reconstructs == "residual" else 1) + 80) * 2
     limit, places = whole.end["plan"]["host_peak"] - 3 * activations // 4, list[str]()
