@@ -683,13 +683,12 @@ class _Layer:
             scores = self.tensors[last.tensor].to(job.device, torch.float32).square().mul_(statistic.value)
             order = spread_columns(scores, pattern).cpu()
             del scores
-        blocks = [block, *([self.beside[number].block] if number in self.beside else [])]
+        # The dense block beside stays as it is: what is asked of it does not depend on the order but for the last bits,
+        # and those have to be the same when an unfinished job goes through this layer again.
         for matrix in own:
             dense = self.tensors[matrix.tensor]
             self.tensors[matrix.tensor] = moved = dense[:, order] if matrix is last else dense[order]
-            weight = nn.Parameter(moved.to(job.device, job.dtype), requires_grad=False)
-            for each in blocks:
-                each.linears[matrix.module].weight = weight
+            block.linears[matrix.module].weight = nn.Parameter(moved.to(job.device, job.dtype), requires_grad=False)
             self.reordered.add(matrix.module)
 
     def _tune(self, stream: Stream, block: Block, groups: list[list[Matrix]]) -> None:

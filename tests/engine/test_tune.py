@@ -97,17 +97,19 @@ def test_what_tuning_makes_worse_is_not_kept(checkpoint: Make, tmp_path: Path, m
     assert all(torch.equal(plain[name], spoilt[name]) for name in plain)
 
 
-def test_a_job_stopped_while_it_tunes_ends_with_the_same_bytes(checkpoint: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_job_stopped_while_it_tunes_ends_with_the_same_bytes(checkpoint: Make, tmp_path: Path, dtype: str) -> None:
+    """In fp32 it shows whether the dense model's tokens went through the layer before in the same order of neurons."""
     source, calibration = checkpoint("qwen2"), tiny.calibration()
-    prune(source, tmp_path / "whole", settings(tune=2), calibration)
+    prune(source, tmp_path / "whole", settings(tune=2, dtype=dtype), calibration)
 
     def stop(said: str) -> None:
         if said.startswith("layer 2/3: tuning mlp"):
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted):
-        prune(source, tmp_path / "out", settings(tune=2), calibration, progress=stop)
-    assert prune(source, tmp_path / "out", settings(tune=2), calibration).resumed == 1
+        prune(source, tmp_path / "out", settings(tune=2, dtype=dtype), calibration, progress=stop)
+    assert prune(source, tmp_path / "out", settings(tune=2, dtype=dtype), calibration).resumed == 1
     whole, out = load(tmp_path / "whole"), load(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
