@@ -3,12 +3,6 @@
 
 namespace {
 
-inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
-
 // What stays of each group of a row: all but the group - keep smallest; of equal ones the leftmost goes.
 template <int64_t kGroup>
 inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict kept, int64_t n, int64_t keep,
@@ -74,7 +68,7 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
             }
             for (int64_t j = 0; j < n; ++j) {
                 t[j] *= stays[j] ? 1.0f : shrink;
-                out[j] = to_bf16((stays[j] ? t[j] : -t[j]) - aim[j]);
+                out[j] = to_bf16((stays[j] ? t[j] : -t[j]) - aim[j]).bits;
             }
         }
     });

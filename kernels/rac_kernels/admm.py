@@ -15,6 +15,7 @@ Reference: Meng et al., "ALPS" (NeurIPS 2024, arXiv 2406.07831): ρ from 0.1, a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,43 +100,47 @@ def admm_short_(
     groups = [len(W)] if row_groups is None else list(row_groups)
     settle = _settle_native if choose(backend, U.device, triton=True) == "native" else _settle_reference
     goal = W.to(U.dtype) * root
-    # T is Q where a weight stays, and the multiplier by the penalty where it goes: the other one is zero there.
-    T, V = goal.clone(), torch.empty_like(goal)
     kept = torch.ones(goal.shape, dtype=torch.bool, device=U.device)
-    gap = torch.empty(goal.shape, dtype=torch.bfloat16, device=U.device)
+    state = State(goal.clone(), torch.empty_like(goal), kept, goal, torch.empty_like(goal, dtype=torch.bfloat16))
     M = torch.empty(n, n, dtype=torch.bfloat16, device=U.device)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
-    penalty = FIRST_PENALTY
     for step in range(steps):
-        V.copy_(goal)
+        state.V.copy_(goal)
         if step:  # before the first, Q is W
             if step == 1 or step % RENEW == 0:
-                penalty *= growth if step > 1 else 1
+                penalty = FIRST_PENALTY * growth ** (step // RENEW)
                 refactor_(factor, penalty * weight)
                 _inverse_(U)
                 _scaled(U, root * penalty**0.5, M)
-            cross_accumulate_(V, gap.T, M, backend=backend)
+            cross_accumulate_(state.V, state.gap.T, M, backend=backend)
         shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
-        settle(T, V, kept, goal, gap, RELAXATION if step else 1.0, shrink, sparsity, pattern, groups)
-    return T.mul_(kept).div_(root).add_(0.0)
+        settle(state, RELAXATION if step else 1.0, shrink, sparsity, pattern, groups)
+    return state.T.mul_(kept).div_(root).add_(0.0)
+
+
+class State(NamedTuple):
+    """Of a short run, all [rows, n] and of H scaled."""
+
+    T: Tensor
+    """fp32: Q where a weight stays, the multiplier by the penalty where it goes; the other one is zero there."""
+    V: Tensor
+    """fp32."""
+    kept: Tensor
+    """bool: what stays."""
+    goal: Tensor
+    """fp32: W."""
+    gap: Tensor
+    """bf16: what the next product is made of, Q − L/ρ − W."""
 
 
 def _settle_reference(
-    T: Tensor,
-    V: Tensor,
-    kept: Tensor,
-    goal: Tensor,
-    gap: Tensor,
-    relaxation: float,
-    shrink: float,
-    sparsity: float,
-    pattern: Pattern | None,
-    groups: Sequence[int],
+    state: State, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None, groups: Sequence[int]
 ) -> None:
     """What ADMM does between two products: T relaxed towards V, the mask of its largest, `gap` for the next product.
 
     Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
     """
+    T, V, kept, goal, gap = state
     some = max(1, ELEMENTS // T.shape[1])
     for t, v, own in zip(T.split(some), V.split(some), kept.split(some), strict=True):
         t.sub_(t * own, alpha=relaxation).add_(v, alpha=relaxation)
@@ -148,24 +153,13 @@ def _settle_reference(
 
 
 def _settle_native(
-    T: Tensor,
-    V: Tensor,
-    kept: Tensor,
-    goal: Tensor,
-    gap: Tensor,
-    relaxation: float,
-    shrink: float,
-    sparsity: float,
-    pattern: Pattern | None,
-    groups: Sequence[int],
+    state: State, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None, groups: Sequence[int]
 ) -> None:
     keep, group = pattern or (0, 0)
-    row = 0
-    for rows in groups:
-        parts = [tensor[row : row + rows].data_ptr() for tensor in (T, V, kept, goal, gap)]
-        zeros = zeros_of(sparsity, rows * T.shape[1])
-        native.library().settle(*parts, rows, T.shape[1], zeros, keep, group, relaxation, shrink, native.threads())
-        row += rows
+    for parts in zip(*(tensor.split(groups) for tensor in state), strict=True):
+        rows, n = parts[0].shape
+        pointers, zeros = [part.data_ptr() for part in parts], zeros_of(sparsity, rows * n)
+        native.library().settle(*pointers, rows, n, zeros, keep, group, relaxation, shrink, native.threads())
 
 
 def _inverse_(U: Tensor) -> None:

@@ -1,9 +1,9 @@
 """The engine's own: a short ADMM finds the mask, then the weights become the best there are on it.
 
-Where ALPS decomposes H and goes on until the mask stands still, this one factors H + λI and a penalty anew for each of
-a few penalties, in the memory that H has, and takes a fixed number of steps, more slowly at each penalty
-(benchmarks/solvers.py holds both). The cost of H + λI is what is minimised throughout, so with outputs matched
-(rac_kernels.matched_target) the same λ holds in the target and in the solver.
+Where ALPS decomposes H and goes on until the mask stands still, this one inverts H + λI and a penalty anew for each of
+a few penalties, in the memory that H has, and takes a fixed number of steps, their products in bf16, more slowly at
+each penalty (benchmarks/solvers.py holds both). The cost of H + λI is what is minimised throughout, so with outputs
+matched (rac_kernels.matched_target) the same λ holds in the target and in the solver.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def rac(problem: Problem) -> Solution:
     factor = problem.gram.borrow(target.damping)
     goal = problem.weights.masked_fill(factor.dead, 0)
     masked = admm_short_(goal, factor, target.sparsity, target.pattern, STEPS, problem.rows)
-    H = symmetrize_(factor.U.T)  # H lies below the diagonal; U is used up
+    H = factor.U  # used up: H + λI again, of which all but the diagonal lies below it
+    symmetrize_(H.T)
     H.diagonal().copy_(factor.damped)
-    refined, how = refine(masked, H.T, goal, iterations=REFINING_STEPS, tolerance=TOLERANCE)
+    refined, how = refine(masked, H, goal, iterations=REFINING_STEPS, tolerance=TOLERANCE)
     return Solution(refined, factor.damping, STEPS + how.iterations)

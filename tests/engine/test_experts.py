@@ -273,8 +273,8 @@ def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
         begin(self)
 
     monkeypatch.setattr(engine._Layer, "prune", noted)
+    prune(source, tmp_path / "whole", settings(dtype="bfloat16"), calibration)
     model = Model.open(Checkpoint.open(source))
-    prune(source, tmp_path / "whole", settings(dtype=str(model.dtype).removeprefix("torch.")), calibration)
     stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
     for layer, hidden in enumerate(beside):
         assert torch.equal(hidden, stream.hidden.read(0, TOKENS)), layer

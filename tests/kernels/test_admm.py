@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
-from rac_kernels.admm import SIDE, _inverse_, _scaled, _settle_native, _settle_reference
+from rac_kernels.admm import SIDE, State, _inverse_, _scaled, _settle_native, _settle_reference
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,10 +80,9 @@ def test_settling_in_native_code_is_the_reference_to_the_bit(
     torch.set_num_threads(threads)
     try:
         for settle in (_settle_native, _settle_reference):
-            own = [x.clone() for x in (T, V, kept, goal)]
-            gap = torch.empty(37, 96, dtype=torch.bfloat16)
-            settle(own[0], own[1], own[2], own[3], gap, 1.5, 0.5, sparsity, pattern, [10, 27])
-            found.append((own[0], own[2], gap))
+            state = State(T.clone(), V.clone(), kept.clone(), goal, torch.empty(37, 96, dtype=torch.bfloat16))
+            settle(state, 1.5, 0.5, sparsity, pattern, [10, 27])
+            found.append((state.T, state.kept, state.gap))
     finally:
         torch.set_num_threads(before)
     for native, reference in zip(*found, strict=True):
@@ -92,9 +91,8 @@ def test_settling_in_native_code_is_the_reference_to_the_bit(
 
 def test_settling_rounds_to_the_nearest_bf16() -> None:
     T = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
-    goal, gap = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.bfloat16)
-    kept = torch.ones(T.shape, dtype=torch.bool)
-    _settle_native(T.clone(), T.clone(), kept, goal, gap, 1.0, 1.0, 0.0, None, [64])
+    kept, gap = torch.ones(T.shape, dtype=torch.bool), torch.empty(T.shape, dtype=torch.bfloat16)
+    _settle_native(State(T.clone(), T.clone(), kept, torch.zeros_like(T), gap), 1.0, 1.0, 0.0, None, [64])
     torch.testing.assert_close(gap, T.bfloat16(), rtol=0, atol=0)
 
 
@@ -139,10 +137,9 @@ def test_products_in_bf16_cost_nothing_of_the_objective(monkeypatch: pytest.Monk
     def product(V: Tensor, gap: Tensor, M: Tensor, backend: str) -> None:
         V.add_((exact["gap"].double() @ exact["M"]).float())
 
-    def settle(*arguments: Any) -> None:
-        T, _, kept, goal, *_ = arguments
-        _settle_reference(*arguments)
-        exact["gap"] = torch.where(kept, T, -T) - goal
+    def settle(state: State, *how: Any) -> None:
+        _settle_reference(state, *how)
+        exact["gap"] = torch.where(state.kept, state.T, -state.T) - state.goal
 
     module = sys.modules["rac_kernels.admm"]
     for name, instead in {"_scaled": keep, "cross_accumulate_": product, "_settle_native": settle}.items():
