@@ -505,7 +505,7 @@ def _phases(
 
     algebra = METHODS[method].needs == "hessian"
     kept_once, by_thread = WORKSPACE_BYTES[algebra]
-    if not on_gpu and working_dtype(torch.bfloat16, on_gpu) == torch.float32:
+    if working_dtype(torch.bfloat16, on_gpu) == torch.float32:
         kept_once -= UNUSED_BYTES[algebra]
     base_host = {
         "program": program + (CUDA_HOST_BYTES if on_gpu else 0),
@@ -547,7 +547,9 @@ def _phases(
         if matched and beside and stage is not shape.head:
             # Where nothing is converted, of what is pruned; the rest is the same memory.
             gone = stage.gone + (stage.before + sum(found.weights for found in stage.inputs) if done else 0)
-            dense = (own - gone) * size if converted else 0 if done else stage.before * shape.weight_size
+            # An MLP that gets another order is so before any of it is pruned.
+            apart = _mlp(shape, stage.inputs[0]) if settings.reorders and _is_mlp(stage) else stage.before
+            dense = (own - gone) * size if converted else 0 if done else apart * shape.weight_size
             weights["weights of the dense layer"] = dense
         work = {purpose: count for purpose, count in {**weights, **work, **workspace}.items() if count}
         host = {**base_host, **layer_host, **host}
@@ -600,8 +602,7 @@ def _phases(
                 passing = max(passing, leaving) + chunk * hidden * size
                 counting += chunk * hidden * size
                 if converted and not before.attention:
-                    mlp = sum(i.weights for i in shape.inputs if not i.attention and i.key[0] == before.key[0])
-                    work["weights of the block before"] = mlp * size
+                    work["weights of the block before"] = _mlp(shape, before) * size
             work["activations of a chunk"] = max(passing, counting)
             if longest > chunk and (whole or any(i.attention and not i.entrance for i in stage.inputs)):
                 work["keys and values"] = streams * longest * shape.attention.key_values * size
@@ -628,6 +629,16 @@ def _phases(
             if each.key in largest:
                 each.host.pop(BEHIND, None)
     return phases, disk
+
+
+def _mlp(shape: Shape, found: Input) -> int:
+    """Weights of the MLP in a layer as that of an input."""
+    return sum(i.weights for i in shape.inputs if not i.attention and i.key[0] == found.key[0])
+
+
+def _is_mlp(stage: Stage) -> bool:
+    """Whether a stage is of an MLP without experts."""
+    return not any(found.attention or found.count > 1 for found in stage.inputs)
 
 
 def _block_before(shape: Shape, stage: Stage, choice: Choice) -> Input | None:
