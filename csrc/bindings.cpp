@@ -160,6 +160,13 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
+        "row_dots",
+        [](Address A, Address B, Address weights, Address dots, int64_t rows, int64_t n, int threads) {
+            RAC_OP(row_dots)(pointer<const float>(A), pointer<const float>(B), pointer<const float>(weights),
+                             pointer<double>(dots), rows, n, threads);
+        },
+        NoGil());
+    m.def(
         "settle",
         [](Address T, Address V, Address kept, Address goal, Address gap, int64_t rows, int64_t n, int64_t zeros,
            int64_t keep, int64_t group, float relaxation, float shrink, int threads) {

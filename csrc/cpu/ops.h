@@ -38,6 +38,9 @@ Status mirror(float* H, int64_t n, int64_t h_stride, bool down, int threads);
 int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t* mask, const float* inverse,
                     double* sizes, const double* done_at, int32_t* counts, int64_t rows, int64_t n, int threads);
 
+// dots [rows] = sum over j of A[i, j] B[i, j] weights[j], A and B [rows, n], in fp64; weights may be null.
+void row_dots(const float* A, const float* B, const float* weights, double* dots, int64_t rows, int64_t n, int threads);
+
 // What ADMM does between two products, of one matrix [rows, n]: T = relaxation V + T, where a weight stays relaxation V
 // + (1 - relaxation) T; then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay;
 // T of those that go is multiplied by `shrink`; gap (bf16) = T - goal, of those that go -T - goal. V is overwritten.

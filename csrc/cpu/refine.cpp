@@ -60,3 +60,25 @@ int64_t rac::RAC_ISA::refine_step(float* Q, float* R, float* P, const float* A, 
     });
     return going;
 }
+
+void rac::RAC_ISA::row_dots(const float* A, const float* B, const float* weights, double* dots, int64_t rows, int64_t n,
+                            int threads) {
+    for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const float* const __restrict a = A + row * n;
+            const float* const __restrict b = B + row * n;
+            constexpr int64_t kLanes = 16;
+            double lanes[kLanes] = {}, total = 0;
+            const auto product = [&](int64_t j) {
+                const double plain = static_cast<double>(a[j]) * b[j];
+                return weights ? plain * weights[j] : plain;
+            };
+            int64_t j = 0;
+            for (; j + kLanes <= n; j += kLanes)
+                for (int64_t k = 0; k < kLanes; ++k) lanes[k] += product(j + k);
+            for (; j < n; ++j) total += product(j);
+            for (int64_t k = 0; k < kLanes; ++k) total += lanes[k];
+            dots[row] = total;
+        }
+    });
+}

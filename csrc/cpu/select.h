@@ -56,6 +56,19 @@ Kth kth_smallest_key(int64_t count, int64_t k, int64_t* counts, int threads, con
     return found;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each of the 256 ways to choose from eight lanes, which lanes those are, one after the other.
+struct Compress {
+    int32_t lanes[256][8];
+    constexpr Compress() : lanes{} {
+        for (int chosen = 0; chosen < 256; ++chosen)
+            for (int lane = 0, at = 0; lane < 8; ++lane)
+                if (chosen >> lane & 1) lanes[chosen][at++] = lane;
+    }
+};
+alignas(kCacheLine) constexpr Compress kCompress;
+#endif
+
 // Keys in the bracket [low, high] in `from[0 .. count - 1]`, copied to `to`, which has room for a vector more; `below`
 // grows by the number of keys that are smaller. How many were copied.
 inline int64_t collect(const int32_t* from, int64_t count, int32_t low, int32_t high, int32_t* to, int64_t& below) {
@@ -70,6 +83,18 @@ inline int64_t collect(const int32_t* from, int64_t count, int32_t low, int32_t 
         below += __builtin_popcount(small);
         found += __builtin_popcount(inside);
     }
+#elif defined(__AVX2__)
+    const __m256i lowest = _mm256_set1_epi32(low), highest = _mm256_set1_epi32(high);
+    const auto lanes = [](__m256i x) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(x))); };
+    for (; i + 8 <= count; i += 8) {
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+        const unsigned small = lanes(_mm256_cmpgt_epi32(lowest, x));
+        const unsigned inside = (small | lanes(_mm256_cmpgt_epi32(x, highest))) ^ 255;
+        const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kCompress.lanes[inside]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + found), _mm256_permutevar8x32_epi32(x, order));
+        below += __builtin_popcount(small);
+        found += __builtin_popcount(inside);
+    }
 #endif
     for (; i < count; ++i) {
         to[found] = from[i];
@@ -79,7 +104,7 @@ inline int64_t collect(const int32_t* from, int64_t count, int32_t low, int32_t 
     return found;
 }
 
-constexpr int64_t kSample = 4096, kShares = 64;
+constexpr int64_t kSample = 4096, kShares = 64;  // sampled at most; an eighth of what there is where that is less
 constexpr int64_t kVector = 16;
 
 // Of what kth_smallest_score needs for itself, in elements.
@@ -92,13 +117,14 @@ inline Kth kth_smallest_score(const int32_t* scores, int64_t count, int64_t k, i
     const auto smallest = [&](const int32_t* from, int64_t of, int64_t rank, int team) {
         return kth_smallest_key(of, rank, counts, team, [&](int64_t i) { return static_cast<uint32_t>(from[i]); });
     };
-    if (count < 16 * kSample) return smallest(scores, count, k, threads);
+    if (count < 2 * kSample) return smallest(scores, count, k, threads);
     int32_t* sample = keys + count + 2 * threads * kVector;
-    const int64_t stride = count / kSample | 1;  // odd: no multiple of a tile's rows
+    const int64_t stride = max_of<int64_t>(count / kSample, 8) | 1;  // odd: no multiple of a tile's rows
     int64_t sampled = 0;
     for (int64_t i = 0; i < count && sampled < kSample; i += stride) sample[sampled++] = scores[i];
     // Four standard deviations of the sample's quantile to either side.
-    const int64_t middle = static_cast<int64_t>(static_cast<double>(k) / count * sampled), margin = 4 * 32;
+    const int64_t middle = static_cast<int64_t>(static_cast<double>(k) / count * sampled);
+    const int64_t margin = static_cast<int64_t>(2 * __builtin_sqrt(static_cast<double>(sampled)));
     const int32_t low = middle <= margin ? 0 : static_cast<int32_t>(smallest(sample, sampled, middle - margin, 1).key);
     const int32_t high = middle + margin >= sampled
                              ? 0x7fffffff

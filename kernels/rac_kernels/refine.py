@@ -248,14 +248,18 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
     return out
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, in fp64: [rows]."""
-    return (a.double() * b).sum(1)
+def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Row by row, in fp64: [rows]. weights: [n]."""
+    product = a.double() * b.double()
+    return product.sum(1) if weights is None else product @ weights.double()
 
 
-def _size(a: Tensor, diagonal: Tensor) -> Tensor:
-    """√(Σ a_j² H_jj), row by row, in fp64: [rows]."""
-    return (a.double().square_() @ diagonal.double()).sqrt()
+def _dot_native(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
+    a, b = a.contiguous(), b.contiguous()
+    dots = torch.empty(len(a), dtype=torch.float64)
+    pointers = a.data_ptr(), b.data_ptr(), 0 if weights is None else weights.data_ptr(), dots.data_ptr()
+    native.library().row_dots(*pointers, *a.shape, native.threads())
+    return dots
 
 
 def _rows(
@@ -271,15 +275,16 @@ def _rows(
     backend: str,
 ) -> None:
     """Q = start, refined; found as `_refine_op` returns it."""
+    dot = _dot_native if backend == "native" else _dot
     Q.copy_(start)
     work = torch.empty_like(Q)
     error = target - Q
     symmetric_product(error, system, work)
-    before = _dot(error, work)
+    before = dot(error, work)
     first = torch.where(mask, work, 0)
     R = first.clone()
     P = R * system.inverse
-    size = _dot(R, P)
+    size = dot(R, P)
     support = mask.sum(1)
     # Below the second figure lies what rounding makes of an optimum: |r_j| ≤ √(H_jj objective) if exact.
     done_at = torch.maximum(size * tolerance**2, before * support * (torch.finfo(Q.dtype).eps / 4) ** 2)
@@ -301,18 +306,18 @@ def _rows(
         going = iteration % looks != looks - 1 or bool(left)
     torch.sub(target, Q, out=error)
     symmetric_product(error, system, work)
-    after = _dot(error, work)
+    after = dot(error, work)
     R = torch.where(mask, work, 0)
     # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉. It has
     # to exceed what rounding makes of it, each element of r being a sum of n products, |H_ij| ≤ √(H_ii H_jj).
     moved = Q - start
-    fall = _dot(moved, first + R)
-    spread = _size(moved, system.diagonal) * (_size(target - start, system.diagonal) + _size(error, system.diagonal))
-    better = fall > torch.finfo(Q.dtype).eps * spread
+    fall = dot(moved, first + R)
+    far, before_it, after_it = (dot(a, a, system.diagonal).sqrt() for a in (moved, target - start, error))
+    better = fall > torch.finfo(Q.dtype).eps * far * (before_it + after_it)
     Q.copy_(torch.where(better[:, None], Q, start))
     R = torch.where(better[:, None], R, first)
     found[:, 0] = counts
-    found[:, 1] = torch.where(size > 0, (_dot(R, R * system.inverse) / size).sqrt(), 0)
+    found[:, 1] = torch.where(size > 0, (dot(R, R, system.inverse) / size).sqrt(), 0)
     found[:, 2] = before
     found[:, 3] = torch.where(better, after, before)
     found[:, 4] = ~better
