@@ -28,7 +28,7 @@ from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS, rac
 from rac_engine.solve.matrices import TOGETHER, WHOLE
 from rac_engine.tune import BATCH, STEPS
-from rac_kernels.admm import SIDE
+from rac_kernels.admm import side_of
 from rac_kernels.factor import EXACT as FACTORED_IN_FP64
 from rac_kernels.objective import COLUMNS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
@@ -707,7 +707,7 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
     if settings.method in COPIES:
         solving = COPIES[settings.method][on_gpu] * some
         if settings.method == "rac":
-            solving += 2 * n * n + 12 * min(SIDE, n) * n  # what the steps multiply by, and bands of it
+            solving += 2 * n * n + 12 * side_of(n) * n  # what the steps multiply by, and bands of it
         solving = max(solving, REFINED * some + _refining(found, settings, some // n, on_gpu))
     else:
         solving = SWEEPING[on_gpu] * some

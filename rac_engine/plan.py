@@ -21,7 +21,7 @@ from rac_engine.results import percent
 from rac_engine.sizes import format_bytes, format_count, format_seconds
 from rac_engine.solve import METHODS, alps, rac
 from rac_kernels import roofline
-from rac_kernels.admm import CHECK, RENEW
+from rac_kernels.admm import CHECK, inversions
 from rac_kernels.roofline import Peaks
 
 # Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
@@ -347,8 +347,8 @@ def _work(
             flops += 2.0 * width * length * tokens * len(layers)
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
         if settings.method == "rac":
-            steps, refining, inverses = rac.STEPS, rac.REFINING_STEPS, -(-rac.STEPS // RENEW)
-            products = steps + refining - 1  # the first step has nothing to multiply
+            inverses = inversions(rac.STEPS)
+            products = rac.STEPS - 1 + rac.REFINING_STEPS + 2  # none in the first step; two of refine measure
             flops = sum(2.0 * rows * n * n * products + n**3 * inverses for n, rows in stages)
             work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
         elif settings.method == "alps":

@@ -29,10 +29,10 @@ from rac_kernels.select import mask_by_score
 
 FIRST_PENALTY = 0.1
 CHECK = 3
-RENEW = 5  # steps of a short run with one penalty
+RENEW = 4  # steps of a short run with one penalty
+INVERT = 3  # H is inverted with every so many-th penalty
 SHORT_RANGE = 6.0  # of the penalty, from the first to the last step of a short run
-RELAXATION = 1.3  # of a short run: V is taken so far beyond Q
-SIDE = 512  # rows or columns of H that are inverted at a time
+RELAXATION = 1.2  # of a short run: V is taken so far beyond Q
 ELEMENTS = 1 << 24  # of W that go through a step's sums and differences at a time
 RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
 
@@ -76,16 +76,18 @@ def admm_short_(
     """Q [rows, n] fp32 as by `admm` for H + λI, by a fixed number of steps and a penalty that rises at a fixed pace.
 
     W: [rows, n], any float dtype. ``factor`` is of H + λI and says both; its U is overwritten. ρ grows from 0.1 to 0.6
-    over the steps, over-relaxed by 1.3 (Boyd et al., "Distributed optimization and statistical learning via ADMM",
+    over the steps, over-relaxed by 1.2 (Boyd et al., "Distributed optimization and statistical learning via ADMM",
     2011, 3.4.3). With the multipliers by the penalty, L/ρ, a step is
 
         V ← W + (Q − L/ρ − W) M,   M = ρ (H + ρI)⁻¹,
 
     H scaled. No element of M exceeds 1, and what it is applied to is a difference that every step makes anew: both go
     into the product as bf16, 2·rows·n² FLOP a step, summed in fp32 (rounded to 5 bits instead of bf16's 8 they leave
-    the objective as it is within 0.1%). H + λI and the penalty are factored and inverted anew every RENEW steps, n³
-    FLOP in the memory that U has. Beside it M is held, and of W's size three matrices in fp32, one in bf16, a mask and
-    what selection takes. ``row_groups``: row counts of matrices stacked in W, each with its own zeros to reach.
+    the objective as it is within 0.1%). ρ rises every RENEW steps. H + λI and every INVERT-th of its values are
+    factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal parts: an eigenvalue
+    of M is a logistic curve over log ρ, which the chords follow within 0.005. Beside U M is held, and of W's size three
+    matrices in fp32, one in bf16, a mask and what selection takes. ``row_groups``: row counts of matrices stacked in W,
+    each with its own zeros to reach.
     ``backend`` as in `rac_kernels.backend.choose`. Other arguments as for `admm`.
     """
     n = len(factor.diagonal)
@@ -104,18 +106,33 @@ def admm_short_(
     state = State(goal.clone(), torch.empty_like(goal), kept, goal, torch.empty_like(goal, dtype=torch.bfloat16))
     M = torch.empty(n, n, dtype=torch.bfloat16, device=U.device)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
+
+    def invert(index: int) -> Tensor:
+        """U becomes the inverse for the penalty of that index; what M is of it, by the rows and the columns."""
+        penalty = FIRST_PENALTY * growth**index
+        refactor_(factor, penalty * weight)
+        _inverse_(U)
+        return root * penalty**0.5
+
     for step in range(steps):
         state.V.copy_(goal)
         if step:  # before the first, Q is W
-            if step == 1 or step % RENEW == 0:
-                penalty = FIRST_PENALTY * growth ** (step // RENEW)
-                refactor_(factor, penalty * weight)
-                _inverse_(U)
-                _scaled(U, root * penalty**0.5, M)
+            index = step // RENEW
+            if step == 1:
+                _scaled(U, invert(0), M)
+            elif step % RENEW == 0:
+                if (index - 1) % INVERT == 0:
+                    scale = invert(index + INVERT - 1)
+                _scaled(U, scale, M, 1 / (INVERT - (index - 1) % INVERT))
             cross_accumulate_(state.V, state.gap.T, M, backend=backend)
         shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
         settle(state, RELAXATION if step else 1.0, shrink, sparsity, pattern, groups)
     return state.T.mul_(kept).div_(root).add_(0.0)
+
+
+def inversions(steps: int) -> int:
+    """How often a run of that many steps inverts H and a penalty."""
+    return 1 + -(-(-(-steps // RENEW) - 1) // INVERT)
 
 
 class State(NamedTuple):
@@ -162,15 +179,20 @@ def _settle_native(
         native.library().settle(*pointers, rows, n, zeros, keep, group, relaxation, shrink, native.threads())
 
 
+def side_of(n: int) -> int:
+    """Rows or columns of H that are inverted at a time: more waste products, fewer make small ones."""
+    return min(n, max(96, min(n // 16, 512)))
+
+
 def _inverse_(U: Tensor) -> None:
     """The upper triangle of U [n, n] becomes that of (U Uᵀ)⁻¹, n³ · 2/3 FLOP in place; below it nothing is touched."""
-    n = len(U)
-    bands = [slice(lo, min(lo + SIDE, n)) for lo in range(0, n, SIDE)]
+    n, side = len(U), side_of(len(U))
+    bands = [slice(lo, min(lo + side, n)) for lo in range(0, n, side)]
     for here in bands:  # X = U⁻¹, a band of columns after the other
         corner = U[here, here]
         unit = torch.eye(len(corner), dtype=U.dtype, device=U.device)
         own = torch.linalg.solve_triangular(corner, unit, upper=True)
-        for rows in bands[: here.start // SIDE]:
+        for rows in bands[: here.start // side]:
             found = U[rows, rows].triu() @ U[rows, here]
             found.addmm_(U[rows, rows.stop : here.start], U[rows.stop : here.start, here])
             torch.mm(found, own, out=U[rows, here]).neg_()
@@ -183,12 +205,15 @@ def _inverse_(U: Tensor) -> None:
         corner.copy_(own.triu_().add_(corner.tril(-1)))
 
 
-def _scaled(U: Tensor, scale: Tensor, M: Tensor) -> None:
-    """M [n, n] bf16 = the symmetric matrix in U's upper triangle, its rows and columns times `scale` [n]."""
-    n = len(U)
-    for lo in range(0, n, SIDE):
-        hi = min(lo + SIDE, n)
+def _scaled(U: Tensor, scale: Tensor, M: Tensor, share: float = 1.0) -> None:
+    """M [n, n] bf16 goes by `share` towards the symmetric matrix in U's upper triangle, its rows and columns times
+    `scale` [n]; with 1 it need not hold anything."""
+    n, side = len(U), side_of(len(U))
+    for lo in range(0, n, side):
+        hi = min(lo + side, n)
         band = U[lo:hi, lo:] * scale[lo:] * scale[lo:hi, None]
+        if share < 1:
+            band = M[lo:hi, lo:].float().lerp(band, share)
         M[lo:hi, lo:] = band
         M[hi:, lo:hi] = band[:, hi - lo :].T
         corner = band[:, : hi - lo].triu()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
-from rac_kernels.admm import SIDE, State, _inverse_, _scaled, _settle_native, _settle_reference
+from rac_kernels.admm import State, _inverse_, _scaled, _settle_native, _settle_reference, inversions
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def test_settling_rounds_to_the_nearest_bf16() -> None:
     torch.testing.assert_close(gap, T.bfloat16(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("n", [1, 50, SIDE, SIDE + 1, 2 * SIDE + 88])
+@pytest.mark.parametrize("n", [1, 50, 96, 97, 280, 1700])
 def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
     x = torch.randn(2 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     factor = factor_((x.T @ x).float(), 0.01)
@@ -108,7 +108,7 @@ def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
 
 
 def test_a_step_multiplies_by_the_symmetric_matrix() -> None:
-    n = SIDE + 40
+    n = 230
     U = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
     scale = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5
     M = torch.empty(n, n, dtype=torch.bfloat16)
@@ -116,6 +116,29 @@ def test_a_step_multiplies_by_the_symmetric_matrix() -> None:
     whole = (U.triu() + U.triu(1).T) * scale[:, None] * scale
     torch.testing.assert_close(M.float(), whole, rtol=2**-8, atol=0)
     assert torch.equal(M, M.T)
+    before = M.float()
+    _scaled(2 * U, scale, M, 1 / 3)
+    torch.testing.assert_close(M.float(), before.lerp(2 * whole, 1 / 3), rtol=2**-8, atol=0)
+    assert torch.equal(M, M.T)
+
+
+def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    W, H = problem(48, 160)
+    module, inverted = sys.modules["rac_kernels.admm"], []
+
+    def count(U: Tensor) -> None:
+        inverted.append(U)
+        _inverse_(U)
+
+    monkeypatch.setattr(module, "_inverse_", count)
+    costs = {}
+    for every in (1, module.INVERT):
+        monkeypatch.setattr(module, "INVERT", every)
+        inverted.clear()
+        costs[every] = objective(W, admm_short_(W, factor_(H.clone(), 0.01), 0.6, steps=40), H)
+        assert len(inverted) == inversions(40)
+    assert costs[module.INVERT] == pytest.approx(costs[1], rel=0.01)
+    assert costs[module.INVERT] != costs[1]
 
 
 def test_products_in_bf16_cost_nothing_of_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +152,11 @@ def test_products_in_bf16_cost_nothing_of_the_objective(monkeypatch: pytest.Monk
         return objective(W, refine(Q, H, W, iterations=200, tolerance=1e-6)[0], H)
 
     in_bf16 = cost()
-    exact = {}
+    exact: dict[str, Tensor] = {}
 
-    def keep(U: Tensor, scale: Tensor, M: Tensor) -> None:
-        exact["M"] = (U.triu() + U.triu(1).T).double() * scale.double()[:, None] * scale.double()
+    def keep(U: Tensor, scale: Tensor, M: Tensor, share: float = 1.0) -> None:
+        whole = (U.triu() + U.triu(1).T).double() * scale.double()[:, None] * scale.double()
+        exact["M"] = exact.get("M", whole).lerp(whole, share)
 
     def product(V: Tensor, gap: Tensor, M: Tensor, backend: str) -> None:
         V.add_((exact["gap"].double() @ exact["M"]).float())
