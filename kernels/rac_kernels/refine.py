@@ -250,8 +250,8 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     """Row by row, in fp64: [rows]. weights: [n]."""
-    product = a.double() * b.double()
-    return product.sum(1) if weights is None else product @ weights.double()
+    a = a.double()
+    return torch.linalg.vecdot(a if weights is None else a * weights, b.double())
 
 
 def _dot_native(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
