@@ -48,6 +48,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "not reordered nor tuned": {"reorder": "none", "tune": 0},
     "reordered only": {"tune": 0},
     "tuned only": {"reorder": "none"},
+    "tuned": {"tune": 10},
 }
 HELD_TOKENS = 20_000
 COLUMNS = {
@@ -373,7 +374,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--reconstruct", nargs="+", choices=("auto", "residual", "dense", "layer"), default=["auto"])
     parser.add_argument("--dampings", nargs="+", type=float, metavar="SHARE", help="other dampings, cells of their own")
     parser.add_argument("--token-counts", nargs="+", type=parse_size, metavar="N", help="other counts, of traces only")
-    parser.add_argument("--efforts", nargs="+", choices=EFFORTS, help="some of what the default does for 1:4 alone")
+    parser.add_argument(
+        "--efforts",
+        nargs="+",
+        choices=EFFORTS,
+        help="less than the default does at 1:4, or tuning elsewhere",
+    )
     parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")

@@ -110,7 +110,7 @@ def admm_short_(
     def invert(index: int) -> Tensor:
         """U becomes the inverse for the penalty of that index; what M is of it, by the rows and the columns."""
         penalty = FIRST_PENALTY * growth**index
-        refactor_(factor, penalty * weight)
+        refactor_(factor, penalty * weight, backend=backend)
         _inverse_(U)
         return root * penalty**0.5
 
