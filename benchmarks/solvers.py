@@ -165,8 +165,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     points = means(rows)
     shapes = sorted({(row["rows"], row["columns"]) for row in points})
-    figure, panels = pyplot.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), squeeze=False)
-    for panel, shape in zip(panels[0], shapes, strict=True):
+    across = min(len(shapes), 4)
+    down = -(-len(shapes) // across)
+    figure, panels = pyplot.subplots(down, across, figsize=(4 * across, 4 * down), squeeze=False)
+    for panel in panels.flat[len(shapes) :]:
+        panel.axis("off")
+    for panel, shape in zip(panels.flat, shapes, strict=False):
         here = [row for row in points if (row["rows"], row["columns"]) == shape]
         for sparsity in dict.fromkeys(row["sparsity"] for row in here):
             own = sorted((row for row in here if row["sparsity"] == sparsity), key=lambda row: row["seconds"])
