@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from rac_engine import __version__
@@ -115,15 +116,32 @@ def _failed(error: Exception, verbose: bool) -> int:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """While a command runs, SIGTERM stops it as Ctrl-C does."""
+    heard = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+        heard.append(signal.SIGINT)
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in heard:
+            before[number] = signal.signal(number, _stop)
     except ValueError:  # not in the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt; within a finalizer, whose exceptions Python only reports, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            signal.signal(signal.SIGALRM, _stop)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 # Options. Those that set a field of a recipe take their help, type and default from the field.

@@ -403,6 +403,25 @@ def test_sigterm_stops_a_job_cleanly_and_the_same_command_ends_it(rac, tmp_path,
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_in_a_finalizer_is_not_lost(number: signal.Signals) -> None:
+    finalized = []
+
+    class Late:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            for _ in range(100):
+                finalized.append(str(number))
+
+    with pytest.raises(KeyboardInterrupt), cli._terminable():
+        del (made := [Late()])[0]
+        for _ in range(1000):
+            time.sleep(0.001)
+        assert not made
+    assert len(finalized) == 100
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_bug_shows_its_traceback_and_an_error_of_the_system_does_not(rac, checkpoint, monkeypatch):
     def fail(error: Exception) -> Outcome:
         def prune(*_: object, **__: object) -> None:
