@@ -116,7 +116,7 @@ def _failed(error: Exception, verbose: bool) -> int:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """While a command runs, SIGTERM stops it as Ctrl-C does."""
-    heard = [signal.SIGTERM]
+    heard = [signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
         heard.append(signal.SIGINT)
     before = {}
@@ -129,6 +129,7 @@ def _terminable() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -137,7 +138,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """KeyboardInterrupt; within a finalizer, whose exceptions Python only reports, a moment later."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
-            signal.signal(signal.SIGALRM, _stop)
             signal.setitimer(signal.ITIMER_REAL, 0.01)
             return
         frame = frame.f_back

@@ -4,15 +4,15 @@
 
 namespace {
 
-constexpr int64_t kChunk = 512;  // products summed in fp32 before they go to fp64
+constexpr int64_t kChunk = 512;  // products summed in lanes before they go to fp64
 
-// Sum of what f(j) gives for j < n.
-template <class F>
+// Sum of what f(j) gives for j < n, in lanes of that type.
+template <class Lane = float, class F>
 inline double sum_of(int64_t n, const F& f) {
     double total = 0;
     for (int64_t first = 0; first < n; first += kChunk) {
         const int64_t width = min_of(kChunk, n - first);
-        float lanes[16] = {};
+        Lane lanes[16] = {};
         int64_t j = 0;
         for (; j + 16 <= width; j += 16)
             for (int64_t k = 0; k < 16; ++k) lanes[k] += f(first + j + k);
@@ -67,18 +67,10 @@ void rac::RAC_ISA::row_dots(const float* A, const float* B, const float* weights
         for (int64_t row = begin; row < end; ++row) {
             const float* const __restrict a = A + row * n;
             const float* const __restrict b = B + row * n;
-            constexpr int64_t kLanes = 16;
-            double lanes[kLanes] = {}, total = 0;
-            const auto product = [&](int64_t j) {
+            dots[row] = sum_of<double>(n, [&](int64_t j) {
                 const double plain = static_cast<double>(a[j]) * b[j];
                 return weights ? plain * weights[j] : plain;
-            };
-            int64_t j = 0;
-            for (; j + kLanes <= n; j += kLanes)
-                for (int64_t k = 0; k < kLanes; ++k) lanes[k] += product(j + k);
-            for (; j < n; ++j) total += product(j);
-            for (int64_t k = 0; k < kLanes; ++k) total += lanes[k];
-            dots[row] = total;
+            });
         }
     });
 }

@@ -419,6 +419,9 @@ def test_a_signal_that_comes_in_a_finalizer_is_not_lost(number: signal.Signals) 
             time.sleep(0.001)
         assert not made
     assert len(finalized) == 100
+    with cli._terminable():  # what has ended by then is not stopped later
+        Late().__del__()
+    time.sleep(0.05)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

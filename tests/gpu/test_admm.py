@@ -9,7 +9,9 @@ from torch import Tensor
 from rac_kernels import admm_short_, factor_, objective
 from tests.kernels.gram import gram
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; tests/kernels/test_admm.py has what the CPU can show"
+)
 CASES = [
     ("plain", 1, 1, "0.5"),
     ("correlated", 9, 40, "0.7"),
