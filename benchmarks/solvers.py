@@ -9,6 +9,10 @@ factors and decompositions count, measuring the objective does not. One warm-up,
 solver that took longer than `--limit` seconds once is not repeated. Synthetic inputs have a spectrum that falls by a
 power law and a few columns that are much larger than the rest, as activations have. The record is written anew after
 every matrix; what an `--out FILE` that is there holds already is not run again.
+
+`alps` is ours. With `--alps-code FOLDER`, a clone of https://github.com/mazumder-lab/ALPS, the published code runs
+beside it as `alps-code`, unchanged but that its device's name, `cuda:0`, is made the CPU's and that it waits for no
+GPU; its time is that of the whole call, with the objectives that it computes on the way.
 """
 
 from __future__ import annotations
@@ -17,10 +21,13 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from common import machine
@@ -32,9 +39,11 @@ from rac_engine.decode import load_tokenizer
 from rac_engine.models import Model
 from rac_engine.solve import Gram, Problem, Target, find_method
 from rac_engine.traces import load_calibration
-from rac_kernels import objective
+from rac_kernels import objective, symmetrize_
+from rac_kernels.pattern import parse_pattern
 
 METHODS = ("rac", "sparsegpt", "alps")
+ALPS_CODE, ALPS_URL = "alps-code", "https://github.com/mazumder-lab/ALPS"
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 
 
@@ -70,7 +79,67 @@ def of_model(folder: Path, traces: str, tokens: int) -> Iterator[tuple[str, Tens
             stream.advance(block, kept)
 
 
-def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace, known: list[dict[str, Any]]) -> None:
+Solve = Callable[[], tuple[Tensor, int | None]]
+"""What is timed; gives the pruned weights and, where it says so, how many iterations it took."""
+
+
+class PublishedALPS:
+    """ALPS's own code from a clone in `folder`, with the CPU for its device."""
+
+    def __init__(self, folder: Path) -> None:
+        module = ModuleType("alps_code")
+        source = (folder / "alps.py").read_text().replace("cuda:0", "cpu")
+        exec(compile(source, "alps.py", "exec"), module.__dict__)
+        self._solver = module.ALPS_prune
+        self.commit: str | None = None
+        if (folder / ".git").exists():
+            command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+            self.commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+    def ready(self, W: Tensor, H: Tensor, share: float, pattern: str | None) -> Solve:
+        keep, group = parse_pattern(pattern) or (0, 0)  # with a pattern the share is not looked at
+        layer = torch.nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(W.float().clone(), requires_grad=False)
+        solver = self._solver(layer, 1, 1)
+        solver.XtX = symmetrize_(H.float().clone())
+
+        def solve() -> tuple[Tensor, None]:
+            with mock.patch("torch.cuda.synchronize"):
+                solver.ALPS_admm(sp=share, nm_n=keep, nm_m=group)
+            return layer.weight.data, None
+
+        return solve
+
+
+def ours(method: str, W: Tensor, H: Tensor, share: float, pattern: str | None) -> Solve:
+    problem = Problem(W, [len(W)], Target(share, pattern), Gram(H.clone()))
+
+    def solve() -> tuple[Tensor, int | None]:
+        solution = find_method(method).solve(problem)
+        return solution.weight, solution.iterations
+
+    return solve
+
+
+def check_zeros(weight: Tensor, share: float, pattern: str | None) -> None:
+    """Raises ValueError unless `share` of the weights are zero, give or take one, or N of every M are not."""
+    zero, parsed = weight == 0, parse_pattern(pattern)
+    if parsed:
+        right = bool((zero.unflatten(1, (-1, parsed[1])).sum(2) == parsed[1] - parsed[0]).all())
+    else:
+        right = abs(int(zero.sum()) - share * zero.numel()) <= 1
+    if not right:
+        raise ValueError(f"{ALPS_CODE}: {int(zero.sum())} zeros of {zero.numel()} are not those of {pattern or share}")
+
+
+def compare(
+    name: str,
+    W: Tensor,
+    H: Tensor,
+    args: argparse.Namespace,
+    known: list[dict[str, Any]],
+    published: PublishedALPS | None = None,
+) -> None:
     """Adds to `known` a row for each sparsity and method that it lacks."""
     there = {(row["matrix"], row["sparsity"], row["method"]) for row in known}
     for sparsity, method in itertools.product(args.sparsities, args.methods):
@@ -80,11 +149,16 @@ def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace, known: li
         share = 0.5 if pattern else float(sparsity)
         seconds: list[float] = []
         while len(seconds) <= args.repeats and (len(seconds) < 1 or seconds[0] < args.limit):
-            problem = Problem(W, [len(W)], Target(share, pattern), Gram(H.clone()))
+            if published is not None and method == ALPS_CODE:
+                solve = published.ready(W, H, share, pattern)
+            else:
+                solve = ours(method, W, H, share, pattern)
             began = time.process_time()
-            solution = find_method(method).solve(problem)
+            weight, iterations = solve()
             seconds.append(time.process_time() - began)
-        error = objective(W, solution.weight.to(W.dtype), H) / objective(W, torch.zeros_like(W), H)
+        if method == ALPS_CODE:
+            check_zeros(weight, share, pattern)
+        error = objective(W, weight.to(W.dtype), H) / objective(W, torch.zeros_like(W), H)
         known.append(
             {
                 "matrix": name,
@@ -93,7 +167,7 @@ def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace, known: li
                 "sparsity": sparsity,
                 "method": method,
                 "error": error,
-                "iterations": solution.iterations,
+                "iterations": iterations,
                 "seconds": statistics.median(seconds[1:] or seconds),
             }
         )
@@ -101,7 +175,7 @@ def compare(name: str, W: Tensor, H: Tensor, args: argparse.Namespace, known: li
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each shape, sparsity and method: geometric means over the matrices, of error and time also by those of
-    ALPS and SparseGPT on the same matrix."""
+    ALPS, its published code and SparseGPT on the same matrix."""
     found = []
     keys = sorted({(row["rows"], row["columns"], row["sparsity"]) for row in rows})
     for key in keys:
@@ -129,30 +203,39 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "errors_by_alps": by_that_of("alps", "error"),
                     "seconds_by_alps": by_that_of("alps", "seconds"),
                     "seconds_by_sparsegpt": by_that_of("sparsegpt", "seconds"),
+                    "errors_by_alps_code": by_that_of(ALPS_CODE, "error"),
+                    "seconds_by_alps_code": by_that_of(ALPS_CODE, "seconds"),
                 }
             )
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """`means` in Markdown; the worst matrix stands behind the mean."""
+    """`means` in Markdown; the worst matrix stands behind the mean. ALPS's published code only where it was run."""
+    found = means(rows)
+    coded = any(row["errors_by_alps_code"] for row in found)
     lines = [
         "| rows × columns | matrices | sparsity | method | error | by ALPS's: mean, worst | iterations | seconds | "
         "by ALPS's | by SparseGPT's |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    if coded:
+        lines = [lines[0] + " error by ALPS's code: mean, worst | seconds by ALPS's code |", lines[1] + "---|---|"]
 
     def mean(values: list[float]) -> str:
         return f"{statistics.geometric_mean(values):.3g}" if values else ""
 
-    for row in means(rows):
-        errors = row["errors_by_alps"]
-        compared = f"{statistics.geometric_mean(errors):.3f}, {max(errors):.3f}" if errors else ""
+    def worst(values: list[float]) -> str:
+        return f"{statistics.geometric_mean(values):.3f}, {max(values):.3f}" if values else ""
+
+    for row in found:
         lines.append(
             f"| {row['rows']} × {row['columns']} | {row['matrices']} | {row['sparsity']} | {row['method']} | "
-            f"{row['error']:.4f} | {compared} | {row['iterations'] or ''} | {row['seconds']:.3g} | "
+            f"{row['error']:.4f} | {worst(row['errors_by_alps'])} | {row['iterations'] or ''} | {row['seconds']:.3g} | "
             f"{mean(row['seconds_by_alps'])} | {mean(row['seconds_by_sparsegpt'])} |"
         )
+        if coded:
+            lines[-1] += f" {worst(row['errors_by_alps_code'])} | {mean(row['seconds_by_alps_code'])} |"
     return "\n".join(lines)
 
 
@@ -202,19 +285,30 @@ def main() -> None:
     parser.add_argument("--traces", help="what calibrates them: a traces folder, .jsonl or text:FILE")
     parser.add_argument("--tokens", type=int, default=38_000)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--alps-code", type=Path, metavar="FOLDER", help=f"a clone of {ALPS_URL}, run as {ALPS_CODE}")
     parser.add_argument("--sparsities", nargs="+", default=list(SPARSITIES))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--limit", type=float, default=20.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else []
+    record: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"rows": []}
+    rows: list[dict[str, Any]] = record.pop("rows")
+    published = None
+    if args.alps_code:
+        if not (args.alps_code / "alps.py").is_file():
+            parser.error(f"--alps-code {args.alps_code}: no alps.py there, which a clone of {ALPS_URL} has")
+        published = PublishedALPS(args.alps_code)
+        record["alps_code"] = {"url": ALPS_URL, "commit": published.commit}
+        args.methods = list(dict.fromkeys([*args.methods, ALPS_CODE]))
+    elif ALPS_CODE in args.methods:
+        parser.error(f"{ALPS_CODE} needs --alps-code FOLDER, a clone of {ALPS_URL}")
     with torch.inference_mode():
         for name, W, H in _matrices(args):
-            compare(name, W, H, args, rows)
+            compare(name, W, H, args, rows, published)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+                args.out.write_text(json.dumps({**record, "machine": machine(), "rows": rows}, indent=1) + "\n")
     print(table(rows))
     if args.plot:
         plot(rows, args.plot)

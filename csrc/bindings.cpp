@@ -61,7 +61,9 @@ bool usable(int isa) {
         case 2:
             return usable(1) && RAC_AVX512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
-        default: return usable(2) && RAC_AVX512BF16(__builtin_cpu_supports("avx512bf16"));
+        default:
+            return usable(2) &&
+                   RAC_AVX512BF16(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"));
     }
 }
 
@@ -166,12 +168,31 @@ PYBIND11_MODULE(_native, m) {
                              pointer<double>(dots), rows, n, threads);
         },
         NoGil());
+    m.def("admm_sizes", [](int64_t rows, int64_t n) {
+        const rac::AdmmSizes sizes = RAC_OP(admm_sizes)(rows, n);
+        return py::make_tuple(sizes.gap, sizes.scales, sizes.matrix);
+    });
+    m.def(
+        "admm_matrix",
+        [](Address M, Address U, int64_t u_stride, Address scale, int64_t n, float share, int threads) {
+            RAC_OP(admm_matrix)(pointer<int32_t>(M), pointer<const float>(U), u_stride, pointer<const float>(scale), n,
+                                share, threads);
+        },
+        NoGil());
+    m.def(
+        "admm_product",
+        [](Address V, Address goal, Address gap, Address scales, Address M, int64_t rows, int64_t n, int threads) {
+            RAC_OP(admm_product)(pointer<float>(V), pointer<const float>(goal), pointer<const int32_t>(gap),
+                                 pointer<const float>(scales), pointer<const int32_t>(M), rows, n, threads);
+        },
+        NoGil());
     m.def(
         "settle",
-        [](Address T, Address V, Address kept, Address goal, Address gap, int64_t rows, int64_t n, int64_t zeros,
-           int64_t keep, int64_t group, float relaxation, float shrink, int threads) {
+        [](Address T, Address V, Address kept, Address goal, Address gap, Address scales, int64_t rows, int64_t n,
+           int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads) {
             if (!RAC_OP(settle)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept), pointer<const float>(goal),
-                                pointer<uint16_t>(gap), rows, n, zeros, keep, group, relaxation, shrink, threads))
+                                pointer<int32_t>(gap), pointer<float>(scales), rows, n, zeros, keep, group, relaxation,
+                                shrink, threads))
                 throw std::bad_alloc();
         },
         NoGil());

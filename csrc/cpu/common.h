@@ -95,12 +95,6 @@ inline float to_float(fp16 x) {
 #endif
 }
 
-inline bf16 to_bf16(float x) {  // to nearest, ties to even; finite numbers only
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
 // Call f(thread, threads) on every thread of a team of at most `threads`.
 template <class F>
 inline void on_threads(int threads, const F& f) {

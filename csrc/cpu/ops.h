@@ -41,8 +41,19 @@ int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t*
 // dots [rows] = sum over j of A[i, j] B[i, j] weights[j], A and B [rows, n], in fp64; weights may be null.
 void row_dots(const float* A, const float* B, const float* weights, double* dots, int64_t rows, int64_t n, int threads);
 
-// What ADMM does between two products, of one matrix [rows, n]: T = relaxation V + T, where a weight stays relaxation V
-// + (1 - relaxation) T; then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay;
-// T of those that go is multiplied by `shrink`; gap (bf16) = T - goal, of those that go -T - goal. V is overwritten.
-bool settle(float* T, float* V, uint8_t* kept, const float* goal, uint16_t* gap, int64_t rows, int64_t n, int64_t zeros,
-            int64_t keep, int64_t group, float relaxation, float shrink, int threads);
+// ADMM's steps on one matrix [rows, n], V = goal + gap M, in words of two 16-bit integers as admm.cpp lays them out. Words
+// that stand for no element must be 0 from the start.
+AdmmSizes admm_sizes(int64_t rows, int64_t n);
+
+// M goes by `share` towards diag(scale) S diag(scale), S the symmetric matrix [n, n] in the upper triangle of U; with 1
+// it need not hold anything. No eigenvalue of it may exceed 1 in size.
+void admm_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share, int threads);
+
+void admm_product(float* V, const float* goal, const int32_t* gap, const float* scales, const int32_t* M, int64_t rows,
+                  int64_t n, int threads);
+
+// What ADMM does between two products: T = relaxation V + T, where a weight stays relaxation V + (1 - relaxation) T;
+// then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay; T of those that go is
+// multiplied by `shrink`; gap = T - goal, of those that go -T - goal. V is overwritten.
+bool settle(float* T, float* V, uint8_t* kept, const float* goal, int32_t* gap, float* scales, int64_t rows, int64_t n,
+            int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads);

@@ -15,7 +15,6 @@ Reference: Meng et al., "ALPS" (NeurIPS 2024, arXiv 2406.07831): ρ from 0.1, a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,14 +80,15 @@ def admm_short_(
 
         V ← W + (Q − L/ρ − W) M,   M = ρ (H + ρI)⁻¹,
 
-    H scaled. No element of M exceeds 1, and what it is applied to is a difference that every step makes anew: both go
-    into the product as bf16, 2·rows·n² FLOP a step, summed in fp32 (rounded to 5 bits instead of bf16's 8 they leave
-    the objective as it is within 0.1%). ρ rises every RENEW steps. H + λI and every INVERT-th of its values are
-    factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal parts: an eigenvalue
-    of M is a logistic curve over log ρ, which the chords follow within 0.005. Beside U M is held, and of W's size three
-    matrices in fp32, one in bf16, a mask and what selection takes. ``row_groups``: row counts of matrices stacked in W,
-    each with its own zeros to reach.
-    ``backend`` as in `rac_kernels.backend.choose`. Other arguments as for `admm`.
+    H scaled. M does not exceed 1, as an operator or in any element, and what it is applied to is a difference that
+    every step makes anew, so two bytes an element are enough: bf16 in torch and Triton, in native code 16-bit integers,
+    which any CPU multiplies faster than fp32 (csrc/cpu/admm.cpp). Rounded to 5 bits, M and the difference leave the
+    objective as it is within 0.1%. A step takes 2·rows·n² FLOP. ρ rises every RENEW steps. H + λI and every INVERT-th
+    of its values are factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal
+    parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005. Beside U M is held,
+    and of W's size three matrices in fp32, one of two bytes, a mask and what selection takes. ``row_groups``: row
+    counts of matrices stacked in W, each with its own zeros to reach. ``backend`` as in
+    `rac_kernels.backend.choose`. Other arguments as for `admm`.
     """
     n = len(factor.diagonal)
     if W.ndim != 2 or W.shape[1] != n or steps < 1:
@@ -99,12 +99,10 @@ def admm_short_(
         check_pattern_fits(pattern, n)
     weight = factor.damped
     root = weight.sqrt()
-    groups = [len(W)] if row_groups is None else list(row_groups)
-    settle = _settle_native if choose(backend, U.device, triton=True) == "native" else _settle_reference
     goal = W.to(U.dtype) * root
-    kept = torch.ones(goal.shape, dtype=torch.bool, device=U.device)
-    state = State(goal.clone(), torch.empty_like(goal), kept, goal, torch.empty_like(goal, dtype=torch.bfloat16))
-    M = torch.empty(n, n, dtype=torch.bfloat16, device=U.device)
+    groups = [len(W)] if row_groups is None else list(row_groups)
+    chosen = choose(backend, U.device, triton=True)
+    run = _Words(goal, groups) if chosen == "native" else _Floats(goal, groups, backend)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
 
     def invert(index: int) -> Tensor:
@@ -115,19 +113,18 @@ def admm_short_(
         return root * penalty**0.5
 
     for step in range(steps):
-        state.V.copy_(goal)
-        if step:  # before the first, Q is W
+        if step:  # before the first, Q is W and so is V
             index = step // RENEW
             if step == 1:
-                _scaled(U, invert(0), M)
+                run.scale(U, invert(0))
             elif step % RENEW == 0:
                 if (index - 1) % INVERT == 0:
                     scale = invert(index + INVERT - 1)
-                _scaled(U, scale, M, 1 / (INVERT - (index - 1) % INVERT))
-            cross_accumulate_(state.V, state.gap.T, M, backend=backend)
+                run.scale(U, scale, 1 / (INVERT - (index - 1) % INVERT))
+            run.multiply()
         shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
-        settle(state, RELAXATION if step else 1.0, shrink, sparsity, pattern, groups)
-    return state.T.mul_(kept).div_(root).add_(0.0)
+        run.settle(RELAXATION if step else 1.0, shrink, sparsity, pattern)
+    return run.T.mul_(run.kept).div_(root).add_(0.0)
 
 
 def inversions(steps: int) -> int:
@@ -135,8 +132,8 @@ def inversions(steps: int) -> int:
     return 1 + -(-(-(-steps // RENEW) - 1) // INVERT)
 
 
-class State(NamedTuple):
-    """Of a short run, all [rows, n] and of H scaled."""
+class _State:
+    """Of a short run, [rows, n], of H scaled; `groups` are the rows of the matrices stacked in it."""
 
     T: Tensor
     """fp32: Q where a weight stays, the multiplier by the penalty where it goes; the other one is zero there."""
@@ -146,37 +143,94 @@ class State(NamedTuple):
     """bool: what stays."""
     goal: Tensor
     """fp32: W."""
-    gap: Tensor
-    """bf16: what the next product is made of, Q − L/ρ − W."""
+
+    def __init__(self, goal: Tensor, groups: Sequence[int]) -> None:
+        self.goal, self.groups = goal, groups
+        self.T, self.V = goal.clone(), goal.clone()
+        self.kept = torch.ones(goal.shape, dtype=torch.bool, device=goal.device)
 
 
-def _settle_reference(
-    state: State, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None, groups: Sequence[int]
-) -> None:
-    """What ADMM does between two products: T relaxed towards V, the mask of its largest, `gap` for the next product.
+class _Floats(_State):
+    """The steps in torch and Triton, on any device: `gap`, what the next product is made of, and M in bf16."""
 
-    Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
-    """
-    T, V, kept, goal, gap = state
-    some = max(1, ELEMENTS // T.shape[1])
-    for t, v, own in zip(T.split(some), V.split(some), kept.split(some), strict=True):
-        t.sub_(t * own, alpha=relaxation).add_(v, alpha=relaxation)
-        torch.abs(t, out=v)
-    for scores, own in zip(V.split(groups), kept.split(groups), strict=True):
-        torch.logical_not(mask_by_score(scores, sparsity, pattern, per="matrix"), out=own)
-    for t, own, aim, out in zip(T.split(some), kept.split(some), goal.split(some), gap.split(some), strict=True):
-        t.mul_(torch.where(own, 1.0, shrink))
-        out.copy_(torch.where(own, t, -t).sub_(aim))
+    def __init__(self, goal: Tensor, groups: Sequence[int], backend: str) -> None:
+        super().__init__(goal, groups)
+        n = goal.shape[1]
+        self.gap = torch.empty_like(goal, dtype=torch.bfloat16)
+        self.M = torch.empty(n, n, dtype=torch.bfloat16, device=goal.device)
+        self.backend = backend
+
+    def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
+        """M goes by `share` towards the symmetric matrix in U's upper triangle, its rows and columns times `scale`
+        [n]; with 1 it need not hold anything."""
+        n, side, M = len(U), side_of(len(U)), self.M
+        for lo in range(0, n, side):
+            hi = min(lo + side, n)
+            band = U[lo:hi, lo:] * scale[lo:] * scale[lo:hi, None]
+            if share < 1:
+                band = M[lo:hi, lo:].float().lerp(band, share)
+            M[lo:hi, lo:] = band
+            M[hi:, lo:hi] = band[:, hi - lo :].T
+            corner = band[:, : hi - lo].triu()
+            M[lo:hi, lo:hi] = corner + corner.triu(1).T
+
+    def multiply(self) -> None:
+        """V is what M makes of `gap`."""
+        cross_accumulate_(self.V.copy_(self.goal), self.gap.T, self.M, backend=self.backend)
+
+    def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
+        """T relaxed towards V, the mask of its largest, and `gap`: Q − L/ρ − W.
+
+        Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
+        """
+        some, groups = max(1, ELEMENTS // self.T.shape[1]), list(self.groups)
+        for t, v, own in zip(self.T.split(some), self.V.split(some), self.kept.split(some), strict=True):
+            t.sub_(t * own, alpha=relaxation).add_(v, alpha=relaxation)
+            torch.abs(t, out=v)
+        for scores, own in zip(self.V.split(groups), self.kept.split(groups), strict=True):
+            torch.logical_not(mask_by_score(scores, sparsity, pattern, per="matrix"), out=own)
+        parts = zip(*(all_.split(some) for all_ in (self.T, self.kept, self.goal, self.gap)), strict=True)
+        for t, own, aim, out in parts:
+            t.mul_(torch.where(own, 1.0, shrink))
+            out.copy_(torch.where(own, t, -t).sub_(aim))
 
 
-def _settle_native(
-    state: State, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None, groups: Sequence[int]
-) -> None:
-    keep, group = pattern or (0, 0)
-    for parts in zip(*(tensor.split(groups) for tensor in state), strict=True):
-        rows, n = parts[0].shape
-        pointers, zeros = [part.data_ptr() for part in parts], zeros_of(sparsity, rows * n)
-        native.library().settle(*pointers, rows, n, zeros, keep, group, relaxation, shrink, native.threads())
+class _Words(_State):
+    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/admm.cpp)."""
+
+    def __init__(self, goal: Tensor, groups: Sequence[int]) -> None:
+        super().__init__(goal, groups)
+        n, library = goal.shape[1], native.library()
+        sizes = [library.admm_sizes(rows, n) for rows in groups]
+        self.gap = torch.zeros(sum(size[0] for size in sizes), dtype=torch.int32)
+        self.scales = torch.zeros(sum(size[1] for size in sizes))
+        self.M = torch.zeros(library.admm_sizes(0, n)[2], dtype=torch.int32)
+        words, scales = ([size[part] for size in sizes] for part in (0, 1))
+        self.parts = list(
+            zip(
+                *(whole.split(list(groups)) for whole in (self.T, self.V, self.kept, goal)),
+                self.gap.split(words),
+                self.scales.split(scales),
+                strict=True,
+            )
+        )
+
+    def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
+        native.library().admm_matrix(
+            self.M.data_ptr(), U.data_ptr(), U.stride(0), scale.data_ptr(), len(U), share, native.threads()
+        )
+
+    def multiply(self) -> None:
+        for _, V, _, goal, gap, scales in self.parts:
+            pointers = (part.data_ptr() for part in (V, goal, gap, scales, self.M))
+            native.library().admm_product(*pointers, *V.shape, native.threads())
+
+    def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
+        keep, group = pattern or (0, 0)
+        for parts in self.parts:
+            pointers, (rows, n) = (part.data_ptr() for part in parts), parts[0].shape
+            how = (zeros_of(sparsity, rows * n), keep, group, relaxation, shrink, native.threads())
+            native.library().settle(*pointers, rows, n, *how)
 
 
 def side_of(n: int) -> int:
@@ -203,21 +257,6 @@ def _inverse_(U: Tensor) -> None:
         beyond.copy_((own.T @ beyond).addmm_(U[: here.start, here].T, U[: here.start, here.stop :]))
         own = (own.T @ own).addmm_(U[: here.start, here].T, U[: here.start, here])
         corner.copy_(own.triu_().add_(corner.tril(-1)))
-
-
-def _scaled(U: Tensor, scale: Tensor, M: Tensor, share: float = 1.0) -> None:
-    """M [n, n] bf16 goes by `share` towards the symmetric matrix in U's upper triangle, its rows and columns times
-    `scale` [n]; with 1 it need not hold anything."""
-    n, side = len(U), side_of(len(U))
-    for lo in range(0, n, side):
-        hi = min(lo + side, n)
-        band = U[lo:hi, lo:] * scale[lo:] * scale[lo:hi, None]
-        if share < 1:
-            band = M[lo:hi, lo:].float().lerp(band, share)
-        M[lo:hi, lo:] = band
-        M[hi:, lo:hi] = band[:, hi - lo :].T
-        corner = band[:, : hi - lo].triu()
-        M[lo:hi, lo:hi] = corner + corner.triu(1).T
 
 
 def _one(

@@ -1,9 +1,9 @@
 """The engine's own: a short ADMM finds the mask, then the weights become the best there are on it.
 
 Where ALPS decomposes H and goes on until the mask stands still, this one inverts H with four values of the penalty, in
-the memory that H has, and takes a fixed number of steps, their products in bf16 (benchmarks/solvers.py holds both). The
-cost of H + λI is what is minimised throughout, so with outputs matched (rac_kernels.matched_target) the same λ holds in
-the target and in the solver.
+the memory that H has, and takes a fixed number of steps, their products of numbers of two bytes (benchmarks/solvers.py
+holds both). The cost of H + λI is what is minimised throughout, so with outputs matched (rac_kernels.matched_target)
+the same λ holds in the target and in the solver.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
-from rac_kernels.admm import State, _inverse_, _scaled, _settle_native, _settle_reference, inversions
+from rac_kernels.admm import _Floats, _inverse_, _Words, inversions
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -64,37 +64,79 @@ def test_stacked_matrices_have_zeros_of_their_own() -> None:
         torch.testing.assert_close(part, admm_short_(whole, factor_(H.clone(), 0.0), 0.6), rtol=1e-3, atol=1e-3)
 
 
+def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Words | _Floats:
+    groups = groups or [len(goal)]
+    return _Words(goal, groups) if kind == "words" else _Floats(goal, groups, "reference")
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("pattern", [None, (2, 4), (3, 8), (1, 3)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_settling_in_native_code_is_the_reference_to_the_bit(
-    pattern: tuple[int, int] | None, sparsity: float, threads: int
-) -> None:
+@pytest.mark.usefixtures("threads")
+def test_settling_in_native_code_is_the_reference_to_the_bit(pattern: tuple[int, int] | None, sparsity: float) -> None:
     """Quarters, so that nothing is rounded and many tie; of thresholds enough to be looked for near a sample's."""
     generator = torch.Generator().manual_seed(0)
     shape = 37, 964 if pattern == (2, 4) else 960
-    made = [torch.randint(-800, 801, shape, generator=generator) / 4 for _ in range(3)]
+    T, V, goal = (torch.randint(-800, 801, shape, generator=generator) / 4 for _ in range(3))
     kept = torch.rand(shape, generator=generator) > 0.5
-    T, V, goal = made
     found = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for settle in (_settle_native, _settle_reference):
-            state = State(T.clone(), V.clone(), kept.clone(), goal, torch.empty(shape, dtype=torch.bfloat16))
-            settle(state, 1.5, 0.5, sparsity, pattern, [10, 27])
-            found.append((state.T, state.kept, state.gap))
-    finally:
-        torch.set_num_threads(before)
+    for kind in ("words", "floats"):
+        run = run_of(kind, goal, [10, 27])
+        for its, value in ((run.T, T), (run.V, V), (run.kept, kept)):
+            its.copy_(value)
+        run.settle(1.5, 0.5, sparsity, pattern)
+        gap = torch.where(run.kept, run.T, -run.T) - goal
+        run.scale(torch.eye(shape[1]), torch.ones(shape[1]))
+        run.multiply()
+        torch.testing.assert_close(run.V - goal, gap, rtol=2**-8, atol=float(gap.norm(dim=1).max()) / 65000)
+        found.append((run.T, run.kept))
     for native, reference in zip(*found, strict=True):
         torch.testing.assert_close(native, reference, rtol=0, atol=0)
 
 
-def test_settling_rounds_to_the_nearest_bf16() -> None:
-    T = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
-    kept, gap = torch.ones(T.shape, dtype=torch.bool), torch.empty(T.shape, dtype=torch.bfloat16)
-    _settle_native(State(T.clone(), T.clone(), kept, torch.zeros_like(T), gap), 1.0, 1.0, 0.0, None, [64])
-    torch.testing.assert_close(gap, T.bfloat16(), rtol=0, atol=0)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (37, 50), (5, 257), (70, 384), (100, 1001)])
+@pytest.mark.usefixtures("threads")
+def test_native_products_are_those_of_the_numbers_rounded_to_16_bits(rows: int, n: int) -> None:
+    """With M of norm 1 and, in one run of a row, a number that outweighs all others: what it takes of their bits it
+    takes in that run alone."""
+    generator = torch.Generator().manual_seed(n)
+    turned = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    M = (turned * torch.linspace(1, 0.05, n, dtype=torch.float64)) @ turned.T
+    goal = torch.randn(rows, n, generator=generator)
+    run = _Words(goal, [rows])
+    run.scale(M.float(), torch.ones(n))
+    run.V.mul_(3)
+    run.V[0, n // 2] = 1e30
+    run.V[rows // 2] *= 1e-30  # far from what fp32 can square
+    run.settle(1.0, 1.0, 0.5, None)
+    gap = (torch.where(run.kept, run.T, -run.T) - goal).double()
+    run.multiply()
+    far = (run.V.double() - goal - gap @ M).norm(dim=1)
+    assert (far <= 1e-3 * gap.norm(dim=1) + 1e-6).all()
+    assert n < 1000 or float((run.V.double() - goal - gap @ M)[1:].abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 380])
+def test_sums_of_native_products_do_not_overflow(width: int) -> None:
+    """Rows that are columns of M, a projection onto some equal numbers: no sum of M's can be larger."""
+    n = 380
+    row = torch.zeros(n, dtype=torch.float64)
+    row[:width] = width**-0.5
+    M = torch.outer(row, row)
+    run = _Words(torch.zeros(4, n), [4])
+    run.scale(M.float(), torch.ones(n))
+    run.V.copy_(row * torch.tensor([[1.0], [-1.0], [1e6], [1e-6]]))
+    gap = run.V.double()
+    run.settle(1.0, 1.0, 0.0, None)
+    run.multiply()
+    torch.testing.assert_close(run.V.double(), gap @ M, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 50, 96, 97, 280, 1700])
@@ -108,19 +150,24 @@ def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
     torch.testing.assert_close(U.tril(-1), below, rtol=0, atol=0)
 
 
-def test_a_step_multiplies_by_the_symmetric_matrix() -> None:
+@pytest.mark.parametrize("kind", ["words", "floats"])
+@pytest.mark.usefixtures("threads")
+def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
     n = 230
     U = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
-    scale = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5
-    M = torch.empty(n, n, dtype=torch.bfloat16)
-    _scaled(U, scale, M)
+    scale = (torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.5) / 8
     whole = (U.triu() + U.triu(1).T) * scale[:, None] * scale
-    torch.testing.assert_close(M.float(), whole, rtol=2**-8, atol=0)
-    assert torch.equal(M, M.T)
-    before = M.float()
-    _scaled(2 * U, scale, M, 1 / 3)
-    torch.testing.assert_close(M.float(), before.lerp(2 * whole, 1 / 3), rtol=2**-8, atol=0)
-    assert torch.equal(M, M.T)
+    run = run_of(kind, torch.zeros(n, n))
+    run.V.copy_(torch.eye(n))
+    run.settle(1.0, 1.0, 0.0, None)  # what the product is made of is the identity
+    run.scale(U, scale)
+    run.multiply()
+    torch.testing.assert_close(run.V, whole, rtol=2**-8, atol=2**-15)
+    assert torch.equal(run.V, run.V.T)
+    run.scale(2 * U, scale, 1 / 3)
+    run.multiply()
+    torch.testing.assert_close(run.V, whole.lerp(2 * whole, 1 / 3), rtol=2**-7, atol=2**-14)
+    assert torch.equal(run.V, run.V.T)
 
 
 def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,34 +189,44 @@ def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -
     assert costs[module.INVERT] != costs[1]
 
 
-def test_products_in_bf16_cost_nothing_of_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run with every product in fp64, on inputs of which a direction outweighs all others."""
+class Exact(_Floats):
+    """Every product in fp64."""
+
+    exact: Tensor
+
+    def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
+        whole = (U.triu() + U.triu(1).T).double() * scale.double()[:, None] * scale.double()
+        self.exact = whole if share == 1 else self.exact.lerp(whole, share)
+
+    def multiply(self) -> None:
+        gap = torch.where(self.kept, self.T, -self.T) - self.goal
+        self.V.copy_(self.goal + gap.double() @ self.exact)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", ["a direction", "columns"])
+def test_products_of_two_bytes_cost_nothing_of_the_objective(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the same run in fp64, on inputs of which a direction, or some by themselves, outweigh all others."""
     W, H = problem(48, 160)
-    mean = torch.randn(160, generator=torch.Generator().manual_seed(3))
-    H = H + 50 * H.diagonal().mean() * torch.outer(mean, mean)
+    generator = torch.Generator().manual_seed(3)
+    if kind == "columns":
+        large = torch.ones(160)
+        large[torch.randperm(160, generator=generator)[:4]] = 300.0
+        H = H * large * large[:, None]
+    else:
+        mean = torch.randn(160, generator=generator)
+        H = H + 50 * H.diagonal().mean() * torch.outer(mean, mean)
 
     def cost() -> float:
-        Q = admm_short_(W, factor_(H.clone(), 0.01), 0.6)
+        Q = admm_short_(W, factor_(H.clone(), 1e-5), 0.6, backend=backend)
         return objective(W, refine(Q, H, W, iterations=200, tolerance=1e-6)[0], H)
 
-    in_bf16 = cost()
-    exact: dict[str, Tensor] = {}
-
-    def keep(U: Tensor, scale: Tensor, M: Tensor, share: float = 1.0) -> None:
-        whole = (U.triu() + U.triu(1).T).double() * scale.double()[:, None] * scale.double()
-        exact["M"] = exact.get("M", whole).lerp(whole, share)
-
-    def product(V: Tensor, gap: Tensor, M: Tensor, backend: str) -> None:
-        V.add_((exact["gap"].double() @ exact["M"]).float())
-
-    def settle(state: State, *how: Any) -> None:
-        _settle_reference(state, *how)
-        exact["gap"] = torch.where(state.kept, state.T, -state.T) - state.goal
-
-    module = sys.modules["rac_kernels.admm"]
-    for name, instead in {"_scaled": keep, "cross_accumulate_": product, "_settle_native": settle}.items():
-        monkeypatch.setattr(module, name, instead)
-    assert in_bf16 == pytest.approx(cost(), rel=0.02)
+    rounded, module = cost(), sys.modules["rac_kernels.admm"]
+    monkeypatch.setattr(module, "_Floats", Exact)
+    monkeypatch.setattr(module, "_Words", lambda goal, groups: Exact(goal, groups, backend))
+    assert rounded == pytest.approx(cost(), rel=0.02)
 
 
 def test_what_does_not_fit_is_refused() -> None:
