@@ -294,7 +294,9 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
         for (int64_t row = begin; row < end; ++row) {
             const float* const __restrict v = V + row * n;
             uint8_t* const __restrict stays = kept + row * n;
-            for (int64_t j = 0; j < n; ++j) stays[j] = !(v[j] <= bound);
+            const float most = bound;  // a byte that is written could be part of what is held by reference
+            const int64_t columns = n;
+            for (int64_t j = 0; j < columns; ++j) stays[j] = !(v[j] <= most);
             for (int64_t j = 0; tied && j < n; ++j)
                 if (v[j] == bound && ties-- <= 0) stays[j] = 1;
             finish(row);

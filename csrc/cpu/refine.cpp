@@ -42,11 +42,11 @@ int64_t rac::RAC_ISA::refine_step(float* Q, float* R, float* P, const float* A, 
             double size = 0;
             // Without curvature (or with NaN) there is no step to make: the row is done.
             if (curvature > 0 && step < __builtin_inff()) {
-                size = sum_of(n, [&](int64_t j) {
+                for (int64_t j = 0; j < n; ++j) {  // no control flow, which would keep it from vectors
                     q[j] += step * p[j];
-                    r[j] -= kept[j] ? step * a[j] : 0.0f;
-                    return r[j] * inverse[j] * r[j];
-                });
+                    r[j] -= static_cast<float>(kept[j]) * (step * a[j]);
+                }
+                size = sum_of(n, [&](int64_t j) { return r[j] * inverse[j] * r[j]; });
                 const float turn = static_cast<float>(size / sizes[row]);
                 ++counts[row];
                 if (size > done_at[row]) {

@@ -28,23 +28,24 @@ template <class F>
 Kth kth_smallest_key(int64_t count, int64_t k, int64_t* counts, int threads, const F& key) {
     uint32_t prefix = 0, mask = 0;
     Kth found{0, count, 0};
+    const int64_t histograms = count < 8 * kBins ? 1 : kHistograms;  // of few keys clearing and adding takes longer
     constexpr int kShifts[] = {21, 10, 0};
     for (const int shift : kShifts) {
         const uint32_t low = (shift ? kBins : 1024) - 1;
-        memset(counts, 0, select_scratch(threads) * sizeof *counts);
+        memset(counts, 0, threads * histograms * kBins * sizeof *counts);
         int64_t taken = 0;
         on_threads(threads, [&](int thread, int) {
-            int64_t* mine = counts + thread * kHistograms * kBins;
+            int64_t* mine = counts + thread * histograms * kBins;
             constexpr int64_t kChunk = 1 << 14;
             for (int64_t begin; (begin = __atomic_fetch_add(&taken, kChunk, __ATOMIC_RELAXED)) < count;) {
                 const int64_t end = min_of(count, begin + kChunk);
                 for (int64_t i = begin; i < end; ++i) {
                     const uint32_t x = key(i);
-                    if ((x & mask) == prefix) ++mine[(i % kHistograms) * kBins + ((x >> shift) & low)];
+                    if ((x & mask) == prefix) ++mine[(i & (histograms - 1)) * kBins + ((x >> shift) & low)];
                 }
             }
         });
-        for (int64_t part = 1; part < threads * kHistograms; ++part)
+        for (int64_t part = 1; part < threads * histograms; ++part)
             for (int64_t bin = 0; bin <= low; ++bin) counts[bin] += counts[part * kBins + bin];
         uint32_t bin = 0;
         for (; found.below + counts[bin] < k; ++bin) found.below += counts[bin];
