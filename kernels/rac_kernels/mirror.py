@@ -21,21 +21,24 @@ SIDE = 1024  # of the squares that the reference copies at a time
 def symmetrize_(H: Tensor, backend: str = "auto") -> Tensor:
     """Copies the upper triangle of H onto the lower one, in place; returns H.
 
-    H: [n, n], of any dtype and strides for the reference, else fp32 with contiguous rows ("auto" knows). ``backend`` as
-    in `rac_kernels.backend.choose`. Raises ValueError if H is not square or the backend does not take it.
+    H: [n, n], of any dtype and strides for the reference, else fp32 with contiguous rows or columns ("auto" knows).
+    ``backend`` as in `rac_kernels.backend.choose`. Raises ValueError if H is not square or not for that backend.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1]:
         raise ValueError(f"H must be square, not {list(H.shape)}")
-    plain = H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1)
+    plain = H.dtype != torch.float32 or (len(H) > 1 and 1 not in H.stride())
     if plain and backend not in ("auto", "reference"):
-        raise ValueError(f"backend {backend!r} needs an fp32 H with contiguous rows, not {H.dtype} of {H.stride()}")
+        raise ValueError(
+            f"backend {backend!r} needs an fp32 H with contiguous rows or columns, not {H.dtype} of {H.stride()}"
+        )
     _mirror_op(H, "reference" if plain else choose(backend, H.device, triton=True))
     return H
 
 
 @torch.library.custom_op("rac::symmetrize_", mutates_args=("H",))
 def _mirror_op(H: Tensor, backend: str) -> None:
-    mirror(backend)(H[None], True)
+    down = len(H) < 2 or H.stride(1) == 1
+    mirror(backend)((H if down else H.T)[None], down)
 
 
 @_mirror_op.register_fake

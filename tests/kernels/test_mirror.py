@@ -42,6 +42,17 @@ def test_any_dtype_and_stride() -> None:
     assert symmetrize_(H) is H and torch.equal(H, upper + upper.triu(1).T)
 
 
+@pytest.mark.parametrize("name", CPU_FP32)
+def test_contiguous_columns(name: str) -> None:
+    """The lower triangle of what it is the transpose of is copied up."""
+    with running(name) as backend:
+        whole = torch.randn(150, 160)
+        H, beyond = whole[:, :150].T, whole[:, 150:].clone()
+        upper = H.triu()
+        symmetrize_(H, backend)
+    assert torch.equal(H, upper + upper.triu(1).T) and torch.equal(whole[:, 150:], beyond)
+
+
 @pytest.mark.parametrize(
     ("H", "backend", "message"),
     [
