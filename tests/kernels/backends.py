@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rac_kernels import native
 
 CPU = ["reference", *native.info().get("isas", [])]
-#: Without those that differ from another one only for bf16 products.
+#: Without those that differ from another one only for products of two bytes.
 CPU_FP32 = [name for name in CPU if name != "avx512bf16"]
 
 

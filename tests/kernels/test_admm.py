@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
 from rac_kernels.admm import _Floats, _inverse_, _Words, inversions
+from tests.kernels.backends import CPU, running
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -77,9 +78,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=CPU[1:])
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with running(request.param):
+        yield
+
+
 @pytest.mark.parametrize("pattern", [None, (2, 4), (3, 8), (1, 3)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 1.0])
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "isa")
 def test_settling_in_native_code_is_the_reference_to_the_bit(pattern: tuple[int, int] | None, sparsity: float) -> None:
     """Quarters, so that nothing is rounded and many tie; of thresholds enough to be looked for near a sample's."""
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +109,7 @@ def test_settling_in_native_code_is_the_reference_to_the_bit(pattern: tuple[int,
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 1), (37, 50), (5, 257), (70, 384), (100, 1001)])
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "isa")
 def test_native_products_are_those_of_the_numbers_rounded_to_16_bits(rows: int, n: int) -> None:
     """With M of norm 1 and, in one run of a row, a number that outweighs all others: what it takes of their bits it
     takes in that run alone."""
@@ -124,6 +131,7 @@ def test_native_products_are_those_of_the_numbers_rounded_to_16_bits(rows: int, 
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 380])
+@pytest.mark.usefixtures("isa")
 def test_sums_of_native_products_do_not_overflow(width: int) -> None:
     """Rows that are columns of M, a projection onto some equal numbers: no sum of M's can be larger."""
     n = 380
@@ -151,7 +159,7 @@ def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["words", "floats"])
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("threads", "isa")
 def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
     n = 230
     U = torch.randn(n, n, generator=torch.Generator().manual_seed(0))
