@@ -72,6 +72,42 @@ def test_solvers_in_one_record_that_goes_on(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+ALPS_LIKE = """
+import torch
+class ALPS_prune:
+    def __init__(self, layer, nsamples, seqlen):
+        self.layer = layer
+    def ALPS_admm(self, sp, nm_n=0, nm_m=0):
+        W = self.layer.weight.data.to("cuda:0")
+        assert torch.equal(self.XtX, self.XtX.T) and self.XtX.shape[0] == W.shape[1]
+        torch.cuda.synchronize()
+        groups = W.reshape(-1, nm_m or W.numel())
+        goes = groups.abs().topk(SPARED + (nm_m - nm_n if nm_m else round(sp * W.numel())), largest=False).indices
+        self.layer.weight.data = groups.scatter(1, goes, 0.0).reshape(W.shape)
+"""
+
+
+def test_the_published_code_of_alps_runs_beside(tmp_path: Path) -> None:
+    """A stand-in with its names, which prunes by magnitude on a GPU; one that prunes too much is found out."""
+    clone, record = tmp_path / "ALPS", tmp_path / "record.json"
+    command = ["benchmarks/solvers.py", "--shapes", "24x32", "--methods", "rac", "--sparsities", "0.6", "2:4"]
+    command += ["--out", str(record), "--alps-code", str(clone)]
+    refused = run(*command)
+    assert refused.returncode == 2 and "no alps.py there" in refused.stderr and not record.exists()
+    clone.mkdir()
+    (clone / "alps.py").write_text(ALPS_LIKE.replace("SPARED", "1"))
+    assert "are not those of 0.6" in run(*command).stderr and not record.exists()
+    (clone / "alps.py").write_text(ALPS_LIKE.replace("SPARED", "0"))
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(record.read_text())
+    assert found["alps_code"] == {"url": "https://github.com/mazumder-lab/ALPS", "commit": None}
+    errors = {(row["method"], row["sparsity"]): row["error"] for row in found["rows"]}
+    for sparsity in ("0.6", "2:4"):
+        by_code = errors["rac", sparsity] / errors["alps-code", sparsity]
+        assert by_code < 1 and f"| {by_code:.3f}, {by_code:.3f} |" in done.stdout
+
+
 def test_cells_of_the_quality_record_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured is found again by its name, and no two cells share one."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
