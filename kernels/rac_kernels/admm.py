@@ -99,7 +99,7 @@ def admm_short_(
         check_pattern_fits(pattern, n)
     weight = factor.damped
     root = weight.sqrt()
-    goal = W.to(U.dtype) * root
+    goal = (W.to(U.dtype) * root).contiguous()
     groups = [len(W)] if row_groups is None else list(row_groups)
     chosen = choose(backend, U.device, triton=True)
     run = _Words(goal, groups) if chosen == "native" else _Floats(goal, groups, backend)

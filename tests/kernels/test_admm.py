@@ -56,6 +56,12 @@ def test_short_run_is_as_good_within_a_few_per_cent(sparsity: float, pattern: st
     assert found[0] <= 1.05 * found[1] + 1e-6 * float((W @ H * W).sum())
 
 
+def test_strides_make_no_difference() -> None:
+    W, H = problem(20, 32)
+    found = [admm_short_(w, factor_(H.clone(), 0.0), 0.6) for w in (W, W.T.contiguous().T, W.repeat(1, 2)[:, :32])]
+    assert all(torch.equal(Q, found[0]) for Q in found)
+
+
 def test_stacked_matrices_have_zeros_of_their_own() -> None:
     W, H = problem(20, 32)
     W[:8] *= 10
