@@ -6,6 +6,7 @@
 // Schwarz no sum over a run exceeds 31 bits. Each run has a scale of its own, as its sums go into fp32 anyway. An
 // element is half of a 32-bit word, beside the next one of its row of the left or its column of the right operand.
 #include "cpu/select.h"
+#include "cpu/tile.h"
 
 #if !defined(__AVX2__) && defined(__SSE2__)
 #include <emmintrin.h>
@@ -14,38 +15,26 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8, kVectors = 3;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4, kVectors = 2;
+constexpr int64_t kWide = 3;
 #else
-constexpr int kLanes = 4, kRows = 4, kVectors = 2;
+constexpr int64_t kWide = 2;  // vectors; products take registers of their own
 #endif
-constexpr int kPanel = kLanes * kVectors;  // columns of M that stand side by side
-constexpr int kRun = 192;                  // words summed in registers, two columns each, at most
-constexpr int kMacro = 288;                // rows and columns of V that stay in the second-level cache
-constexpr float kOne = 32000.0f;           // 1 of M; above it is room for rounding
-constexpr float kLength = 65000.0f;        // of a run
-
-typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Words __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-template <class T, class P>
-inline T load(const P* p) {
-    T v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
+constexpr int64_t kPanel = kLanes * kWide;  // columns of M that stand side by side
+constexpr int64_t kRun = 192;               // words summed in registers, two columns each, at most
+constexpr int64_t kMacro = 288;             // rows and columns of V that stay in the second-level cache
+constexpr float kOne = 32000.0f;            // 1 of M; above it is room for rounding
+constexpr float kLength = 65000.0f;         // of a run
 
 // Sums of the two products of every lane's halves are added to the lane.
-inline Words multiply_add(Words sum, Words a, Words b) {
+inline IntVec multiply_add(IntVec sum, IntVec a, IntVec b) {
 #if defined(__AVX512VNNI__)
-    return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+    return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512F__)
-    return sum + (Words)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+    return sum + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-    return sum + (Words)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    return sum + (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-    return sum + (Words)_mm_madd_epi16((__m128i)a, (__m128i)b);
+    return sum + (IntVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
     return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
@@ -66,15 +55,15 @@ struct Runs {
     int64_t of(int64_t run) const { return min_of(length, steps - run * length); }
 };
 
-// A row of `n` numbers becomes words, kRows apart, and a scale for each run.
+// A row of `n` numbers becomes words, kSteps apart, and a scale for each run.
 inline void to_words(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
-    for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kRows) {
+    for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kSteps) {
         const float* const own = row + first;
         const int64_t length = min_of(2 * runs.length, n - first);
-        Vector sizes = {}, squares = {};
+        Vec sizes = {}, squares = {};
         int64_t j = 0;
         for (; j + kLanes <= length; j += kLanes) {
-            const Vector x = load<Vector>(own + j), size = x < 0 ? -x : x;
+            const Vec x = vec(own + j), size = x < 0 ? -x : x;
             sizes = sizes > size ? sizes : size;
         }
         float most = 0, square = 0;
@@ -82,7 +71,7 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
         for (; j < length; ++j) most = max_of(most, __builtin_fabsf(own[j]));
         const float inverse = most > 1e-37f ? 1 / most : 0;
         for (j = 0; j + kLanes <= length; j += kLanes) {
-            const Vector x = inverse * load<Vector>(own + j);
+            const Vec x = inverse * vec(own + j);
             squares += x * x;
         }
         for (int lane = 0; lane < kLanes; ++lane) square += squares[lane];
@@ -93,39 +82,38 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
         uint16_t halves[2 * kRun];
         halves[length % 2 ? length : 0] = 0;
         for (j = 0; j < length; ++j) halves[j] = static_cast<uint16_t>(rounded(unit * own[j]));
-        for (int64_t s = 0; 2 * s < length; ++s) memcpy(to + s * kRows, halves + 2 * s, sizeof *to);
+        for (int64_t s = 0; 2 * s < length; ++s) memcpy(to + s * kSteps, halves + 2 * s, sizeof *to);
     }
 }
 
-// to = from + scale a^T b over `steps` words, kRows x kPanel, or the rows and columns of it that there are.
+// to = from + scale a^T b over `steps` words, kSteps x kPanel, or the rows and columns of it that there are.
 void micro_tile(const int32_t* a, const int32_t* b, int64_t steps, const float* from, float* to, int64_t stride,
                 const float* scales, int64_t runs, int64_t rows, int64_t columns) {
-    Words sums[kRows][kVectors] = {};
-    for (int64_t s = 0; s < steps; ++s, a += kRows, b += kPanel) {
-        Words right[kVectors];
-        for (int v = 0; v < kVectors; ++v) right[v] = load<Words>(b + v * kLanes);
+    IntVec sums[kSteps][kWide] = {};
+    for (int64_t s = 0; s < steps; ++s, a += kSteps, b += kPanel) {
+        IntVec right[kWide];
+        for (int v = 0; v < kWide; ++v) right[v] = int_vec(b + v * kLanes);
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-            const Words left = a[i] + Words{};
+        for (int i = 0; i < kSteps; ++i) {
+            const IntVec left = a[i] + IntVec{};
 #pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add(sums[i][v], left, right[v]);
+            for (int v = 0; v < kWide; ++v) sums[i][v] = multiply_add(sums[i][v], left, right[v]);
         }
     }
-    if (rows >= kRows && columns >= kPanel) {
+    if (rows >= kSteps && columns >= kPanel) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i)
+        for (int i = 0; i < kSteps; ++i)
 #pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) {
+            for (int v = 0; v < kWide; ++v) {
                 const int64_t at = i * stride + v * kLanes;
-                const Vector sum = load<Vector>(from + at) + scales[i * runs] * __builtin_convertvector(sums[i][v], Vector);
-                memcpy(to + at, &sum, sizeof sum);
+                vec(to + at) = vec(from + at) + scales[i * runs] * __builtin_convertvector(sums[i][v], Vec);
             }
         return;
     }
-    int32_t values[kRows][kPanel];
+    int32_t values[kSteps][kPanel];
     memcpy(values, sums, sizeof values);
-    for (int64_t i = 0; i < min_of<int64_t>(kRows, rows); ++i)
-        for (int64_t j = 0; j < min_of<int64_t>(kPanel, columns); ++j)
+    for (int64_t i = 0; i < min_of(kSteps, rows); ++i)
+        for (int64_t j = 0; j < min_of(kPanel, columns); ++j)
             to[i * stride + j] = from[i * stride + j] + scales[i * runs] * static_cast<float>(values[i][j]);
 }
 
@@ -173,7 +161,7 @@ inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict ke
 
 rac::AdmmSizes rac::RAC_ISA::admm_sizes(int64_t rows, int64_t n) {
     const int64_t steps = ceil_div(n, 2);
-    return {round_up(rows, kRows) * steps, rows * Runs(n).count, round_up(n, kPanel) * steps};
+    return {round_up(rows, kSteps) * steps, rows * Runs(n).count, round_up(n, kPanel) * steps};
 }
 
 void rac::RAC_ISA::admm_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
@@ -181,7 +169,7 @@ void rac::RAC_ISA::admm_matrix(int32_t* M, const float* U, int64_t u_stride, con
     constexpr int64_t kBlock = 64;  // rows of M, taken together so that U is read line by line
     const int64_t steps = ceil_div(n, 2);
     for_each_dynamic(ceil_div(n, kPanel), threads, [&](int64_t p) {
-        const int64_t first = p * kPanel, width = min_of<int64_t>(kPanel, n - first);
+        const int64_t first = p * kPanel, width = min_of(kPanel, n - first);
         float block[kBlock][kPanel] = {};
         for (int64_t top = 0; top < n; top += kBlock) {
             const int64_t height = min_of(kBlock, n - top);
@@ -224,8 +212,8 @@ void rac::RAC_ISA::admm_product(float* V, const float* goal, const int32_t* gap,
         for (int64_t run = 0; run < runs.count; ++run) {
             const int64_t begin = run * runs.length;
             for (int64_t column = left; column < min_of(n, left + side); column += kPanel)
-                for (int64_t row = top; row < min_of(rows, top + side); row += kRows)
-                    micro_tile(gap + row * steps + begin * kRows, M + column * steps + begin * kPanel, runs.of(run),
+                for (int64_t row = top; row < min_of(rows, top + side); row += kSteps)
+                    micro_tile(gap + row * steps + begin * kSteps, M + column * steps + begin * kPanel, runs.of(run),
                                (run ? V : goal) + row * n + column, V + row * n + column, n,
                                scales + row * runs.count + run, runs.count, rows - row, n - column);
         }
@@ -260,7 +248,7 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
             t[j] = own + gone;
             v[j] = own - gone - aim[j];
         }
-        to_words(v, gap + row / kRows * kRows * runs.steps + row % kRows, scales + row * runs.count, n, runs);
+        to_words(v, gap + row / kSteps * kSteps * runs.steps + row % kSteps, scales + row * runs.count, n, runs);
     };
     if (group) {  // all of a row while it is in the cache
         for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {

@@ -144,7 +144,7 @@ class _State:
     goal: Tensor
     """fp32: W."""
 
-    def __init__(self, goal: Tensor, groups: Sequence[int]) -> None:
+    def __init__(self, goal: Tensor, groups: list[int]) -> None:
         self.goal, self.groups = goal, groups
         self.T, self.V = goal.clone(), goal.clone()
         self.kept = torch.ones(goal.shape, dtype=torch.bool, device=goal.device)
@@ -153,7 +153,7 @@ class _State:
 class _Floats(_State):
     """The steps in torch and Triton, on any device: `gap`, what the next product is made of, and M in bf16."""
 
-    def __init__(self, goal: Tensor, groups: Sequence[int], backend: str) -> None:
+    def __init__(self, goal: Tensor, groups: list[int], backend: str) -> None:
         super().__init__(goal, groups)
         n = goal.shape[1]
         self.gap = torch.empty_like(goal, dtype=torch.bfloat16)
@@ -183,13 +183,13 @@ class _Floats(_State):
 
         Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
         """
-        some, groups = max(1, ELEMENTS // self.T.shape[1]), list(self.groups)
+        some = max(1, ELEMENTS // self.T.shape[1])
         for t, v, own in zip(self.T.split(some), self.V.split(some), self.kept.split(some), strict=True):
             t.sub_(t * own, alpha=relaxation).add_(v, alpha=relaxation)
             torch.abs(t, out=v)
-        for scores, own in zip(self.V.split(groups), self.kept.split(groups), strict=True):
+        for scores, own in zip(self.V.split(self.groups), self.kept.split(self.groups), strict=True):
             torch.logical_not(mask_by_score(scores, sparsity, pattern, per="matrix"), out=own)
-        parts = zip(*(all_.split(some) for all_ in (self.T, self.kept, self.goal, self.gap)), strict=True)
+        parts = zip(*(whole.split(some) for whole in (self.T, self.kept, self.goal, self.gap)), strict=True)
         for t, own, aim, out in parts:
             t.mul_(torch.where(own, 1.0, shrink))
             out.copy_(torch.where(own, t, -t).sub_(aim))
@@ -198,7 +198,7 @@ class _Floats(_State):
 class _Words(_State):
     """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/admm.cpp)."""
 
-    def __init__(self, goal: Tensor, groups: Sequence[int]) -> None:
+    def __init__(self, goal: Tensor, groups: list[int]) -> None:
         super().__init__(goal, groups)
         n, library = goal.shape[1], native.library()
         sizes = [library.admm_sizes(rows, n) for rows in groups]
@@ -208,7 +208,7 @@ class _Words(_State):
         words, scales = ([size[part] for size in sizes] for part in (0, 1))
         self.parts = list(
             zip(
-                *(whole.split(list(groups)) for whole in (self.T, self.V, self.kept, goal)),
+                *(whole.split(groups) for whole in (self.T, self.V, self.kept, goal)),
                 self.gap.split(words),
                 self.scales.split(scales),
                 strict=True,
