@@ -403,6 +403,15 @@ def test_sigterm_stops_a_job_cleanly_and_the_same_command_ends_it(rac, tmp_path,
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.fixture
+def interruptible():
+    """As at a terminal: a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_that_comes_in_a_finalizer_is_not_lost(number: signal.Signals) -> None:
     finalized = []
