@@ -29,7 +29,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         return {"error": f"{(wrong.abs_() / scale / scale[some, None]).max().item():.1e}"}
 
     def whole() -> Tensor:
-        torch.ops.rac.factor_(work[None], 0.01, 1.0, "whole")
+        torch.ops.rac.factor_(work[None], 0.01, 1.0, True, "whole")
         return work
 
     # llm-compressor's factor is the published chain, inside its sparsify_weight.

@@ -162,10 +162,22 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
-        "row_dots",
-        [](Address A, Address B, Address weights, Address dots, int64_t rows, int64_t n, int threads) {
-            RAC_OP(row_dots)(pointer<const float>(A), pointer<const float>(B), pointer<const float>(weights),
-                             pointer<double>(dots), rows, n, threads);
+        "refine_begin",
+        [](Address E, Address A, Address mask, Address diagonal, Address inverse, Address R, Address P, Address found,
+           int64_t rows, int64_t n, int threads) {
+            RAC_OP(refine_begin)(pointer<const float>(E), pointer<const float>(A), pointer<const uint8_t>(mask),
+                                 pointer<const float>(diagonal), pointer<const float>(inverse), pointer<float>(R),
+                                 pointer<float>(P), pointer<double>(found), rows, n, threads);
+        },
+        NoGil());
+    m.def(
+        "refine_end",
+        [](Address Q, Address start, Address E, Address A, Address mask, Address first, Address diagonal,
+           Address inverse, Address found, int64_t rows, int64_t n, int threads) {
+            RAC_OP(refine_end)(pointer<float>(Q), pointer<const float>(start), pointer<const float>(E),
+                               pointer<const float>(A), pointer<const uint8_t>(mask), pointer<const float>(first),
+                               pointer<const float>(diagonal), pointer<const float>(inverse), pointer<double>(found),
+                               rows, n, threads);
         },
         NoGil());
     m.def("admm_sizes", [](int64_t rows, int64_t n) {
@@ -227,6 +239,12 @@ PYBIND11_MODULE(_native, m) {
         "factor",
         [](Address H, int64_t n, int64_t h_stride, int threads) {
             return status(RAC_OP(factor)(pointer<float>(H), n, h_stride, threads));
+        },
+        NoGil());
+    m.def(
+        "inverse",
+        [](Address U, int64_t n, int64_t u_stride, int threads) {
+            status(RAC_OP(inverse)(pointer<float>(U), n, u_stride, threads));
         },
         NoGil());
     m.def(

@@ -28,8 +28,9 @@ from rac_engine.sizes import format_bytes
 from rac_engine.solve import METHODS, rac
 from rac_engine.solve.matrices import TOGETHER, WHOLE
 from rac_engine.tune import BATCH, STEPS
-from rac_kernels.admm import side_of
+from rac_kernels import native
 from rac_kernels.factor import EXACT as FACTORED_IN_FP64
+from rac_kernels.inverse import side_of
 from rac_kernels.objective import COLUMNS
 from rac_kernels.objective import ROWS_BYTES as OBJECTIVE_BYTES
 from rac_kernels.profile import ROWS_BYTES as SCORE_BYTES
@@ -61,10 +62,11 @@ SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
 PACKED_BYTES = 32 << 20  # of tokens as the CPU's sums take them, at a time
 MATCHED_ROWS = 4096  # of the weights that match, made at a time
 # Bytes a weight in fp32 and bf16, all that a solver holds at a time: the sweep's and ADMM's on a CPU and on a GPU, what
-# ADMM leaves beside the refined ones, and in the refinement of some rows; of mask and scores alone.
+# ADMM leaves beside the refined ones, and in the refinement of some rows, by torch and in native code; of mask and
+# scores alone.
 SWEEPING = {False: 10, True: 8}
 COPIES = {"rac": {False: 23, True: 20}, "alps": {False: 32, True: 32}}
-REFINED, REFINING, REFINING_EXACTLY = 12, 57, 40
+REFINED, REFINING, REFINING_NATIVE, REFINING_EXACTLY = 12, 58, 26, 40
 SCORING, MEASURING = 16, 10
 EXACT = 20  # of H's elements, where a CPU factors in fp64
 EIGENSOLVER = 12  # of H's elements, beside H, scaled H and the vectors, that an eigendecomposition asks for
@@ -703,7 +705,8 @@ def _solving(found: Input, settings: PruneSettings, size: int, tied: bool, on_gp
         solving = stacked + max(scoring, some * (size + 1))
         return {"fp32 working copies": moved + (rows * n - some) * size + solving}
     one, work = 4 * some, dict[str, int]()
-    exact = EXACT * n * n if not on_gpu and n <= FACTORED_IN_FP64 else 0
+    exactly = not on_gpu and n <= FACTORED_IN_FP64 and (tied or settings.method != "rac")
+    exact = EXACT * n * n if exactly else 0
     if settings.method in COPIES:
         solving = COPIES[settings.method][on_gpu] * some
         if settings.method == "rac":
@@ -755,4 +758,5 @@ def _refining(found: Input, settings: PruneSettings, rows: int, on_gpu: bool) ->
     some = min(rows, ROWS, max(ELEMENTS[device.type] // n, 1)) * n
     kept = math.ceil((1 - settings.sparsity) * n)  # in the mean; the row that keeps most has half as many again
     exactly = REFINING_EXACTLY * min(EXACT_ELEMENTS, some // n * (3 * kept // 2) ** 2)
-    return REFINING * some + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)
+    each = REFINING if on_gpu or not native.available() else REFINING_NATIVE
+    return each * some + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)

@@ -1,6 +1,6 @@
-// H = U U^T in place; kernels/rac_kernels/factor.py has the mathematics and a reference.
+// H = U U^T in place, and the inverse of U U^T; kernels/rac_kernels/factor.py has the mathematics and references.
 //
-// Left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into scratch, where
+// The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into scratch, where
 // the products of the columns to its right come off and the block's corner is solved for, both by multiply_add with the
 // block's columns across the lanes.
 #include "cpu/tile.h"
@@ -12,29 +12,47 @@ constexpr int64_t kRows = 96;    // rows a task
 constexpr int64_t kDepth = 128;  // columns to the right multiplied at a time
 static_assert(kBlock % kTile == 0 && kRows % kSteps == 0, "only whole tiles are multiplied");
 
-// The upper triangle of C [size, size] (row stride kBlock) -> U with C = U U^T. False: not positive definite.
+// The upper triangle of C [size, size] (row stride kBlock) -> U with C = U U^T. False: not positive definite. Some columns
+// at a time, each an array of its own, so that what is left of C is read and written once for all of them.
 bool factor_corner(double* C, int64_t size) {
-    double column[kBlock];
-    for (int64_t j = size - 1; j >= 0; --j) {
-        const double pivot = C[j * kBlock + j];
-        if (!(pivot > 0)) return false;  // NaN too
-        const double root = __builtin_sqrt(pivot);
-        C[j * kBlock + j] = root;
-        for (int64_t i = 0; i < j; ++i) column[i] = C[i * kBlock + j] /= root;
-        for (int64_t i = 0; i < j; ++i)
-            for (int64_t k = i; k < j; ++k) C[i * kBlock + k] -= column[i] * column[k];
+    constexpr int64_t kSome = 4;
+    double columns[kSome][kBlock];
+    for (int64_t hi = size, lo; hi > 0; hi = lo) {
+        lo = max_of<int64_t>(0, hi - kSome);
+        for (int64_t i = 0; i < hi; ++i)
+            for (int64_t j = lo; j < hi; ++j) columns[j - lo][i] = C[i * kBlock + j];
+        for (int64_t j = hi - 1; j >= lo; --j) {
+            double* const own = columns[j - lo];
+            if (!(own[j] > 0)) return false;  // NaN too
+            const double root = __builtin_sqrt(own[j]), inverse = 1 / root;
+            own[j] = root;
+            for (int64_t i = 0; i < j; ++i) own[i] *= inverse;
+            for (int64_t k = lo; k < j; ++k) {
+                const double by = own[k];
+                for (int64_t i = 0; i <= k; ++i) columns[k - lo][i] -= by * own[i];
+            }
+        }
+        for (int64_t i = 0; i < hi; ++i)
+            for (int64_t j = max_of(i, lo); j < hi; ++j) C[i * kBlock + j] = columns[j - lo][i];
+        if (lo == 0) break;
+        for (int64_t i = 0; i < lo; ++i) {  // here there are kSome of them
+            double* const row = C + i * kBlock;
+            const double a = columns[0][i], b = columns[1][i], c = columns[2][i], d = columns[3][i];
+            for (int64_t k = i; k < lo; ++k)
+                row[k] -= a * columns[0][k] + b * columns[1][k] + (c * columns[2][k] + d * columns[3][k]);
+        }
     }
     return true;
 }
 
-// The upper triangle of U [size, size] (row stride kBlock) -> its inverse.
-void invert(double* U, int64_t size) {
+// The upper triangle of U [size, size] -> its inverse.
+void invert(double* U, int64_t stride, int64_t size) {
     for (int64_t j = 0; j < size; ++j) {
-        const double pivot = U[j * kBlock + j] = 1 / U[j * kBlock + j];
+        const double pivot = U[j * stride + j] = 1 / U[j * stride + j];
         for (int64_t i = 0; i < j; ++i) {
             double sum = 0;
-            for (int64_t k = i; k < j; ++k) sum += U[i * kBlock + k] * U[k * kBlock + j];
-            U[i * kBlock + j] = -sum * pivot;
+            for (int64_t k = i; k < j; ++k) sum += U[i * stride + k] * U[k * stride + j];
+            U[i * stride + j] = -sum * pivot;
         }
     }
 }
@@ -47,7 +65,7 @@ void prepare_solve(float* S, double* U, int64_t size) {
         const int64_t end = min_of(size, c + kTile);
         for (int64_t j = c; j < end; ++j)
             for (int64_t k = end; k < size; ++k) S[k * kBlock + j] = static_cast<float>(-U[j * kBlock + k]);
-        invert(U + c * kBlock + c, end - c);
+        invert(U + c * kBlock + c, kBlock, end - c);
         for (int64_t j = c; j < end; ++j)
             for (int64_t k = j; k < end; ++k) S[k * kBlock + j] = static_cast<float>(U[j * kBlock + k]);
     }
@@ -64,6 +82,37 @@ void solve(float* X, const float* S) {
             multiply_add(result, kTile, S + c * kBlock + c, kBlock, rows + c, 1, kBlock, kTile);
             for (int64_t s = 0; s < kSteps; ++s) memcpy(rows + s * kBlock + c, result + s * kTile, kTile * sizeof *rows);
         }
+}
+
+// X = -X B for kSteps rows of X [kBlock] and kTile columns of both, over the first `depth` of B's rows.
+inline void replace_tile(float* X, const float* left, int64_t left_stride, const float* B, int64_t b_stride,
+                         int64_t depth) {
+    float result[kSteps * kTile] = {};
+    multiply_add(result, kTile, B, b_stride, left, 1, left_stride, depth);
+    for (int64_t s = 0; s < kSteps; ++s)
+        for (int64_t j = 0; j < kTile; ++j) X[s * kBlock + j] = -result[s * kTile + j];
+}
+
+// U [kBlock, kBlock], upper triangular in its first `size` rows and columns and zero elsewhere -> its inverse. A tile of
+// columns after the other, from the first row down, those to its left being inverted.
+void invert_corner(float* U, int64_t size) {
+    double exact[kTile * kTile];
+    for (int64_t c = 0; c < size; c += kTile) {
+        const int64_t width = min_of(kTile, size - c);
+        float own[kTile * kTile] = {};
+        for (int64_t i = 0; i < width; ++i)
+            for (int64_t j = i; j < width; ++j) exact[i * kTile + j] = U[(c + i) * kBlock + c + j];
+        invert(exact, kTile, width);
+        for (int64_t i = 0; i < width; ++i)
+            for (int64_t j = i; j < width; ++j)
+                own[i * kTile + j] = U[(c + i) * kBlock + c + j] = static_cast<float>(exact[i * kTile + j]);
+        for (int64_t r = 0; r < c; r += kSteps) {
+            float* const rows = U + r * kBlock;
+            float sums[kSteps * kTile] = {};
+            multiply_add(sums, kTile, rows + c, kBlock, rows + r, 1, kBlock, c - r);
+            replace_tile(rows + c, sums, kTile, own, kTile, width);
+        }
+    }
 }
 
 }  // namespace
@@ -129,6 +178,89 @@ rac::Status rac::RAC_ISA::factor(float* H, int64_t n, int64_t h_stride, int thre
             solve(C, S.data);
             for (int64_t i = first; i < last; ++i)
                 copy(H + i * h_stride + lo, C + (i - first) * kBlock, width);
+        });
+    }
+    return Status::done;
+}
+
+rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int threads) {
+    constexpr int64_t own = (kBlock + kDepth) * kBlock;
+    Scratch<float> panel(n * kBlock), corner(kBlock * kBlock), scratch(threads * own);
+    if (!panel.data || !corner.data || !scratch.data) return Status::no_memory;
+
+    // Rows begin .. end of `width` columns of U from `lo` on, zero below the diagonal and up to the next whole tile, a
+    // tile of columns after the other, each `rows` long.
+    const auto tiles = [&](float* to, int64_t rows, int64_t begin, int64_t end, int64_t lo, int64_t width) {
+        for (int64_t c = 0; c < width; c += kTile, to += rows * kTile)
+            for (int64_t k = begin; k < end; ++k) {
+                const int64_t last = min_of(kTile, width - c), below = min_of(last, max_of<int64_t>(0, k - lo - c));
+                float* const row = to + (k - begin) * kTile;
+                for (int64_t j = 0; j < below; ++j) row[j] = 0;
+                copy(row + below, U + k * u_stride + lo + c + below, last - below);
+                for (int64_t j = last; j < kTile; ++j) row[j] = 0;
+            }
+    };
+    const auto pack = [&](int64_t rows, int64_t lo, int64_t width) {
+        for_each_range(rows, kDepth, threads, [&](int64_t begin, int64_t end) {
+            tiles(panel.data + begin * kTile, rows, begin, end, lo, width);
+        });
+    };
+
+    // X = U^-1, from the first block of columns on: what is above the corner becomes -X U times the corner's inverse.
+    for (int64_t lo = 0; lo < n; lo += kBlock) {
+        const int64_t width = min_of(kBlock, n - lo);
+        pack(lo, lo, width);
+        memset(corner.data, 0, kBlock * kBlock * sizeof *corner.data);
+        for (int64_t i = 0; i < width; ++i)
+            copy(corner.data + i * kBlock + i, U + (lo + i) * u_stride + lo + i, width - i);
+        invert_corner(corner.data, width);
+        for (int64_t i = 0; i < width; ++i)
+            copy(U + (lo + i) * u_stride + lo + i, corner.data + i * kBlock + i, width - i);
+        for_each_dynamic(ceil_div(lo, kRows), threads, scratch.data, own, [&](int64_t task, float* C) {
+            const int64_t first = task * kRows, last = min_of(lo, first + kRows);
+            float* const left = C + kRows * kBlock;
+            memset(C, 0, kRows * (kBlock + kDepth) * sizeof *C);
+            for (int64_t k = first; k < lo; k += kDepth) {
+                const int64_t depth = min_of(kDepth, lo - k);
+                for (int64_t i = first; i < last; ++i) {
+                    const int64_t below = min_of(depth, max_of<int64_t>(0, i - k));
+                    float* const row = left + (i - first) * kDepth;
+                    memset(row, 0, below * sizeof *row);
+                    copy(row + below, U + i * u_stride + k + below, depth - below);
+                }
+                for (int64_t c = 0; c < width; c += kTile)
+                    for (int64_t r = 0; r < last - first; r += kSteps)
+                        multiply_add(C + r * kBlock + c, kBlock, panel.data + c * lo + k * kTile, kTile,
+                                     left + r * kDepth, 1, kDepth, depth);
+            }
+            for (int64_t c = (width - 1) / kTile * kTile; c >= 0; c -= kTile)  // each takes what is left of it
+                for (int64_t r = 0; r < last - first; r += kSteps)
+                    replace_tile(C + r * kBlock + c, C + r * kBlock, kBlock, corner.data + c, kBlock, c + kTile);
+            for (int64_t i = first; i < last; ++i) copy(U + i * u_stride + lo, C + (i - first) * kBlock, width);
+        });
+    }
+
+    // X^T X, from the last block of rows up: each needs those above it.
+    for (int64_t hi = n, lo; hi > 0; hi = lo) {
+        lo = (hi - 1) / kBlock * kBlock;
+        const int64_t height = hi - lo;
+        pack(hi, lo, height);
+        for_each_dynamic(ceil_div(n - lo, kBlock), threads, scratch.data, own, [&](int64_t task, float* C) {
+            const int64_t first = lo + task * kBlock, width = min_of(kBlock, n - first);
+            float* const right = C + kBlock * kBlock;
+            memset(C, 0, own * sizeof *C);
+            for (int64_t k = 0; k < hi; k += kDepth) {
+                const int64_t depth = min_of(kDepth, hi - k);
+                tiles(right, depth, k, k + depth, first, width);
+                for (int64_t c = 0; c < width; c += kTile)
+                    for (int64_t r = 0; r < (task ? height : min_of(height, c + kTile)); r += kSteps)
+                        multiply_add(C + r * kBlock + c, kBlock, right + c * depth, kTile,
+                                     panel.data + r / kTile * hi * kTile + k * kTile + r % kTile, kTile, 1, depth);
+            }
+            for (int64_t i = 0; i < height; ++i) {
+                const int64_t below = task ? 0 : i;
+                copy(U + (lo + i) * u_stride + first + below, C + i * kBlock + below, width - below);
+            }
         });
     }
     return Status::done;

@@ -28,6 +28,9 @@ Status sweep(float* Q, const void* W, DType dtype, int64_t n, int64_t w_stride, 
 // Upper triangle of H [n, n] -> U with H = U U^T; nothing else of H is touched. Not positive definite: H is half done.
 Status factor(float* H, int64_t n, int64_t h_stride, int threads);
 
+// Upper triangle of U [n, n], U upper triangular -> that of (U U^T)^-1; nothing else of U is touched.
+Status inverse(float* U, int64_t n, int64_t u_stride, int threads);
+
 // Copies the strictly upper triangle of H onto the lower one, or (`down` false) the lower one onto the upper.
 // not_finite if what is copied, or the diagonal, holds NaN or infinity.
 Status mirror(float* H, int64_t n, int64_t h_stride, bool down, int threads);
@@ -38,8 +41,16 @@ Status mirror(float* H, int64_t n, int64_t h_stride, bool down, int threads);
 int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t* mask, const float* inverse,
                     double* sizes, const double* done_at, int32_t* counts, int64_t rows, int64_t n, int threads);
 
-// dots [rows] = sum over j of A[i, j] B[i, j] weights[j], A and B [rows, n], in fp64; weights may be null.
-void row_dots(const float* A, const float* B, const float* weights, double* dots, int64_t rows, int64_t n, int threads);
+// Before the first step: R = A on the mask, P = inverse R; E [rows, n] is what is missed, A = E H. found [rows, 4] =
+// <E, A>, <R, P>, what the mask keeps, <E, diagonal E>.
+void refine_begin(const float* E, const float* A, const uint8_t* mask, const float* diagonal, const float* inverse,
+                  float* R, float* P, double* found, int64_t rows, int64_t n, int threads);
+
+// After the last: rows of Q that are no better than `start` become it. E and A as above, `first` is what R was. found as
+// above -> <E, A> of the Q that came, <R, inverse R> of what it is now, whether it was better.
+void refine_end(float* Q, const float* start, const float* E, const float* A, const uint8_t* mask,
+                const float* first, const float* diagonal, const float* inverse, double* found, int64_t rows, int64_t n,
+                int threads);
 
 // ADMM's steps on one matrix [rows, n], V = goal + gap M, in words of two 16-bit integers as admm.cpp lays them out. Words
 // that stand for no element must be 0 from the start.

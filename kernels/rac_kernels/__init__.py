@@ -13,6 +13,7 @@ from rac_kernels.column_norm import column_norm_accumulate_
 from rac_kernels.cross import cross_accumulate_
 from rac_kernels.factor import Factor, FactorError, factor_, factor_batch_, refactor_
 from rac_kernels.hessian import hessian_accumulate_
+from rac_kernels.inverse import inverse_
 from rac_kernels.matching import matched_target, output_cross
 from rac_kernels.mirror import symmetrize_
 from rac_kernels.objective import objective, reconstruction_error
@@ -36,6 +37,7 @@ __all__ = [
     "factor_",
     "factor_batch_",
     "hessian_accumulate_",
+    "inverse_",
     "kth_smallest",
     "mask_by_score",
     "matched_target",

@@ -23,6 +23,7 @@ from rac_kernels import native
 from rac_kernels.backend import choose
 from rac_kernels.cross import cross_accumulate_
 from rac_kernels.factor import Factor, refactor_
+from rac_kernels.inverse import inverse_, side_of
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 from rac_kernels.select import mask_by_score
 
@@ -102,14 +103,15 @@ def admm_short_(
     goal = (W.to(U.dtype) * root).contiguous()
     groups = [len(W)] if row_groups is None else list(row_groups)
     chosen = choose(backend, U.device, triton=True)
-    run = _Words(goal, groups) if chosen == "native" else _Floats(goal, groups, backend)
+    is_native = chosen == "native"
+    run = _Words(goal, groups) if is_native else _Floats(goal, groups, backend)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
 
     def invert(index: int) -> Tensor:
         """U becomes the inverse for the penalty of that index; what M is of it, by the rows and the columns."""
         penalty = FIRST_PENALTY * growth**index
         refactor_(factor, penalty * weight, backend=backend)
-        _inverse_(U)
+        inverse_(U, backend="native" if is_native else "reference")
         return root * penalty**0.5
 
     for step in range(steps):
@@ -231,32 +233,6 @@ class _Words(_State):
             pointers, (rows, n) = (part.data_ptr() for part in parts), parts[0].shape
             how = (zeros_of(sparsity, rows * n), keep, group, relaxation, shrink, native.threads())
             native.library().settle(*pointers, rows, n, *how)
-
-
-def side_of(n: int) -> int:
-    """Rows or columns of H that are inverted at a time: more waste products, fewer make small ones."""
-    return min(n, max(96, min(n // 16, 512)))
-
-
-def _inverse_(U: Tensor) -> None:
-    """The upper triangle of U [n, n] becomes that of (U Uᵀ)⁻¹, n³ · 2/3 FLOP in place; below it nothing is touched."""
-    n, side = len(U), side_of(len(U))
-    bands = [slice(lo, min(lo + side, n)) for lo in range(0, n, side)]
-    for here in bands:  # X = U⁻¹, a band of columns after the other
-        corner = U[here, here]
-        unit = torch.eye(len(corner), dtype=U.dtype, device=U.device)
-        own = torch.linalg.solve_triangular(corner, unit, upper=True)
-        for rows in bands[: here.start // side]:
-            found = U[rows, rows].triu() @ U[rows, here]
-            found.addmm_(U[rows, rows.stop : here.start], U[rows.stop : here.start, here])
-            torch.mm(found, own, out=U[rows, here]).neg_()
-        corner.copy_(own.triu_().add_(corner.tril(-1)))
-    for here in reversed(bands):  # XᵀX, from the last rows up: each needs those above it
-        corner, beyond = U[here, here], U[here, here.stop :]
-        own = corner.triu()
-        beyond.copy_((own.T @ beyond).addmm_(U[: here.start, here].T, U[: here.start, here.stop :]))
-        own = (own.T @ own).addmm_(U[: here.start, here].T, U[: here.start, here])
-        corner.copy_(own.triu_().add_(corner.tril(-1)))
 
 
 def _one(

@@ -23,8 +23,8 @@ from rac_kernels.mirror import mirror
 from rac_kernels.product import COLUMNS, invert, product
 
 BLOCK = 128  # columns the reference factors at a time; the rest of the work is one product a block
-# Up to this n the CPU factors in fp64: it costs little there, and rounding in an fp32 factor tips near-ties between
-# scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
+# Up to this n the CPU factors in fp64 unless told otherwise: it costs little there, and rounding in an fp32 factor tips
+# near-ties between scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
 EXACT = 4096
 # Up to this n "auto" leaves a matrix on a GPU to cuSOLVER's one call, at the price of two more matrices in memory.
 # Nobody has measured yet where that is the faster way, so it is taken nowhere; benchmarks/factor.py times both.
@@ -77,7 +77,9 @@ class Factor:
         return torch.where(self.dead, 1.0, self.diagonal + self.used[1])
 
 
-def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> Factor:
+def factor_(
+    H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto", exact: bool = True
+) -> Factor:
     """Factors H + λI = U Uᵀ in place, λ = damping · mean(H_ii over live columns).
 
     H: [n, n] fp32 with contiguous rows; only its upper triangle is read. Dead columns (H_ii = 0) get a unit diagonal
@@ -90,13 +92,16 @@ def factor_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend:
     Where H_ii is 0 and the rest of row i is not (as where x² underflows), that row and column are set to zero.
 
     On a GPU it waits for the device twice, before the first attempt and after it, and once for each one that follows.
+    A CPU factors up to n = 4096 in fp64, at some four times the cost and with 16 n² bytes more, unless ``exact`` is
+    False.
 
     Raises FactorError if H is not finite, has a negative diagonal element (no XᵀX has), or is not positive definite
     within the limit; ValueError for arguments that cannot be meant. After an error H's contents are lost.
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
-    diagonal, dead, used = _factor_op(H[None], damping, max_damping, _way(H, damping, max_damping, backend))
+    way = _way(H, damping, max_damping, backend)
+    diagonal, dead, used = _factor_op(H[None], damping, max_damping, exact, way)
     return Factor(H, diagonal[0], dead[0], damping, used[0])
 
 
@@ -111,7 +116,7 @@ def factor_batch_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, ba
     """
     if H.ndim != 3 or H.shape[1] != H.shape[2] or H.dtype != torch.float32 or (H.shape[1] > 1 and H.stride(2) != 1):
         raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
-    diagonals, dead, used = _factor_op(H, damping, max_damping, _way(H, damping, max_damping, backend))
+    diagonals, dead, used = _factor_op(H, damping, max_damping, True, _way(H, damping, max_damping, backend))
     return [Factor(H[i], diagonals[i], dead[i], damping, used[i]) for i in range(len(H))]
 
 
@@ -154,7 +159,9 @@ def _raised(damping: float) -> float:
 
 
 @torch.library.custom_op("rac::factor_", mutates_args={"H"})
-def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _factor_op(
+    H: Tensor, damping: float, max_damping: float, exact: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of H [matrices, n, n]: the diagonals [matrices, n], the dead columns [matrices, n] and, on the CPU, (damping, λ)
     that did it [matrices, 2] fp64."""
     matrices, n = H.shape[:2]
@@ -179,7 +186,7 @@ def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> t
     if problems:
         raise FactorError("; ".join(problems))
     cholesky_ = _CHOLESKY[backend]
-    if H.device.type == "cpu" and backend != "triton" and n <= EXACT:
+    if exact and H.device.type == "cpu" and backend != "triton" and n <= EXACT:
         cholesky_ = _cholesky_exact_
 
     def attempt(some: slice, damping: float) -> list[bool]:
@@ -210,7 +217,7 @@ def _factor_op(H: Tensor, damping: float, max_damping: float, backend: str) -> t
 
 
 @_factor_op.register_fake
-def _(H: Tensor, damping: float, max_damping: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(H: Tensor, damping: float, max_damping: float, exact: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     diagonals = H.new_empty(H.shape[:2])
     return diagonals, diagonals.to(torch.bool), torch.empty(len(H), 2, dtype=torch.float64)
 

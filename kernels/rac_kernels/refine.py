@@ -173,8 +173,9 @@ def _refine_op(
         for lo in range(0, rows, each):
             some = slice(lo, min(lo + each, rows))
             keep = (Q[some] != 0 if mask is None else mask[some]).contiguous()
-            start = torch.where(keep, Q[some].to(H.dtype), 0)
-            aim = target[some].to(H.dtype)
+            start = Q[some].to(H.dtype).contiguous()
+            start = start + 0.0 if mask is None else torch.where(keep, start, 0)  # −0.0 becomes +0.0
+            aim = target[some].to(H.dtype).contiguous()
             _rows(refined[some], found[some], start, keep, aim, system, iterations, tolerance, method, backend)
     return refined, found
 
@@ -254,14 +255,6 @@ def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.linalg.vecdot(a if weights is None else a * weights, b.double())
 
 
-def _dot_native(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
-    a, b = a.contiguous(), b.contiguous()
-    dots = torch.empty(len(a), dtype=torch.float64)
-    pointers = a.data_ptr(), b.data_ptr(), 0 if weights is None else weights.data_ptr(), dots.data_ptr()
-    native.library().row_dots(*pointers, *a.shape, native.threads())
-    return dots
-
-
 def _rows(
     Q: Tensor,
     found: Tensor,
@@ -275,17 +268,14 @@ def _rows(
     backend: str,
 ) -> None:
     """Q = start, refined; found as `_refine_op` returns it."""
-    dot = _dot_native if backend == "native" else _dot
+    begin, end = (_begin_native, _end_native) if backend == "native" else (_begin, _end)
     Q.copy_(start)
     work = torch.empty_like(Q)
     error = target - Q
     symmetric_product(error, system, work)
-    before = dot(error, work)
-    first = work * mask  # on a CPU three times as fast as where; what is not finite makes the row keep its Q
-    R = first.clone()
-    P = R * system.inverse
-    size = dot(R, P)
-    support = mask.sum(1)
+    R, P, told = begin(error, work, mask, system)
+    before, size, support = told[:, :3].clone().unbind(1)
+    first = R.clone()
     # Below the second figure lies what rounding makes of an optimum: |r_j| ≤ √(H_jj objective) if exact.
     done_at = torch.maximum(size * tolerance**2, before * support * (torch.finfo(Q.dtype).eps / 4) ** 2)
     counts = torch.zeros(len(Q), dtype=torch.int32, device=Q.device)
@@ -304,23 +294,59 @@ def _rows(
         symmetric_product(P, system, work)
         left = step(Q, R, P, work, mask, system.inverse, sizes, done_at, counts)
         going = iteration % looks != looks - 1 or bool(left)
+    del R, P
     torch.sub(target, Q, out=error)
     symmetric_product(error, system, work)
-    after = dot(error, work)
-    R = work * mask
+    end(Q, start, error, work, mask, first, system, told)
+    after, last, better = told[:, :3].unbind(1)
+    found[:, 0] = counts
+    found[:, 1] = torch.where(size > 0, (last / size).sqrt(), 0)
+    found[:, 2] = before
+    found[:, 3] = torch.where(better > 0, after, before)
+    found[:, 4] = better == 0
+
+
+def _begin(error: Tensor, product: Tensor, mask: Tensor, system: System) -> tuple[Tensor, Tensor, Tensor]:
+    """R, P [rows, n]; [rows, 4] fp64: the objective 〈error, product〉, the residual 〈R, P〉, what the mask keeps and
+    〈error, diagonal error〉. product is error H."""
+    R = product * mask  # on a CPU three times as fast as where; what is not finite makes the row keep its Q
+    P = R * system.inverse
+    told = [_dot(error, product), _dot(R, P), mask.sum(1), _dot(error, error, system.diagonal)]
+    return R, P, torch.stack([number.double() for number in told], 1)
+
+
+def _begin_native(error: Tensor, product: Tensor, mask: Tensor, system: System) -> tuple[Tensor, Tensor, Tensor]:
+    R, P = torch.empty_like(error), torch.empty_like(error)
+    told = error.new_empty(len(error), 4, dtype=torch.float64)
+    tensors = (error, product, mask, system.diagonal, system.inverse, R, P, told)
+    native.library().refine_begin(*(t.data_ptr() for t in tensors), *R.shape, native.threads())
+    return R, P, told
+
+
+def _end(
+    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, told: Tensor
+) -> None:
+    """Rows of Q that are no better than `start` become it. error is target − Q, product error H, `first` what R was,
+    `told` what `_begin` returned: it becomes the objective of the Q that came, the residual of what Q then is, whether
+    it was better."""
+    moved, R = Q - start, product * mask
+    told[:, 0] = _dot(error, product)
     # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉. It has
     # to exceed what rounding makes of it, each element of r being a sum of n products, |H_ij| ≤ √(H_ii H_jj).
-    moved = Q - start
-    fall = dot(moved, first + R)
-    far, before_it, after_it = (dot(a, a, system.diagonal).sqrt() for a in (moved, target - start, error))
-    better = fall > torch.finfo(Q.dtype).eps * far * (before_it + after_it)
+    fall = _dot(moved, first + R)
+    far, after = (_dot(a, a, system.diagonal).sqrt() for a in (moved, error))
+    better = fall > torch.finfo(Q.dtype).eps * far * (told[:, 3].sqrt() + after)
     Q.copy_(torch.where(better[:, None], Q, start))
     R = torch.where(better[:, None], R, first)
-    found[:, 0] = counts
-    found[:, 1] = torch.where(size > 0, (dot(R, R, system.inverse) / size).sqrt(), 0)
-    found[:, 2] = before
-    found[:, 3] = torch.where(better, after, before)
-    found[:, 4] = ~better
+    told[:, 1] = _dot(R, R, system.inverse)
+    told[:, 2] = better
+
+
+def _end_native(
+    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, told: Tensor
+) -> None:
+    tensors = (Q, start, error, product, mask, first, system.diagonal, system.inverse, told)
+    native.library().refine_end(*(t.data_ptr() for t in tensors), *Q.shape, native.threads())
 
 
 LOOKS = 4  # on a GPU, iterations between one look at whether any row goes on and the next: looking means waiting

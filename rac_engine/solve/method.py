@@ -37,19 +37,22 @@ class Gram:
         self._asked = 0.0
         self._lent = False
 
-    def factor(self, damping: float) -> Factor:
+    def factor(self, damping: float, exact: bool = True) -> Factor:
         """H + λI = U Uᵀ, U in the upper triangle and H in the strictly lower one (see `rac_kernels.Factor`)."""
         if self._factor is None or self._asked != damping or self._lent:
             if self._factor is not None:
                 self.upper()
             if not self._H.is_contiguous():  # what `upper` has left is transposed: mirrored, it may be turned back
                 self._H = symmetrize_(self._H).T
-            self._factor, self._asked, self._lent = factor_(self._H, damping), damping, False
+            self._factor, self._asked, self._lent = factor_(self._H, damping, exact=exact), damping, False
         return self._factor
 
     def borrow(self, damping: float) -> Factor:
-        """As `factor`, for a method that overwrites U, though not what lies below: for the next one it is made anew."""
-        factor = self.factor(damping)
+        """As `factor`, for a method that overwrites U, though not what lies below: for the next one it is made anew.
+
+        Such a method wants to know that H + λI has a factor, more than its last digits.
+        """
+        factor = self.factor(damping, exact=False)
         self._lent = True
         return factor
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
-from rac_kernels.admm import _Floats, _inverse_, _Words, inversions
+from rac_kernels import FactorError, admm, admm_short_, factor_, inverse_, objective, refactor_, refine, sweep
+from rac_kernels.admm import _Floats, _Words, inversions
 from tests.kernels.backends import CPU, running
 
 
@@ -74,14 +74,6 @@ def test_stacked_matrices_have_zeros_of_their_own() -> None:
 def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Words | _Floats:
     groups = groups or [len(goal)]
     return _Words(goal, groups) if kind == "words" else _Floats(goal, groups, "reference")
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CPU[1:])
@@ -153,17 +145,6 @@ def test_sums_of_native_products_do_not_overflow(width: int) -> None:
     torch.testing.assert_close(run.V.double(), gap @ M, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("n", [1, 50, 96, 97, 280, 1700])
-def test_inverse_is_made_above_the_diagonal_in_place(n: int) -> None:
-    x = torch.randn(2 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    factor = factor_((x.T @ x).float(), 0.01)
-    U, below = factor.U, factor.U.tril(-1)
-    inverse = torch.linalg.inv((U.triu() @ U.triu().T).double())
-    _inverse_(U)
-    torch.testing.assert_close(U.triu().double(), inverse.triu(), rtol=0, atol=1e-5 * float(inverse.abs().max()))
-    torch.testing.assert_close(U.tril(-1), below, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("kind", ["words", "floats"])
 @pytest.mark.usefixtures("threads", "isa")
 def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
@@ -188,11 +169,11 @@ def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -
     W, H = problem(48, 160)
     module, inverted = sys.modules["rac_kernels.admm"], []
 
-    def count(U: Tensor) -> None:
+    def count(U: Tensor, backend: str) -> None:
         inverted.append(U)
-        _inverse_(U)
+        inverse_(U, backend)
 
-    monkeypatch.setattr(module, "_inverse_", count)
+    monkeypatch.setattr(module, "inverse_", count)
     costs = {}
     for every in (1, module.INVERT):
         monkeypatch.setattr(module, "INVERT", every)

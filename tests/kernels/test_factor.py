@@ -266,7 +266,7 @@ def test_the_one_call_that_auto_leaves_to_a_gpus_solver():
     """On the CPU here, as the same call of torch's."""
     matrices = [gram(kind, 140) for kind in KINDS]
     H = torch.stack(matrices)
-    diagonals, _, used = torch.ops.rac.factor_(H, 0.01, 1.0, "whole")
+    diagonals, _, used = torch.ops.rac.factor_(H, 0.01, 1.0, True, "whole")
     for U, matrix, diagonal, (damping, ridge) in zip(H, matrices, diagonals, used.tolist(), strict=True):
         expected = damped(matrix, Factor(U, diagonal, diagonal == 0, 0.01, torch.tensor([damping, ridge])))
         assert error(U, expected) < 2e-6 and torch.equal(U.tril(-1), matrix.tril(-1))
@@ -282,3 +282,11 @@ def test_threads_do_not_change_a_bit(exact, monkeypatch):
         torch.set_num_threads(threads)
         found.append(factor_(H.clone()).U)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_in_fp32_where_that_is_asked_for(monkeypatch):
+    H = gram("correlated", 300)
+    found = factor_(H.clone(), exact=False)
+    assert not torch.equal(found.U, factor_(H.clone()).U)
+    monkeypatch.setattr(MODULE, "EXACT", 0)
+    assert torch.equal(found.U, factor_(H.clone()).U)

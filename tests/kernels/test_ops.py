@@ -37,8 +37,9 @@ CASES: dict[str, list[Callable[[], tuple[object, ...]]]] = {
     ],
     "column_norm_accumulate_": [lambda: (torch.zeros(N), tokens(), torch.rand(TOKENS))],
     "symmetrize_": [lambda: (gram("plain", N),)],
-    "factor_": [lambda: (torch.stack([gram("plain", N), gram("dead", N)]), 0.01, 1.0)],
+    "factor_": [lambda: (torch.stack([gram("plain", N), gram("dead", N)]), 0.01, 1.0, True)],
     "refactor_": [lambda: (gram("plain", N), gram("plain", N).diagonal().clone())],
+    "inverse_": [lambda: (torch.randn(N, N).triu() + N * torch.eye(N),)],
     "sweep": [
         lambda: (torch.randn(ROWS, N), torch.eye(N), None, 0.5, 0, 0, 16, [4, 2]),
         lambda: (torch.randn(ROWS, N).bfloat16(), torch.eye(N), torch.rand(N) < 0.1, 0.5, 2, 4, 16, [ROWS]),
