@@ -32,7 +32,8 @@ CHECK = 3
 RENEW = 4  # steps of a short run with one penalty
 INVERT = 3  # H is inverted with every so many-th penalty
 SHORT_RANGE = 6.0  # of the penalty, from the first to the last step of a short run
-RELAXATION = 1.2  # of a short run: V is taken so far beyond Q
+# How far a short run's steps go at first, by the mean of M's diagonal: 1 up to EVEN, then rising up to FARTHEST.
+EVEN, STEEPNESS, FARTHEST = 0.32, 4.0, 1.9
 ELEMENTS = 1 << 24  # of W that go through a step's sums and differences at a time
 RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
 
@@ -69,15 +70,14 @@ def admm_short_(
     factor: Factor,
     sparsity: float = 0.5,
     pattern: str | Pattern | None = None,
-    steps: int = 40,
+    steps: int = 36,
     row_groups: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Q [rows, n] fp32 as by `admm` for H + λI, by a fixed number of steps and a penalty that rises at a fixed pace.
 
     W: [rows, n], any float dtype. ``factor`` is of H + λI and says both; its U is overwritten. ρ grows from 0.1 to 0.6
-    over the steps, over-relaxed by 1.2 (Boyd et al., "Distributed optimization and statistical learning via ADMM",
-    2011, 3.4.3). With the multipliers by the penalty, L/ρ, a step is
+    over the steps. With the multipliers by the penalty, L/ρ, a step is
 
         V ← W + (Q − L/ρ − W) M,   M = ρ (H + ρI)⁻¹,
 
@@ -86,9 +86,15 @@ def admm_short_(
     which any CPU multiplies faster than fp32 (csrc/cpu/admm.cpp). Rounded to 5 bits, M and the difference leave the
     objective as it is within 0.1%. A step takes 2·rows·n² FLOP. ρ rises every RENEW steps. H + λI and every INVERT-th
     of its values are factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal
-    parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005. Beside U M is held,
-    and of W's size three matrices in fp32, one of two bytes, a mask and what selection takes. ``row_groups``: row
-    counts of matrices stacked in W, each with its own zeros to reach. ``backend`` as in
+    parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005.
+
+    Where H is far from even, V is taken beyond what a step makes it, over-relaxed (Boyd et al., "Distributed
+    optimization and statistical learning via ADMM", 2011, 3.4.3): M's eigenvalues are ρ / (e + ρ) for H's e, and their
+    mean at the first ρ, that of M's diagonal, says how far; to the last step it falls by half. With a spectrum that
+    falls by a power law H gains up to a fifth of the objective by it; an even one would lose.
+
+    Beside U M is held, and of W's size three matrices in fp32, one of two bytes, a mask and what selection takes.
+    ``row_groups``: row counts of matrices stacked in W, each with its own zeros to reach. ``backend`` as in
     `rac_kernels.backend.choose`. Other arguments as for `admm`.
     """
     n = len(factor.diagonal)
@@ -114,18 +120,22 @@ def admm_short_(
         inverse_(U, backend="native" if is_native else "reference")
         return root * penalty**0.5
 
+    beyond = 0.0
     for step in range(steps):
         if step:  # before the first, Q is W and so is V
             index = step // RENEW
             if step == 1:
-                run.scale(U, invert(0))
+                scale = invert(0)
+                run.scale(U, scale)
+                held = float((U.diagonal() * scale.square()).mean())
+                beyond = min(STEEPNESS * max(held - EVEN, 0.0), FARTHEST - 1)
             elif step % RENEW == 0:
                 if (index - 1) % INVERT == 0:
                     scale = invert(index + INVERT - 1)
                 run.scale(U, scale, 1 / (INVERT - (index - 1) % INVERT))
             run.multiply()
         shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
-        run.settle(RELAXATION if step else 1.0, shrink, sparsity, pattern)
+        run.settle(1 + beyond * (1 - 0.5 * step / steps), shrink, sparsity, pattern)
     return run.T.mul_(run.kept).div_(root).add_(0.0)
 
 
@@ -208,14 +218,10 @@ class _Words(_State):
         self.scales = torch.zeros(sum(size[1] for size in sizes))
         self.M = torch.zeros(library.admm_sizes(0, n)[2], dtype=torch.int32)
         words, scales = ([size[part] for size in sizes] for part in (0, 1))
-        self.parts = list(
-            zip(
-                *(whole.split(groups) for whole in (self.T, self.V, self.kept, goal)),
-                self.gap.split(words),
-                self.scales.split(scales),
-                strict=True,
-            )
-        )
+        state = (self.T, self.V, self.kept, goal)
+        split = (*(whole.split(groups) for whole in state), self.gap.split(words), self.scales.split(scales))
+        # A step of a small matrix is over in less time than it takes to ask tensors for these.
+        self.parts = [(*(part.data_ptr() for part in one), len(one[0]), n) for one in zip(*split, strict=True)]
 
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
         native.library().admm_matrix(
@@ -223,16 +229,15 @@ class _Words(_State):
         )
 
     def multiply(self) -> None:
-        for _, V, _, goal, gap, scales in self.parts:
-            pointers = (part.data_ptr() for part in (V, goal, gap, scales, self.M))
-            native.library().admm_product(*pointers, *V.shape, native.threads())
+        product, M, threads = native.library().admm_product, self.M.data_ptr(), native.threads()
+        for _, V, _, goal, gap, scales, rows, n in self.parts:
+            product(V, goal, gap, scales, M, rows, n, threads)
 
     def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
+        settle, threads = native.library().settle, native.threads()
         keep, group = pattern or (0, 0)
-        for parts in self.parts:
-            pointers, (rows, n) = (part.data_ptr() for part in parts), parts[0].shape
-            how = (zeros_of(sparsity, rows * n), keep, group, relaxation, shrink, native.threads())
-            native.library().settle(*pointers, rows, n, *how)
+        for part in self.parts:
+            settle(*part, zeros_of(sparsity, part[-2] * part[-1]), keep, group, relaxation, shrink, threads)
 
 
 def _one(

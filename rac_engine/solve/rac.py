@@ -11,7 +11,7 @@ from __future__ import annotations
 from rac_engine.solve.method import Problem, Solution, register
 from rac_kernels import admm_short_, refine, symmetrize_
 
-STEPS = 40
+STEPS = 36
 REFINING_STEPS = 6
 TOLERANCE = 1e-2
 
