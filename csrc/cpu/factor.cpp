@@ -1,8 +1,8 @@
 // H = U U^T in place, and the inverse of U U^T; kernels/rac_kernels/factor.py has the mathematics and references.
 //
-// The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into scratch, where
-// the products of the columns to its right come off and the block's corner is solved for, both by multiply_add with the
-// block's columns across the lanes.
+// The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into
+// scratch, where the products of the columns to its right come off and the block's corner is solved for, both by
+// multiply_add with the block's columns across the lanes.
 #include "cpu/tile.h"
 
 namespace {
@@ -84,7 +84,7 @@ void solve(float* X, const float* S) {
         }
 }
 
-// X = -X B for kSteps rows of X [kBlock] and kTile columns of both, over the first `depth` of B's rows.
+// X = -left B, kSteps rows of kTile columns, row stride kBlock, over `depth` rows of B; left may hold X.
 inline void replace_tile(float* X, const float* left, int64_t left_stride, const float* B, int64_t b_stride,
                          int64_t depth) {
     float result[kSteps * kTile] = {};
