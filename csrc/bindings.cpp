@@ -173,11 +173,11 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "refine_end",
         [](Address Q, Address start, Address E, Address A, Address mask, Address first, Address diagonal,
-           Address inverse, Address found, int64_t rows, int64_t n, int threads) {
+           Address inverse, Address begun, Address found, int64_t rows, int64_t n, int threads) {
             RAC_OP(refine_end)(pointer<float>(Q), pointer<const float>(start), pointer<const float>(E),
                                pointer<const float>(A), pointer<const uint8_t>(mask), pointer<const float>(first),
-                               pointer<const float>(diagonal), pointer<const float>(inverse), pointer<double>(found),
-                               rows, n, threads);
+                               pointer<const float>(diagonal), pointer<const float>(inverse),
+                               pointer<const double>(begun), pointer<double>(found), rows, n, threads);
         },
         NoGil());
     m.def("admm_sizes", [](int64_t rows, int64_t n) {

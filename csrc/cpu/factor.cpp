@@ -1,4 +1,5 @@
-// H = U U^T in place, and the inverse of U U^T; kernels/rac_kernels/factor.py has the mathematics and references.
+// H = U U^T in place, and the inverse of U U^T; kernels/rac_kernels has the mathematics and references, in factor.py and
+// inverse.py.
 //
 // The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into
 // scratch, where the products of the columns to its right come off and the block's corner is solved for, both by
@@ -71,26 +72,29 @@ void prepare_solve(float* S, double* U, int64_t size) {
     }
 }
 
-// X [kRows, kBlock] = X U^-T, back substitution by tiles.
-void solve(float* X, const float* S) {
-    for (int64_t c = kBlock - kTile; c >= 0; c -= kTile)
-        for (int64_t r = 0; r < kRows; r += kSteps) {
-            float* rows = X + r * kBlock;
-            multiply_add(rows + c, kBlock, S + (c + kTile) * kBlock + c, kBlock, rows + c + kTile, 1, kBlock,
-                         kBlock - c - kTile);
-            float result[kSteps * kTile] = {};
-            multiply_add(result, kTile, S + c * kBlock + c, kBlock, rows + c, 1, kBlock, kTile);
-            for (int64_t s = 0; s < kSteps; ++s) memcpy(rows + s * kBlock + c, result + s * kTile, kTile * sizeof *rows);
-        }
-}
-
-// X = -left B, kSteps rows of kTile columns, row stride kBlock, over `depth` rows of B; left may hold X.
+// X = left B, kSteps rows of kTile columns, row stride kBlock, over `depth` rows of B; left may hold X.
 inline void replace_tile(float* X, const float* left, int64_t left_stride, const float* B, int64_t b_stride,
                          int64_t depth) {
     float result[kSteps * kTile] = {};
     multiply_add(result, kTile, B, b_stride, left, 1, left_stride, depth);
-    for (int64_t s = 0; s < kSteps; ++s)
-        for (int64_t j = 0; j < kTile; ++j) X[s * kBlock + j] = -result[s * kTile + j];
+    for (int64_t s = 0; s < kSteps; ++s) memcpy(X + s * kBlock, result + s * kTile, kTile * sizeof *X);
+}
+
+// X [kRows, kBlock] = X U^-T, back substitution by tiles.
+void solve(float* X, const float* S) {
+    for (int64_t c = kBlock - kTile; c >= 0; c -= kTile)
+        for (int64_t r = 0; r < kRows; r += kSteps) {
+            float* const own = X + r * kBlock + c;
+            multiply_add(own, kBlock, S + (c + kTile) * kBlock + c, kBlock, own + kTile, 1, kBlock, kBlock - c - kTile);
+            replace_tile(own, own, kBlock, S + c * kBlock + c, kBlock, kTile);
+        }
+}
+
+// `count` floats, zeros for those before `first`, which may lie outside: a row of an upper triangle.
+inline void copy_from(float* to, const float* from, int64_t first, int64_t count) {
+    const int64_t zeros = min_of(count, max_of<int64_t>(0, first));
+    for (int64_t j = 0; j < zeros; ++j) to[j] = 0;
+    copy(to + zeros, from + zeros, count - zeros);
 }
 
 // U [kBlock, kBlock], upper triangular in its first `size` rows and columns and zero elsewhere -> its inverse. A tile of
@@ -99,18 +103,18 @@ void invert_corner(float* U, int64_t size) {
     double exact[kTile * kTile];
     for (int64_t c = 0; c < size; c += kTile) {
         const int64_t width = min_of(kTile, size - c);
-        float own[kTile * kTile] = {};
+        float minus[kTile * kTile] = {};
         for (int64_t i = 0; i < width; ++i)
             for (int64_t j = i; j < width; ++j) exact[i * kTile + j] = U[(c + i) * kBlock + c + j];
         invert(exact, kTile, width);
         for (int64_t i = 0; i < width; ++i)
             for (int64_t j = i; j < width; ++j)
-                own[i * kTile + j] = U[(c + i) * kBlock + c + j] = static_cast<float>(exact[i * kTile + j]);
+                minus[i * kTile + j] = -(U[(c + i) * kBlock + c + j] = static_cast<float>(exact[i * kTile + j]));
         for (int64_t r = 0; r < c; r += kSteps) {
             float* const rows = U + r * kBlock;
             float sums[kSteps * kTile] = {};
             multiply_add(sums, kTile, rows + c, kBlock, rows + r, 1, kBlock, c - r);
-            replace_tile(rows + c, sums, kTile, own, kTile, width);
+            replace_tile(rows + c, sums, kTile, minus, kTile, width);
         }
     }
 }
@@ -193,10 +197,9 @@ rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int thr
     const auto tiles = [&](float* to, int64_t rows, int64_t begin, int64_t end, int64_t lo, int64_t width) {
         for (int64_t c = 0; c < width; c += kTile, to += rows * kTile)
             for (int64_t k = begin; k < end; ++k) {
-                const int64_t last = min_of(kTile, width - c), below = min_of(last, max_of<int64_t>(0, k - lo - c));
+                const int64_t last = min_of(kTile, width - c);
                 float* const row = to + (k - begin) * kTile;
-                for (int64_t j = 0; j < below; ++j) row[j] = 0;
-                copy(row + below, U + k * u_stride + lo + c + below, last - below);
+                copy_from(row, U + k * u_stride + lo + c, k - lo - c, last);
                 for (int64_t j = last; j < kTile; ++j) row[j] = 0;
             }
     };
@@ -216,6 +219,7 @@ rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int thr
         invert_corner(corner.data, width);
         for (int64_t i = 0; i < width; ++i)
             copy(U + (lo + i) * u_stride + lo + i, corner.data + i * kBlock + i, width - i);
+        for (int64_t i = 0; i < width * kBlock; ++i) corner.data[i] = -corner.data[i];
         for_each_dynamic(ceil_div(lo, kRows), threads, scratch.data, own, [&](int64_t task, float* C) {
             const int64_t first = task * kRows, last = min_of(lo, first + kRows);
             float* const left = C + kRows * kBlock;
@@ -223,10 +227,7 @@ rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int thr
             for (int64_t k = first; k < lo; k += kDepth) {
                 const int64_t depth = min_of(kDepth, lo - k);
                 for (int64_t i = first; i < last; ++i) {
-                    const int64_t below = min_of(depth, max_of<int64_t>(0, i - k));
-                    float* const row = left + (i - first) * kDepth;
-                    memset(row, 0, below * sizeof *row);
-                    copy(row + below, U + i * u_stride + k + below, depth - below);
+                    copy_from(left + (i - first) * kDepth, U + i * u_stride + k, i - k, depth);
                 }
                 for (int64_t c = 0; c < width; c += kTile)
                     for (int64_t r = 0; r < last - first; r += kSteps)

@@ -46,11 +46,11 @@ int64_t refine_step(float* Q, float* R, float* P, const float* A, const uint8_t*
 void refine_begin(const float* E, const float* A, const uint8_t* mask, const float* diagonal, const float* inverse,
                   float* R, float* P, double* found, int64_t rows, int64_t n, int threads);
 
-// After the last: rows of Q that are no better than `start` become it. E and A as above, `first` is what R was. found as
-// above -> <E, A> of the Q that came, <R, inverse R> of what it is now, whether it was better.
+// After the last: rows of Q that are no better than `start` become it. E and A as above, `first` is what R was, `begun`
+// what was found. found [rows, 3] = <E, A> of the Q that came, <R, inverse R> of what it is now, whether it was better.
 void refine_end(float* Q, const float* start, const float* E, const float* A, const uint8_t* mask,
-                const float* first, const float* diagonal, const float* inverse, double* found, int64_t rows, int64_t n,
-                int threads);
+                const float* first, const float* diagonal, const float* inverse, const double* begun, double* found,
+                int64_t rows, int64_t n, int threads);
 
 // ADMM's steps on one matrix [rows, n], V = goal + gap M, in words of two 16-bit integers as admm.cpp lays them out. Words
 // that stand for no element must be 0 from the start.

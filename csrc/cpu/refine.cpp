@@ -97,8 +97,8 @@ void rac::RAC_ISA::refine_begin(const float* E, const float* A, const uint8_t* m
 }
 
 void rac::RAC_ISA::refine_end(float* Q, const float* start, const float* E, const float* A, const uint8_t* mask,
-                              const float* first, const float* diagonal, const float* inverse, double* found,
-                              int64_t rows, int64_t n, int threads) {
+                              const float* first, const float* diagonal, const float* inverse, const double* begun,
+                              double* found, int64_t rows, int64_t n, int threads) {
     for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             float* const __restrict q = Q + row * n;
@@ -107,17 +107,17 @@ void rac::RAC_ISA::refine_end(float* Q, const float* start, const float* E, cons
             const float* const __restrict a = A + row * n;
             const float* const __restrict f = first + row * n;
             const uint8_t* const __restrict kept = mask + row * n;
-            double* const own = found + row * 4;
+            double* const own = found + row * 3;
             const auto residual = [&](int64_t j) { return static_cast<float>(kept[j]) * a[j]; };
-            const double after = sum_of<double>(n, [&](int64_t j) { return static_cast<double>(e[j]) * a[j]; });
+            own[0] = sum_of<double>(n, [&](int64_t j) { return static_cast<double>(e[j]) * a[j]; });
             const double fall = sum_of<double>(
                 n, [&](int64_t j) { return static_cast<double>(q[j] - s[j]) * (f[j] + residual(j)); });
             const double moved = size_of(n, diagonal, [&](int64_t j) { return q[j] - s[j]; });
             const double left = size_of(n, diagonal, [&](int64_t j) { return e[j]; });
-            const double rounding = kRounding * __builtin_sqrt(moved) * (__builtin_sqrt(own[3]) + __builtin_sqrt(left));
+            const double far = __builtin_sqrt(begun[row * 4 + 3]) + __builtin_sqrt(left);
+            const double rounding = kRounding * __builtin_sqrt(moved) * far;
             const bool better = fall > rounding;  // not if either is NaN
             if (!better) copy(q, s, n);
-            own[0] = after;
             own[1] = better ? size_of(n, inverse, residual) : size_of(n, inverse, [&](int64_t j) { return f[j]; });
             own[2] = better;
         }

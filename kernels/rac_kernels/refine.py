@@ -273,8 +273,8 @@ def _rows(
     work = torch.empty_like(Q)
     error = target - Q
     symmetric_product(error, system, work)
-    R, P, told = begin(error, work, mask, system)
-    before, size, support = told[:, :3].clone().unbind(1)
+    R, P, begun = begin(error, work, mask, system)
+    before, size, support, _ = begun.unbind(1)
     first = R.clone()
     # Below the second figure lies what rounding makes of an optimum: |r_j| ≤ √(H_jj objective) if exact.
     done_at = torch.maximum(size * tolerance**2, before * support * (torch.finfo(Q.dtype).eps / 4) ** 2)
@@ -297,8 +297,7 @@ def _rows(
     del R, P
     torch.sub(target, Q, out=error)
     symmetric_product(error, system, work)
-    end(Q, start, error, work, mask, first, system, told)
-    after, last, better = told[:, :3].unbind(1)
+    after, last, better = end(Q, start, error, work, mask, first, system, begun).unbind(1)
     found[:, 0] = counts
     found[:, 1] = torch.where(size > 0, (last / size).sqrt(), 0)
     found[:, 2] = before
@@ -311,42 +310,42 @@ def _begin(error: Tensor, product: Tensor, mask: Tensor, system: System) -> tupl
     〈error, diagonal error〉. product is error H."""
     R = product * mask  # on a CPU three times as fast as where; what is not finite makes the row keep its Q
     P = R * system.inverse
-    told = [_dot(error, product), _dot(R, P), mask.sum(1), _dot(error, error, system.diagonal)]
-    return R, P, torch.stack([number.double() for number in told], 1)
+    found = [_dot(error, product), _dot(R, P), mask.sum(1), _dot(error, error, system.diagonal)]
+    return R, P, torch.stack([number.double() for number in found], 1)
 
 
 def _begin_native(error: Tensor, product: Tensor, mask: Tensor, system: System) -> tuple[Tensor, Tensor, Tensor]:
     R, P = torch.empty_like(error), torch.empty_like(error)
-    told = error.new_empty(len(error), 4, dtype=torch.float64)
-    tensors = (error, product, mask, system.diagonal, system.inverse, R, P, told)
+    found = error.new_empty(len(error), 4, dtype=torch.float64)
+    tensors = (error, product, mask, system.diagonal, system.inverse, R, P, found)
     native.library().refine_begin(*(t.data_ptr() for t in tensors), *R.shape, native.threads())
-    return R, P, told
+    return R, P, found
 
 
 def _end(
-    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, told: Tensor
-) -> None:
+    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, begun: Tensor
+) -> Tensor:
     """Rows of Q that are no better than `start` become it. error is target − Q, product error H, `first` what R was,
-    `told` what `_begin` returned: it becomes the objective of the Q that came, the residual of what Q then is, whether
-    it was better."""
+    `begun` what `_begin` found. Returns [rows, 3] fp64: the objective of the Q that came, the residual of what Q then
+    is, whether it was better."""
     moved, R = Q - start, product * mask
-    told[:, 0] = _dot(error, product)
     # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉. It has
     # to exceed what rounding makes of it, each element of r being a sum of n products, |H_ij| ≤ √(H_ii H_jj).
     fall = _dot(moved, first + R)
-    far, after = (_dot(a, a, system.diagonal).sqrt() for a in (moved, error))
-    better = fall > torch.finfo(Q.dtype).eps * far * (told[:, 3].sqrt() + after)
+    far, left = (_dot(a, a, system.diagonal).sqrt() for a in (moved, error))
+    better = fall > torch.finfo(Q.dtype).eps * far * (begun[:, 3].sqrt() + left)
     Q.copy_(torch.where(better[:, None], Q, start))
     R = torch.where(better[:, None], R, first)
-    told[:, 1] = _dot(R, R, system.inverse)
-    told[:, 2] = better
+    return torch.stack([_dot(error, product), _dot(R, R, system.inverse), better.double()], 1)
 
 
 def _end_native(
-    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, told: Tensor
-) -> None:
-    tensors = (Q, start, error, product, mask, first, system.diagonal, system.inverse, told)
+    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, begun: Tensor
+) -> Tensor:
+    found = begun.new_empty(len(Q), 3)
+    tensors = (Q, start, error, product, mask, first, system.diagonal, system.inverse, begun, found)
     native.library().refine_end(*(t.data_ptr() for t in tensors), *Q.shape, native.threads())
+    return found
 
 
 LOOKS = 4  # on a GPU, iterations between one look at whether any row goes on and the next: looking means waiting

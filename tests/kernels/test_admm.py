@@ -166,7 +166,7 @@ def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
 
 
 def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    W, H = problem(48, 160)
+    W, H = problem(192, 160)  # with fewer rows another mask, found by chance, makes one or two percent either way
     module, inverted = sys.modules["rac_kernels.admm"], []
 
     def count(U: Tensor, backend: str) -> None:
@@ -180,7 +180,7 @@ def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -
         inverted.clear()
         costs[every] = objective(W, admm_short_(W, factor_(H.clone(), 0.01), 0.6, steps=40), H)
         assert len(inverted) == inversions(40)
-    assert costs[module.INVERT] == pytest.approx(costs[1], rel=0.02)
+    assert costs[module.INVERT] == pytest.approx(costs[1], rel=0.01)
     assert costs[module.INVERT] != costs[1]
 
 
