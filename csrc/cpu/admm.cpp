@@ -15,13 +15,17 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t kWide = 3;
+constexpr int64_t kWide = 3, kRows = kSteps;
+#elif defined(__AVX2__)
+constexpr int64_t kWide = 2, kRows = 6;
 #else
-constexpr int64_t kWide = 2;  // vectors; products take registers of their own
+constexpr int64_t kWide = 2, kRows = kSteps;  // vectors; products take registers of their own
 #endif
 constexpr int64_t kPanel = kLanes * kWide;  // columns of M that stand side by side
+constexpr int64_t kUnit = kPanel % kRows ? 3 * kPanel : kPanel;
+static_assert(kUnit % kRows == 0, "a tile of V begins with a group of rows and a panel of columns");
 constexpr int64_t kRun = 192;               // words summed in registers, two columns each, at most
-constexpr int64_t kMacro = 288;             // rows and columns of V that stay in the second-level cache
+constexpr int64_t kMacro = 192;             // rows and columns of V that stay in the second-level cache
 constexpr float kOne = 32000.0f;            // 1 of M; above it is room for rounding
 constexpr float kLength = 65000.0f;         // of a run
 
@@ -55,9 +59,9 @@ struct Runs {
     int64_t of(int64_t run) const { return min_of(length, steps - run * length); }
 };
 
-// A row of `n` numbers becomes words, kSteps apart, and a scale for each run.
+// A row of `n` numbers becomes words, kRows apart, and a scale for each run.
 inline void to_words(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
-    for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kSteps) {
+    for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kRows) {
         const float* const own = row + first;
         const int64_t length = min_of(2 * runs.length, n - first);
         Vec sizes = {}, squares = {};
@@ -82,27 +86,33 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
         uint16_t halves[2 * kRun];
         halves[length % 2 ? length : 0] = 0;
         for (j = 0; j < length; ++j) halves[j] = static_cast<uint16_t>(rounded(unit * own[j]));
-        for (int64_t s = 0; 2 * s < length; ++s) memcpy(to + s * kSteps, halves + 2 * s, sizeof *to);
+        for (int64_t s = 0; 2 * s < length; ++s) memcpy(to + s * kRows, halves + 2 * s, sizeof *to);
     }
 }
 
-// to = from + scale a^T b over `steps` words, kSteps x kPanel, or the rows and columns of it that there are.
+// to = from + scale a^T b over `steps` words, kRows x kPanel, or the rows and columns of it that there are.
 void micro_tile(const int32_t* a, const int32_t* b, int64_t steps, const float* from, float* to, int64_t stride,
                 const float* scales, int64_t runs, int64_t rows, int64_t columns) {
-    IntVec sums[kSteps][kWide] = {};
-    for (int64_t s = 0; s < steps; ++s, a += kSteps, b += kPanel) {
+    // What is added to at the end, which no loop runs far enough ahead of to have it in time.
+    for (int64_t i = 0; i < min_of(kRows, rows); ++i) {
+        __builtin_prefetch(from + i * stride, 0);
+        __builtin_prefetch(to + i * stride, 1);
+    }
+    IntVec sums[kRows][kWide] = {};
+#pragma GCC unroll 4
+    for (int64_t s = 0; s < steps; ++s, a += kRows, b += kPanel) {
         IntVec right[kWide];
         for (int v = 0; v < kWide; ++v) right[v] = int_vec(b + v * kLanes);
 #pragma GCC unroll 8
-        for (int i = 0; i < kSteps; ++i) {
+        for (int i = 0; i < kRows; ++i) {
             const IntVec left = a[i] + IntVec{};
 #pragma GCC unroll 3
             for (int v = 0; v < kWide; ++v) sums[i][v] = multiply_add(sums[i][v], left, right[v]);
         }
     }
-    if (rows >= kSteps && columns >= kPanel) {
+    if (rows >= kRows && columns >= kPanel) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kSteps; ++i)
+        for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
             for (int v = 0; v < kWide; ++v) {
                 const int64_t at = i * stride + v * kLanes;
@@ -110,9 +120,9 @@ void micro_tile(const int32_t* a, const int32_t* b, int64_t steps, const float* 
             }
         return;
     }
-    int32_t values[kSteps][kPanel];
+    int32_t values[kRows][kPanel];
     memcpy(values, sums, sizeof values);
-    for (int64_t i = 0; i < min_of(kSteps, rows); ++i)
+    for (int64_t i = 0; i < min_of(kRows, rows); ++i)
         for (int64_t j = 0; j < min_of(kPanel, columns); ++j)
             to[i * stride + j] = from[i * stride + j] + scales[i * runs] * static_cast<float>(values[i][j]);
 }
@@ -161,7 +171,7 @@ inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict ke
 
 rac::AdmmSizes rac::RAC_ISA::admm_sizes(int64_t rows, int64_t n) {
     const int64_t steps = ceil_div(n, 2);
-    return {round_up(rows, kSteps) * steps, rows * Runs(n).count, round_up(n, kPanel) * steps};
+    return {round_up(rows, kRows) * steps, rows * Runs(n).count, round_up(n, kPanel) * steps};
 }
 
 void rac::RAC_ISA::admm_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
@@ -205,15 +215,15 @@ void rac::RAC_ISA::admm_product(float* V, const float* goal, const int32_t* gap,
     const int64_t steps = runs.steps;
     int64_t side = kMacro;
     const auto tiles = [&](int64_t length) { return ceil_div(rows, length) * ceil_div(n, length); };
-    while (side > kPanel && tiles(side) < 4 * threads) side = round_up(side / 2, kPanel);
+    while (threads > 1 && side > kUnit && tiles(side) < 4 * threads) side = round_up(side / 2, kUnit);
     const int64_t down = ceil_div(rows, side);
     for_each_dynamic(tiles(side), threads, [&](int64_t tile) {
         const int64_t top = tile % down * side, left = tile / down * side;
         for (int64_t run = 0; run < runs.count; ++run) {
             const int64_t begin = run * runs.length;
             for (int64_t column = left; column < min_of(n, left + side); column += kPanel)
-                for (int64_t row = top; row < min_of(rows, top + side); row += kSteps)
-                    micro_tile(gap + row * steps + begin * kSteps, M + column * steps + begin * kPanel, runs.of(run),
+                for (int64_t row = top; row < min_of(rows, top + side); row += kRows)
+                    micro_tile(gap + row * steps + begin * kRows, M + column * steps + begin * kPanel, runs.of(run),
                                (run ? V : goal) + row * n + column, V + row * n + column, n,
                                scales + row * runs.count + run, runs.count, rows - row, n - column);
         }
@@ -248,7 +258,7 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
             t[j] = own + gone;
             v[j] = own - gone - aim[j];
         }
-        to_words(v, gap + row / kSteps * kSteps * runs.steps + row % kSteps, scales + row * runs.count, n, runs);
+        to_words(v, gap + row / kRows * kRows * runs.steps + row % kRows, scales + row * runs.count, n, runs);
     };
     if (group) {  // all of a row while it is in the cache
         for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {
