@@ -66,7 +66,7 @@ MATCHED_ROWS = 4096  # of the weights that match, made at a time
 # scores alone.
 SWEEPING = {False: 10, True: 8}
 COPIES = {"rac": {False: 23, True: 20}, "alps": {False: 32, True: 32}}
-REFINED, REFINING, REFINING_NATIVE, REFINING_EXACTLY = 12, 58, 26, 40
+REFINED, REFINING, REFINING_NATIVE, REFINING_EXACTLY = 12, 58, 28, 40
 SCORING, MEASURING = 16, 10
 EXACT = 20  # of H's elements, where a CPU factors in fp64
 EIGENSOLVER = 12  # of H's elements, beside H, scaled H and the vectors, that an eigendecomposition asks for
@@ -758,5 +758,6 @@ def _refining(found: Input, settings: PruneSettings, rows: int, on_gpu: bool) ->
     some = min(rows, ROWS, max(ELEMENTS[device.type] // n, 1)) * n
     kept = math.ceil((1 - settings.sparsity) * n)  # in the mean; the row that keeps most has half as many again
     exactly = REFINING_EXACTLY * min(EXACT_ELEMENTS, some // n * (3 * kept // 2) ** 2)
-    each = REFINING if on_gpu or not native.available() else REFINING_NATIVE
-    return each * some + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)
+    in_torch = on_gpu or not native.available()
+    each = REFINING * some if in_torch else REFINING_NATIVE * some + 2 * n * n  # and what the steps multiply by
+    return each + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from rac_kernels import native
 from rac_kernels.backend import choose
 from rac_kernels.cross import cross_accumulate_
-from rac_kernels.factor import Factor, refactor_
+from rac_kernels.factor import Factor, FactorError, refactor_
 from rac_kernels.inverse import inverse_, side_of
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 from rac_kernels.select import mask_by_score
@@ -83,7 +83,7 @@ def admm_short_(
 
     H scaled. M does not exceed 1, as an operator or in any element, and what it is applied to is a difference that
     every step makes anew, so two bytes an element are enough: bf16 in torch and Triton, in native code 16-bit integers,
-    which any CPU multiplies faster than fp32 (csrc/cpu/admm.cpp). Rounded to 5 bits, M and the difference leave the
+    which any CPU multiplies faster than fp32 (csrc/cpu/words.cpp). Rounded to 5 bits, M and the difference leave the
     objective as it is within 0.1%. A step takes 2·rows·n² FLOP. ρ rises every RENEW steps. H + λI and every INVERT-th
     of its values are factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal
     parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005.
@@ -108,16 +108,14 @@ def admm_short_(
     root = weight.sqrt()
     goal = (W.to(U.dtype) * root).contiguous()
     groups = [len(W)] if row_groups is None else list(row_groups)
-    chosen = choose(backend, U.device, triton=True)
-    is_native = chosen == "native"
+    is_native = choose(backend, U.device, triton=True) == "native"
     run = _Words(goal, groups) if is_native else _Floats(goal, groups, backend)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
 
     def invert(index: int) -> Tensor:
         """U becomes the inverse for the penalty of that index; what M is of it, by the rows and the columns."""
         penalty = FIRST_PENALTY * growth**index
-        refactor_(factor, penalty * weight, backend=backend)
-        inverse_(U, backend="native" if is_native else "reference")
+        run.invert(factor, penalty * weight)
         return root * penalty**0.5
 
     beyond = 0.0
@@ -172,6 +170,11 @@ class _Floats(_State):
         self.M = torch.empty(n, n, dtype=torch.bfloat16, device=goal.device)
         self.backend = backend
 
+    def invert(self, factor: Factor, added: Tensor) -> None:
+        """The factor's U becomes the upper triangle of (H + λI + diag(added))⁻¹."""
+        refactor_(factor, added, backend=self.backend)
+        inverse_(factor.U, backend="reference")
+
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
         """M goes by `share` towards the symmetric matrix in U's upper triangle, its rows and columns times `scale`
         [n]; with 1 it need not hold anything."""
@@ -208,30 +211,39 @@ class _Floats(_State):
 
 
 class _Words(_State):
-    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/admm.cpp)."""
+    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/words.h)."""
 
     def __init__(self, goal: Tensor, groups: list[int]) -> None:
         super().__init__(goal, groups)
         n, library = goal.shape[1], native.library()
-        sizes = [library.admm_sizes(rows, n) for rows in groups]
+        sizes = [library.word_sizes(rows, n) for rows in groups]
         self.gap = torch.zeros(sum(size[0] for size in sizes), dtype=torch.int32)
         self.scales = torch.zeros(sum(size[1] for size in sizes))
-        self.M = torch.zeros(library.admm_sizes(0, n)[2], dtype=torch.int32)
+        self.M = torch.zeros(library.word_sizes(0, n)[2], dtype=torch.int32)
         words, scales = ([size[part] for size in sizes] for part in (0, 1))
         state = (self.T, self.V, self.kept, goal)
         split = (*(whole.split(groups) for whole in state), self.gap.split(words), self.scales.split(scales))
         # A step of a small matrix is over in less time than it takes to ask tensors for these.
         self.parts = [(*(part.data_ptr() for part in one), len(one[0]), n) for one in zip(*split, strict=True)]
 
+    def invert(self, factor: Factor, added: Tensor) -> None:
+        U, library, threads = factor.U, native.library(), native.threads()
+        size = (U.data_ptr(), len(U), U.stride(0))
+        library.mirror(*size, False, threads)
+        U.diagonal().copy_(factor.damped.add_(added))
+        if library.factor(*size, threads) != native.DONE:
+            raise FactorError(f"H {list(U.shape)} is not positive definite with what was added to its diagonal")
+        library.inverse(*size, threads)
+
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
-        native.library().admm_matrix(
+        native.library().word_matrix(
             self.M.data_ptr(), U.data_ptr(), U.stride(0), scale.data_ptr(), len(U), share, native.threads()
         )
 
     def multiply(self) -> None:
-        product, M, threads = native.library().admm_product, self.M.data_ptr(), native.threads()
+        product, M, threads = native.library().word_product, self.M.data_ptr(), native.threads()
         for _, V, _, goal, gap, scales, rows, n in self.parts:
-            product(V, goal, gap, scales, M, rows, n, threads)
+            product(V, goal, gap, scales, M, 0, rows, n, threads)
 
     def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
         settle, threads = native.library().settle, native.threads()

@@ -14,10 +14,10 @@ pruning solver, Meng et al., "ALPS" (NeurIPS 2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from rac_kernels.gpu import tl
 TRIANGLES = ("full", "upper", "lower")
 METHODS = ("auto", "gradients", "exact")
 SIDE = 1024  # columns of H that a product takes at a time where only a triangle is given
+COARSE = 5e-3  # a tolerance that the errors of 16-bit products, some 1e-4, do not keep from being reached
 ROWS = 2048  # rows refined at a time, at most
 ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}  # and weights: some ten matrices of that many are held, H read for each
 EXACT_ELEMENTS = 1 << 24  # of the rows' own H_SS, fp64, held at a time
@@ -113,6 +114,9 @@ def refine(
     rows whose H_SS is singular are left to the gradients even so. An H of fp64 is served by the reference, in fp64
     throughout.
 
+    With a ``tolerance`` of at least COARSE and all of H there, native code multiplies the directions by H in 16-bit
+    integers, relative to the norms of the rows and columns; what is measured at both ends is still of fp32 products.
+
     Returns Q in H's dtype, exactly +0.0 outside the mask, and how it went. Raises ValueError for shapes, dtypes,
     devices or numbers that do not fit.
     """
@@ -169,6 +173,8 @@ def _refine_op(
     diagonal = (H.diagonal() if diagonal is None else diagonal).to(H.dtype).contiguous()
     system = System(H, triangle, diagonal, torch.where(diagonal > 0, 1 / diagonal, 0))
     each = max(1, min(ROWS, ELEMENTS.get(H.device.type, ELEMENTS["cpu"]) // max(n, 1)))
+    coarse = backend == "native" and triangle == "full" and tolerance >= COARSE
+    multiply = _Words(system, min(each, rows)) if coarse else partial(symmetric_product, system=system)
     with _full_precision(), torch.cuda.device_of(H):
         for lo in range(0, rows, each):
             some = slice(lo, min(lo + each, rows))
@@ -176,7 +182,9 @@ def _refine_op(
             start = Q[some].to(H.dtype).contiguous()
             start = start + 0.0 if mask is None else torch.where(keep, start, 0)  # −0.0 becomes +0.0
             aim = target[some].to(H.dtype).contiguous()
-            _rows(refined[some], found[some], start, keep, aim, system, iterations, tolerance, method, backend)
+            _rows(
+                refined[some], found[some], start, keep, aim, system, multiply, iterations, tolerance, method, backend
+            )
     return refined, found
 
 
@@ -249,6 +257,33 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
     return out
 
 
+class _Words:
+    """Products with H in 16-bit integers, laid out by csrc/cpu/words.h, for `rows` rows at most: of diag(H)^−½ H, each
+    column by its norm, with P diag(H)^½, so that no column of X counts for its size."""
+
+    def __init__(self, system: System, rows: int) -> None:
+        self.system = system
+        self.root = system.diagonal.clamp_min(0).sqrt()
+        words, scales, self.size = native.library().word_sizes(rows, len(self.root))
+        self.words, self.scales = torch.zeros(words, dtype=torch.int32), torch.zeros(scales)
+
+    @cached_property
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """M and its columns' norms."""
+        H, _, diagonal, inverse = self.system
+        M, norms, scale = torch.zeros(self.size, dtype=torch.int32), torch.empty_like(diagonal), inverse.sqrt()
+        tensors = (M, norms, H, scale, diagonal)
+        to, by, of, *rest = (t.data_ptr() for t in tensors)
+        native.library().word_columns(to, by, of, H.stride(0), *rest, len(H), native.threads())
+        return M, norms
+
+    def __call__(self, P: Tensor, out: Tensor) -> None:
+        library, threads = native.library(), native.threads()
+        words, scales, M, norms = (t.data_ptr() for t in (self.words, self.scales, *self.matrix))
+        library.word_rows(words, scales, P.data_ptr(), self.root.data_ptr(), *P.shape, threads)
+        library.word_product(out.data_ptr(), 0, words, scales, M, norms, *P.shape, threads)
+
+
 def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     """Row by row, in fp64: [rows]. weights: [n]."""
     a = a.double()
@@ -262,12 +297,13 @@ def _rows(
     mask: Tensor,
     target: Tensor,
     system: System,
+    multiply: Callable[..., object],
     iterations: int,
     tolerance: float,
     method: str,
     backend: str,
 ) -> None:
-    """Q = start, refined; found as `_refine_op` returns it."""
+    """Q = start, refined; found as `_refine_op` returns it. multiply(P, out=…) is P H."""
     begin, end = (_begin_native, _end_native) if backend == "native" else (_begin, _end)
     Q.copy_(start)
     work = torch.empty_like(Q)
@@ -291,7 +327,7 @@ def _rows(
     for iteration in range(iterations):
         if not going:
             break
-        symmetric_product(P, system, work)
+        multiply(P, out=work)
         left = step(Q, R, P, work, mask, system.inverse, sizes, done_at, counts)
         going = iteration % looks != looks - 1 or bool(left)
     del R, P

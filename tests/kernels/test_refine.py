@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rac_kernels import factor_, objective, refine
 from rac_kernels.pattern import parse_pattern
-from tests.kernels.backends import CPU_FP32, running
+from rac_kernels.refine import System, _Words
+from tests.kernels.backends import CPU, CPU_FP32, running
 from tests.kernels.gram import KINDS, gram
 
 ROWS, N = 17, 48
@@ -189,6 +190,40 @@ def test_stops_when_the_residual_says_so(backend: str) -> None:
     assert how.iterations < 100  # rounding is not chased
 
 
+@pytest.mark.parametrize("isa", CPU[1:])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (ROWS, N), (5, 257), (14, 801)])
+def test_coarse_products_are_right_by_the_norms(isa: str, kind: str, rows: int, n: int) -> None:
+    """However different the columns' sizes are."""
+    H = gram(kind, n)
+    diagonal = 1.01 * H.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
+    P = torch.randn(rows, n, generator=torch.Generator().manual_seed(n)) * inverse.sqrt()
+    out = torch.full_like(P, torch.nan)
+    with running(isa):
+        _Words(System(H, "full", diagonal, inverse), rows)(P, out)
+    whole = H.double()
+    whole.diagonal().copy_(diagonal)
+    columns = (whole * inverse.double().sqrt()[:, None]).norm(dim=0)
+    far = (out - P.double() @ whole).abs()
+    assert (far <= 2e-4 * (P * diagonal.sqrt()).double().norm(dim=1, keepdim=True) * columns).all()
+
+
+@pytest.mark.parametrize("isa", CPU[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_coarse_products_end_as_low(isa: str, kind: str) -> None:
+    H, T, mask = problem(kind, 14, 500)
+    ends, taken = [], []
+    with running(isa) as backend:
+        for name, triangle in ((backend, "full"), (backend, "upper"), ("reference", "full")):
+            how: dict[str, Any] = {"triangle": triangle, "method": "gradients", "backend": name}
+            Q, _ = refine(T * mask, H, T, mask, iterations=8, tolerance=1e-2, **how)
+            ends.append(float(row_objectives(T, Q, H).sum()))
+            taken.append(Q)
+    assert ends[0] == pytest.approx(ends[2], rel=2e-3)
+    assert not torch.equal(taken[0], taken[1])  # or this compares nothing
+
+
 def test_the_reference_in_fp64_is_exact() -> None:
     H, T, mask = problem("correlated")
     Q, how = refine((T * mask).double(), H.double(), T.double(), mask, iterations=200, tolerance=1e-13)
@@ -229,19 +264,19 @@ def test_refuses(change, message):
 
 ALL: Any = torch.backends
 CUDA: Any = ALL.cuda.matmul
-CPU: Any = getattr(ALL.mkldnn, "matmul", None)
+ONEDNN: Any = getattr(ALL.mkldnn, "matmul", None)
 PRECISIONS = {
     "nothing": lambda: None,
     "all": lambda: setattr(ALL, "fp32_precision", "tf32"),
     "cuda": lambda: setattr(CUDA, "fp32_precision", "tf32"),
     "cuda, older": lambda: setattr(CUDA, "allow_tf32", True),
-    "cpu": lambda: setattr(CPU, "fp32_precision", "bf16"),
+    "cpu": lambda: setattr(ONEDNN, "fp32_precision", "bf16"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
 }
 
 
 def precisions() -> list[str]:
-    found = [ALL.fp32_precision, CUDA.fp32_precision, CPU.fp32_precision]
+    found = [ALL.fp32_precision, CUDA.fp32_precision, ONEDNN.fp32_precision]
     for read in (torch.get_float32_matmul_precision, lambda: str(CUDA.allow_tf32)):
         try:
             found.append(read())
@@ -259,9 +294,9 @@ def test_tf32_allowed_elsewhere(allowed: str, monkeypatch: pytest.MonkeyPatch) -
     seen: list[list[str]] = []
     product = module.symmetric_product
 
-    def look(*some: Any) -> Tensor:
+    def look(*some: Any, **named: Any) -> Tensor:
         seen.append(precisions())
-        return product(*some)
+        return product(*some, **named)
 
     monkeypatch.setattr(module, "symmetric_product", look)
     expected, _ = refine(target, H, target, mask)
@@ -273,6 +308,6 @@ def test_tf32_allowed_elsewhere(allowed: str, monkeypatch: pytest.MonkeyPatch) -
         assert precisions() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        ALL.fp32_precision = CUDA.fp32_precision = CPU.fp32_precision = "none"
+        ALL.fp32_precision = CUDA.fp32_precision = ONEDNN.fp32_precision = "none"
     assert torch.equal(found, expected)
     assert seen and all(inside[1:] == ["ieee", "ieee", "highest", "False"] for inside in seen)
