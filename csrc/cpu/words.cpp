@@ -1,4 +1,4 @@
-// Products of 16-bit integers, twice as fast as those of fp32 on any CPU: with a matrix that does not exceed 1 as an
+// Products of 16-bit integers, which any CPU multiplies faster than fp32: with a matrix that does not exceed 1 as an
 // operator, nor therefore in the norm of a column (ADMM), or whose columns were scaled to a norm of 1 (refinement).
 #include "cpu/words.h"
 

@@ -173,8 +173,8 @@ def _refine_op(
     diagonal = (H.diagonal() if diagonal is None else diagonal).to(H.dtype).contiguous()
     system = System(H, triangle, diagonal, torch.where(diagonal > 0, 1 / diagonal, 0))
     each = max(1, min(ROWS, ELEMENTS.get(H.device.type, ELEMENTS["cpu"]) // max(n, 1)))
-    coarse = backend == "native" and triangle == "full" and tolerance >= COARSE
-    multiply = _Words(system, min(each, rows)) if coarse else partial(symmetric_product, system=system)
+    coarse = backend == "native" and triangle == "full" and tolerance >= COARSE and 1 in H.stride()
+    multiply = _Coarse(system, min(each, rows)) if coarse else partial(symmetric_product, system=system)
     with _full_precision(), torch.cuda.device_of(H):
         for lo in range(0, rows, each):
             some = slice(lo, min(lo + each, rows))
@@ -257,7 +257,7 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
     return out
 
 
-class _Words:
+class _Coarse:
     """Products with H in 16-bit integers, laid out by csrc/cpu/words.h, for `rows` rows at most: of diag(H)^−½ H, each
     column by its norm, with P diag(H)^½, so that no column of X counts for its size."""
 
@@ -272,9 +272,9 @@ class _Words:
         """M and its columns' norms."""
         H, _, diagonal, inverse = self.system
         M, norms, scale = torch.zeros(self.size, dtype=torch.int32), torch.empty_like(diagonal), inverse.sqrt()
-        tensors = (M, norms, H, scale, diagonal)
-        to, by, of, *rest = (t.data_ptr() for t in tensors)
-        native.library().word_columns(to, by, of, H.stride(0), *rest, len(H), native.threads())
+        to, by, of, *rest = (t.data_ptr() for t in (M, norms, H, scale, diagonal))
+        stride = H.stride(0) if H.stride(1) == 1 else H.stride(1)
+        native.library().word_columns(to, by, of, stride, *rest, len(H), native.threads())
         return M, norms
 
     def __call__(self, P: Tensor, out: Tensor) -> None:
