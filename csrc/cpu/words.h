@@ -24,9 +24,13 @@ constexpr int64_t kMacro = 192;             // rows and columns of V that stay i
 constexpr float kOne = 32000.0f;            // 1 of M; above it is room for rounding
 constexpr float kLength = 65000.0f;         // of a run
 
+constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added, what is left of the mantissa is the integer
+
+typedef uint64_t Pairs __attribute__((vector_size(kLanes * 4)));
+
 // The nearest integer's lowest 16 bits; |x| < 2^15.
 inline uint32_t rounded(float x) {
-    x += 12582912.0f;  // 1.5 * 2^23: what is left of the mantissa is the integer
+    x += kRounding;
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits & 0xffff;
@@ -49,24 +53,31 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
         for (; j + kLanes <= length; j += kLanes) {
             const Vec x = vec(own + j), size = x < 0 ? -x : x;
             sizes = sizes > size ? sizes : size;
-        }
-        float most = 0, square = 0;
-        for (int lane = 0; lane < kLanes; ++lane) most = max_of(most, sizes[lane]);
-        for (; j < length; ++j) most = max_of(most, __builtin_fabsf(own[j]));
-        const float inverse = most > 1e-37f ? 1 / most : 0;
-        for (j = 0; j + kLanes <= length; j += kLanes) {
-            const Vec x = inverse * vec(own + j);
             squares += x * x;
         }
-        for (int lane = 0; lane < kLanes; ++lane) square += squares[lane];
-        for (; j < length; ++j) square += inverse * own[j] * (inverse * own[j]);
+        float most = 0, square = 0;
+        for (int lane = 0; lane < kLanes; ++lane) most = max_of(most, sizes[lane]), square += squares[lane];
+        for (; j < length; ++j) most = max_of(most, __builtin_fabsf(own[j])), square += own[j] * own[j];
+        const float inverse = most > 1e-37f ? 1 / most : 0;
+        if (most > 1e-15f && most < 1e15f) {
+            square *= inverse * inverse;
+        } else {  // squares that fp32 may not hold
+            square = 0;
+            for (j = 0; j < length; ++j) square += inverse * own[j] * (inverse * own[j]);
+        }
         const float whole = square > 0 ? min_of(kLength / __builtin_sqrtf(square), 32767.0f) : 0;  // of the largest
         const float unit = whole * inverse;
         *scales++ = whole > 0 ? most / (whole * kOne) : 0;
-        uint16_t halves[2 * kRun];
-        halves[length % 2 ? length : 0] = 0;
-        for (j = 0; j < length; ++j) halves[j] = static_cast<uint16_t>(rounded(unit * own[j]));
-        for (int64_t s = 0; 2 * s < length; ++s) memcpy(to + s * kRows, halves + 2 * s, sizeof *to);
+        int32_t* word = to;
+        for (j = 0; j + kLanes <= length; j += kLanes) {
+            // Of two neighbours' lowest halves the lower half of 64 bits.
+            const Pairs both = (Pairs)(unit * vec(own + j) + kRounding);
+            const Pairs joined = (both & 0xffff) | (both >> 16 & 0xffff0000);
+#pragma GCC unroll 8
+            for (int pair = 0; pair < kLanes / 2; ++pair, word += kRows) *word = static_cast<int32_t>(joined[pair]);
+        }
+        for (; j < length; j += 2, word += kRows)
+            *word = static_cast<int32_t>(rounded(unit * own[j]) | (j + 1 < length ? rounded(unit * own[j + 1]) << 16 : 0));
     }
 }
 
