@@ -16,7 +16,7 @@ static_assert(kBlock % kTile == 0 && kRows % kSteps == 0, "only whole tiles are 
 // The upper triangle of C [size, size] (row stride kBlock) -> U with C = U U^T. False: not positive definite. Some columns
 // at a time, each an array of its own, so that what is left of C is read and written once for all of them.
 bool factor_corner(double* C, int64_t size) {
-    constexpr int64_t kSome = 4;
+    constexpr int64_t kSome = 8;
     double columns[kSome][kBlock];
     for (int64_t hi = size, lo; hi > 0; hi = lo) {
         lo = max_of<int64_t>(0, hi - kSome);
@@ -38,9 +38,17 @@ bool factor_corner(double* C, int64_t size) {
         if (lo == 0) break;
         for (int64_t i = 0; i < lo; ++i) {  // here there are kSome of them
             double* const row = C + i * kBlock;
-            const double a = columns[0][i], b = columns[1][i], c = columns[2][i], d = columns[3][i];
-            for (int64_t k = i; k < lo; ++k)
-                row[k] -= a * columns[0][k] + b * columns[1][k] + (c * columns[2][k] + d * columns[3][k]);
+            double by[kSome];
+            for (int64_t j = 0; j < kSome; ++j) by[j] = columns[j][i];
+            for (int64_t k = i; k < lo; ++k) {
+                double even = 0, odd = 0;
+#pragma GCC unroll 8
+                for (int64_t j = 0; j < kSome; j += 2) {
+                    even += by[j] * columns[j][k];
+                    odd += by[j + 1] * columns[j + 1][k];
+                }
+                row[k] -= even + odd;
+            }
         }
     }
     return true;
@@ -80,12 +88,13 @@ inline void replace_tile(float* X, const float* left, int64_t left_stride, const
     for (int64_t s = 0; s < kSteps; ++s) memcpy(X + s * kBlock, result + s * kTile, kTile * sizeof *X);
 }
 
-// X [kRows, kBlock] = X U^-T, back substitution by tiles.
-void solve(float* X, const float* S) {
-    for (int64_t c = kBlock - kTile; c >= 0; c -= kTile)
-        for (int64_t r = 0; r < kRows; r += kSteps) {
+// X [rows, size] (row stride kBlock) = X U^-T, back substitution by whole tiles.
+void solve(float* X, const float* S, int64_t rows, int64_t size) {
+    const int64_t end = round_up(size, kTile);
+    for (int64_t c = end - kTile; c >= 0; c -= kTile)
+        for (int64_t r = 0; r < rows; r += kSteps) {
             float* const own = X + r * kBlock + c;
-            multiply_add(own, kBlock, S + (c + kTile) * kBlock + c, kBlock, own + kTile, 1, kBlock, kBlock - c - kTile);
+            multiply_add(own, kBlock, S + (c + kTile) * kBlock + c, kBlock, own + kTile, 1, kBlock, end - c - kTile);
             replace_tile(own, own, kBlock, S + c * kBlock + c, kBlock, kTile);
         }
 }
@@ -142,7 +151,7 @@ rac::Status rac::RAC_ISA::factor(float* H, int64_t n, int64_t h_stride, int thre
         // C [kRows, kBlock] = rows first .. last of the block less the products of the columns to its right.
         const auto update = [&](int64_t first, int64_t last, float* C) {
             float* right = C + kRows * kBlock;
-            memset(C, 0, own * sizeof *C);
+            memset(C, 0, round_up(last - first, kSteps) * kBlock * sizeof *C);
             for (int64_t k = 0; k < done; k += kDepth) {
                 const int64_t depth = min_of(kDepth, done - k);
                 for (int64_t i = first; i < last; ++i) {
@@ -179,7 +188,7 @@ rac::Status rac::RAC_ISA::factor(float* H, int64_t n, int64_t h_stride, int thre
         for_each_dynamic(ceil_div(lo, kRows), threads, scratch.data, own, [&](int64_t task, float* C) {
             const int64_t first = task * kRows, last = min_of(lo, first + kRows);
             update(first, last, C);
-            solve(C, S.data);
+            solve(C, S.data, last - first, width);
             for (int64_t i = first; i < last; ++i)
                 copy(H + i * h_stride + lo, C + (i - first) * kBlock, width);
         });
@@ -223,7 +232,7 @@ rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int thr
         for_each_dynamic(ceil_div(lo, kRows), threads, scratch.data, own, [&](int64_t task, float* C) {
             const int64_t first = task * kRows, last = min_of(lo, first + kRows);
             float* const left = C + kRows * kBlock;
-            memset(C, 0, kRows * (kBlock + kDepth) * sizeof *C);
+            memset(C, 0, round_up(last - first, kSteps) * kBlock * sizeof *C);
             for (int64_t k = first; k < lo; k += kDepth) {
                 const int64_t depth = min_of(kDepth, lo - k);
                 for (int64_t i = first; i < last; ++i) {
@@ -249,7 +258,7 @@ rac::Status rac::RAC_ISA::inverse(float* U, int64_t n, int64_t u_stride, int thr
         for_each_dynamic(ceil_div(n - lo, kBlock), threads, scratch.data, own, [&](int64_t task, float* C) {
             const int64_t first = lo + task * kBlock, width = min_of(kBlock, n - first);
             float* const right = C + kBlock * kBlock;
-            memset(C, 0, own * sizeof *C);
+            memset(C, 0, round_up(height, kSteps) * kBlock * sizeof *C);
             for (int64_t k = 0; k < hi; k += kDepth) {
                 const int64_t depth = min_of(kDepth, hi - k);
                 tiles(right, depth, k, k + depth, first, width);
