@@ -22,7 +22,7 @@ from torch import Tensor
 from rac_kernels import native
 from rac_kernels.backend import choose
 from rac_kernels.cross import cross_accumulate_
-from rac_kernels.factor import Factor, FactorError, refactor_
+from rac_kernels.factor import Factor, refactor_, refactor_with_
 from rac_kernels.inverse import inverse_, side_of
 from rac_kernels.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 from rac_kernels.select import mask_by_score
@@ -227,13 +227,9 @@ class _Words(_State):
         self.parts = [(*(part.data_ptr() for part in one), len(one[0]), n) for one in zip(*split, strict=True)]
 
     def invert(self, factor: Factor, added: Tensor) -> None:
-        U, library, threads = factor.U, native.library(), native.threads()
-        size = (U.data_ptr(), len(U), U.stride(0))
-        library.mirror(*size, False, threads)
-        U.diagonal().copy_(factor.damped.add_(added))
-        if library.factor(*size, threads) != native.DONE:
-            raise FactorError(f"H {list(U.shape)} is not positive definite with what was added to its diagonal")
-        library.inverse(*size, threads)
+        U = factor.U
+        refactor_with_(U, factor.damped + added, "native")
+        native.library().inverse(U.data_ptr(), len(U), U.stride(0), native.threads())
 
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
         native.library().word_matrix(

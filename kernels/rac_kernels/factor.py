@@ -142,16 +142,21 @@ def refactor_(factor: Factor, added: Tensor, backend: str = "auto") -> None:
 
 @torch.library.custom_op("rac::refactor_", mutates_args={"U"})
 def _refactor_op(U: Tensor, diagonal: Tensor, backend: str) -> None:
-    H = U[None]
-    mirror(backend)(H, False)
-    U.diagonal().copy_(diagonal)
-    if not (_CHOLESKY[backend](H) & (U.diagonal() > 0).all()):
-        raise FactorError(f"H {list(U.shape)} is not positive definite with what was added to its diagonal")
+    refactor_with_(U, diagonal, backend)
 
 
 @_refactor_op.register_fake
 def _(U: Tensor, diagonal: Tensor, backend: str) -> None:
     return None
+
+
+def refactor_with_(U: Tensor, diagonal: Tensor, backend: str) -> None:
+    """`refactor_` to that whole diagonal and past torch's dispatcher, whose time small matrices notice."""
+    H = U[None]
+    mirror(backend)(H, False)
+    U.diagonal().copy_(diagonal)
+    if not (_CHOLESKY[backend](H) & (U.diagonal() > 0).all()):
+        raise FactorError(f"H {list(U.shape)} is not positive definite with what was added to its diagonal")
 
 
 def _raised(damping: float) -> float:
