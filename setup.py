@@ -31,7 +31,9 @@ ROOT = Path(__file__).parent.resolve()
 BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512"]
-ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
+AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": BF16, "amx": AMX}
 # Not for speed alone: without -ftz the hardware's reciprocal roots are wrapped in code for denormal numbers.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CAPABILITIES = (80, 90, 100)  # with code of their own; later devices compile the PTX of the last

@@ -10,6 +10,11 @@
 #include <vector>
 
 #include "cpu/types.h"
+#if defined(RAC_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(RAC_CUDA)
 #include "cuda/ops.h"
 #endif
@@ -29,6 +34,9 @@ namespace avx512 {
 namespace avx512bf16 {
 #include "cpu/ops.h"
 }
+namespace amx {
+#include "cpu/ops.h"
+}
 }  // namespace rac
 
 #if defined(RAC_HAVE_AVX2)
@@ -46,12 +54,28 @@ namespace avx512bf16 {
 #else
 #define RAC_AVX512BF16(x) {}
 #endif
+#if defined(RAC_HAVE_AMX) && defined(__linux__)
+#define RAC_AMX(x) x
+#else
+#define RAC_AMX(x) {}
+#endif
 
 namespace {
 
 // Rising order; the same as in setup.py.
-const char* const kIsas[] = {"baseline", "avx2", "avx512", "avx512bf16"};
-constexpr int kIsaCount = 4;
+const char* const kIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr int kIsaCount = 5;
+
+#if defined(RAC_HAVE_AMX) && defined(__linux__)
+// Whether the processor has AMX, and the system lets this process have the large registers, for which it must be asked.
+bool may_use_tiles() {
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;  // of leaf 7, EDX
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBf16 | kTiles | kInt8)) return false;
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 // Whether the instruction set was built and this processor (and its operating system) can run it.
 bool usable(int isa) {
@@ -61,9 +85,10 @@ bool usable(int isa) {
         case 2:
             return usable(1) && RAC_AVX512(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"));
-        default:
+        case 3:
             return usable(2) &&
                    RAC_AVX512BF16(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"));
+        default: return usable(3) && RAC_AMX(may_use_tiles());
     }
 }
 
@@ -98,7 +123,8 @@ struct Versions { F of[kIsaCount]; };
 // The chosen instruction set's version of an operation.
 #define RAC_OP(op)                                                                                              \
     (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                      \
-                                             RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op)}} \
+                                             RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op),   \
+                                             RAC_AMX(&rac::amx::op)}}                                              \
          .of[chosen_isa])
 
 template <class T>

@@ -59,7 +59,8 @@ SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 SMALLEST_CHUNK = 256
 TOKEN_BYTES = 24  # id as it was read and as it is packed, a weight, and a checksum
 SCORES = 6  # fp64 copies of the rows whose scores are counted in the first pass
-PACKED_BYTES = 32 << 20  # of tokens as the CPU's sums take them, at a time
+PACKED_BYTES = 8 << 20  # of tokens as the CPU's sums take them, at a time, but a run of them at least:
+PACKED_RUN = 1024  # bytes a column
 MATCHED_ROWS = 4096  # of the weights that match, made at a time
 # Bytes a weight in fp32 and bf16, all that a solver holds at a time: the sweep's and ADMM's on a CPU and on a GPU, what
 # ADMM leaves beside the refined ones, and in the refinement of some rows, by torch and in native code; of mask and
@@ -586,7 +587,7 @@ def _phases(
             widest = max(found.columns for found in stage.inputs)
             counting = chunk * size * (widest + 4 * hidden if tied else widest)
             if not on_gpu:
-                counting += min(PACKED_BYTES, widest * chunk * size)
+                counting += min(max(PACKED_BYTES, PACKED_RUN * widest), 4 * widest * chunk)
             if weighted:  # those that count are taken out of all
                 counting += chunk * size * (widest + (max(widest, 2 * hidden) if tied else 0))
             if not on_gpu and choice.place == "host":

@@ -74,7 +74,7 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
             t[j] = own + gone;
             v[j] = own - gone - aim[j];
         }
-        to_words(v, words + row / kRows * kRows * runs.steps + row % kRows, scales + row * runs.count, n, runs);
+        to_words(v, words_of(words, row, runs), scales + row * runs.count, n, runs);
     };
     if (group) {  // all of a row while it is in the cache
         for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {

@@ -3,8 +3,8 @@
 The extension is compiled with OpenMP but linked to no OpenMP library: its calls resolve to the libgomp that torch's
 wheel brought along, so that one process has one thread pool, governed by ``torch.set_num_threads``.
 
-``RAC_NATIVE=0`` in the environment turns the extension off; ``RAC_NATIVE_ISA=baseline|avx2|avx512|avx512bf16`` chooses
-an instruction set instead of the best one.
+``RAC_NATIVE=0`` in the environment turns the extension off; ``RAC_NATIVE_ISA=baseline|avx2|avx512|avx512bf16|amx``
+chooses an instruction set instead of the best one.
 """
 
 from __future__ import annotations

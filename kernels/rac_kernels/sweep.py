@@ -50,12 +50,13 @@ def sweep(
     the group, among equal scores the rightmost; sparsity and row_groups have no part in it. Blocks are cut to whole
     groups.
 
-    Precision: the arithmetic is fp32, but on a CPU with AVX512-BF16 row groups of at least 2¹⁹ weights take part of the
-    product D U with both factors rounded to bf16 and sums in fp32. D is what was really done, so columns to come make
-    up for an error E in a product, which adds ‖E‖² to the objective ‖D U‖² and no more. Rounding to nearest makes E²_ij
-    at most 2⁻¹⁵/3 · Σ_k D²_ik U²_kj on average, and 256 finished columns at a time go through bf16 only while all of
-    that, summed since the first column, stays below 1e-4 of the row group's objective so far. Such rounding also tips
-    near ties between scores; what that does to the objective is chance, up or down, and averages out over rows.
+    Precision: the arithmetic is fp32, but on a CPU with AVX512-BF16 and no AMX row groups of at least 2¹⁹ weights take
+    part of the product D U with both factors rounded to bf16 and sums in fp32. D is what was really done, so columns to
+    come make up for an error E in a product, which adds ‖E‖² to the objective ‖D U‖² and no more. Rounding to nearest
+    makes E²_ij at most 2⁻¹⁵/3 · Σ_k D²_ik U²_kj on average, and 256 finished columns at a time go through bf16 only
+    while all of that, summed since the first column, stays below 1e-4 of the row group's objective so far. Such
+    rounding also tips near ties between scores; what that does to the objective is chance, up or down, and averages out
+    over rows.
 
     The Triton kernels take blocks of at most 128 columns; "auto" leaves larger ones on a GPU to the reference. They can
     be captured in a CUDA graph once the same call has been made: that compiles them, and copies to the device which row

@@ -9,7 +9,7 @@ from rac_kernels import native
 
 CPU = ["reference", *native.info().get("isas", [])]
 #: Without those that differ from another one only for products of two bytes.
-CPU_FP32 = [name for name in CPU if name != "avx512bf16"]
+CPU_FP32 = [name for name in CPU if name not in ("avx512bf16", "amx")]
 
 
 @contextmanager
