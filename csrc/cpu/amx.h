@@ -18,7 +18,10 @@ alignas(kCacheLine) const TileShapes kFullTiles = {
 
 // The tile registers, all of the full size, for as long as this lives and for this thread.
 struct Tiles {
-    Tiles() { _tile_loadconfig(&kFullTiles); }
+    Tiles() {
+        __asm__ volatile("" ::: "memory");  // what loads a tile does not tell the compiler that it reads memory
+        _tile_loadconfig(&kFullTiles);
+    }
     ~Tiles() { _tile_release(); }
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
