@@ -253,6 +253,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     points = means(rows)
     shapes = sorted({(row["rows"], row["columns"]) for row in points})
@@ -273,6 +274,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 [r["seconds"] for r in own], [r["error"] for r in own], label=method, marker="os^v"[number % 4]
             )
         panel.set(xscale="log", yscale="log", title=f"{shape[0]} × {shape[1]}", xlabel="seconds", ylabel="error")
+        panel.xaxis.set_minor_formatter(NullFormatter())  # in a narrow panel they would run into each other
         panel.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)
