@@ -5,10 +5,10 @@
 // below 65,100, a column of the right one, or any part of it, one below 32,800. Each run of a row has a scale of its own,
 // as its sums go into fp32 anyway.
 //
-// For AMX, which multiplies bytes, an element is 256 high + low, both from -128 to 127, and three products stand for one:
-// that of the low bytes is less than what rounding to 16 bits was. A tile of 16 rows and 64 columns of the left operand, or
-// of 64 rows and 16 columns of the right one, is one of high bytes and, behind it, one of low bytes. The norms above are
-// then divided by 256, or 128 by the root of the columns at most for the low bytes: any run's sums stay in 31 bits.
+// For AMX, which multiplies bytes, an element is 256 high + low, both from -128 to 127, and three products stand for one.
+// That of the low bytes is left out: it is about twice what rounding to 16 bits left out. A tile of 16 rows and 64 columns
+// of the left operand, or of 64 rows and 16 columns of the right one, is one of high bytes and, behind it, one of low
+// bytes. No run of products of bytes comes near 31 bits.
 #pragma once
 #include "cpu/amx.h"
 #include "cpu/tile.h"
