@@ -12,7 +12,7 @@ from rac_engine.solve.method import Problem, Solution, register
 from rac_kernels import admm_short_, refine, symmetrize_
 
 STEPS = 36
-REFINING_STEPS = 6
+REFINING_STEPS = 7
 TOLERANCE = 1e-2
 
 
