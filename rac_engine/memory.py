@@ -50,7 +50,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 PROGRAM_BYTES = 560 << 20
 WORKSPACE_BYTES = {True: (33 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
 UNUSED_BYTES = {True: 16 << 20, False: 10 << 20}
-FILE_BYTES = 18 << 20  # of libraries' files, as many more pages as the system happens to map at a time
+FILE_BYTES = 40 << 20  # of libraries' files, as many more pages as the system happens to map at a time
 CUDA_WORKSPACE_BYTES = 96 << 20
 CUDA_HOST_BYTES = 2 << 30
 BEHIND = "weights written behind"
