@@ -10,7 +10,10 @@
 #include <vector>
 
 #include "cpu/types.h"
-#if defined(RAC_HAVE_AMX) && defined(__linux__)
+#if defined(RAC_HAVE_AMX) && !defined(__linux__)
+#undef RAC_HAVE_AMX  // other systems are not known how to ask
+#endif
+#if defined(RAC_HAVE_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -54,7 +57,7 @@ namespace amx {
 #else
 #define RAC_AVX512BF16(x) {}
 #endif
-#if defined(RAC_HAVE_AMX) && defined(__linux__)
+#if defined(RAC_HAVE_AMX)
 #define RAC_AMX(x) x
 #else
 #define RAC_AMX(x) {}
@@ -66,7 +69,7 @@ namespace {
 const char* const kIsas[] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
 constexpr int kIsaCount = 5;
 
-#if defined(RAC_HAVE_AMX) && defined(__linux__)
+#if defined(RAC_HAVE_AMX)
 // Whether the processor has AMX, and the system lets this process have the large registers, for which it must be asked.
 bool may_use_tiles() {
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -121,10 +124,10 @@ template <class F>
 struct Versions { F of[kIsaCount]; };
 
 // The chosen instruction set's version of an operation.
-#define RAC_OP(op)                                                                                              \
-    (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                      \
-                                             RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op),   \
-                                             RAC_AMX(&rac::amx::op)}}                                              \
+#define RAC_OP(op)                                                                                           \
+    (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                   \
+                                             RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op), \
+                                             RAC_AMX(&rac::amx::op)}}                                        \
          .of[chosen_isa])
 
 template <class T>

@@ -2,9 +2,9 @@
 #pragma once
 #include "cpu/common.h"
 
-#if defined(__AMX_TILE__)
 namespace {
 
+#if defined(__AMX_TILE__)
 constexpr int64_t kTileRows = 16, kTileWords = 256;  // of a tile; words are 32 bits
 
 struct TileShapes {
@@ -16,7 +16,7 @@ struct TileShapes {
 alignas(kCacheLine) const TileShapes kFullTiles = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// The tile registers, all of the full size, for as long as this lives and for this thread.
+// The tile registers, all of the full size, for as long as this lives and for this thread; nothing without AMX.
 struct Tiles {
     Tiles() {
         __asm__ volatile("" ::: "memory");  // what loads a tile does not tell the compiler that it reads memory
@@ -57,6 +57,8 @@ inline void transpose_tile(void* to, const void* from, int64_t stride) {
         _mm512_storeu_si512(out + 12 + c, _mm512_shuffle_i32x4(odd_top, odd_end, 0xdd));
     }
 }
+#else
+struct Tiles { Tiles() {} };
+#endif
 
 }  // namespace
-#endif

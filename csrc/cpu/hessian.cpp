@@ -60,7 +60,6 @@ struct Singles {
     static constexpr int kTokens = 1, kSteps = 1;     // tokens in a step; steps come in multiples of this
     static constexpr int kPanel = kLanes * kVectors;  // columns in a panel; a multiple of kRows
     static constexpr bool kTurned = false;            // whether the left operand has a layout of its own
-    struct Registers { Registers() {} };              // what a thread holds while it multiplies
 
     static Vector multiply_add(Vector sum, Vector a, Vector b) { return sum + a * b; }
 
@@ -74,11 +73,8 @@ struct Singles {
 
 #if defined(__AVX512BF16__)
 // Two tokens a step, in bf16, the earlier one in the lower half. Weights must be 1.
-struct Pairs {
-    static constexpr int kTokens = 2, kSteps = 1;
-    static constexpr int kPanel = kLanes * kVectors;
-    static constexpr bool kTurned = false;
-    using Registers = Singles::Registers;
+struct Pairs : Singles {
+    static constexpr int kTokens = 2;
 
     static Vector multiply_add(Vector sum, Vector a, Vector b) {
         return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -107,7 +103,6 @@ struct TilePairs : Pairs {
     static constexpr int kSteps = kTileRows;
     static constexpr int kPanel = 2 * kTileRows;
     static constexpr bool kTurned = true;
-    using Registers = Tiles;
 
     static void turn(float* left, const float* right, int64_t steps) {
         for (int64_t s = 0; s < steps; s += kSteps, left += kSteps * kPanel, right += kSteps * kPanel) {
@@ -140,9 +135,6 @@ struct TilePairs : Pairs {
         _tile_stored(3, sums[kTileRows] + kTileRows, kBytes);
     }
 };
-#endif
-
-#if defined(__AMX_BF16__)
 using BestPairs = TilePairs;
 #elif defined(__AVX512BF16__)
 using BestPairs = Pairs;
@@ -288,7 +280,7 @@ Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens
         const int64_t steps = min_of(chunk, all_steps - first);
         pack<Dot>(packed.data, turned.data, tokens, first, steps, n, threads);
         for_each_dynamic(triangle(side), threads, [&](int64_t tile) {
-            const typename Dot::Registers registers;
+            const Tiles registers;
             int64_t right = 0;  // tile counts down the columns of the triangle: (0, 0), (0, 1), (1, 1), (0, 2), ...
             while (tile > right) tile -= ++right;
             for (int64_t run = 0; run < steps; run += kRun) {
@@ -323,7 +315,7 @@ Status accumulate_cross(float* C, int64_t c_stride, int64_t n, int64_t m, const 
         pack<Dot>(left.data, left.data, X, first, steps, n, threads);
         pack<Dot>(right.data, nullptr, Y, first, steps, m, threads);
         for_each_dynamic(tiles(side), threads, [&](int64_t tile) {
-            const typename Dot::Registers registers;
+            const Tiles registers;
             const int64_t bands = ceil_div(down, side), band = tile % bands, column = tile / bands;
             for (int64_t run = 0; run < steps; run += kRun) {
                 const int64_t length = min_of<int64_t>(kRun, steps - run);

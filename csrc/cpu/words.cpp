@@ -28,9 +28,6 @@ inline void get(const int32_t* panel, int64_t k, int64_t j, IntVec (&x)[kBeside]
     for (int b = 0; b < kBeside; ++b) x[b] = (high << (24 - 8 * b) >> 24) * 256 + (low << (24 - 8 * b) >> 24);
 }
 
-constexpr float kLimit = kMost;
-using Registers = Tiles;
-
 // to = from (or 0) + scale a b columns (or 1) over `steps` words, kRows x kPanel, or the rows and columns of it that there
 // are; the lower half of `a` is `apart` words behind the upper one.
 void micro_tile(const int32_t* a, int64_t apart, const int32_t* b, int64_t steps, const float* from, float* to,
@@ -78,9 +75,6 @@ inline void get(const int32_t* panel, int64_t k, int64_t j, IntVec (&x)[kBeside]
     x[0] = words << 16 >> 16;
     x[1] = words >> 16;
 }
-
-constexpr float kLimit = 32767.0f;
-struct Registers { Registers() {} };
 
 // Sums of the two products of every lane's halves are added to the lane.
 inline IntVec multiply_add(IntVec sum, IntVec a, IntVec b) {
@@ -176,7 +170,7 @@ void rac::RAC_ISA::word_matrix(int32_t* M, const float* U, int64_t u_stride, con
                     get(panel, top + i, j, x);
                     for (int64_t b = 0; b < kBeside; ++b) {
                         Vec goal = kOne * scale[min_of(top + i + b, n - 1)] * vec(block[i + b] + j) * vec(scales + j);
-                        goal = goal < -kLimit ? Vec{} - kLimit : goal > kLimit ? Vec{} + kLimit : goal;
+                        goal = goal < -kMost ? Vec{} - kMost : goal > kMost ? Vec{} + kMost : goal;
                         const Vec old = __builtin_convertvector(x[b], Vec);
                         x[b] = nearest(share < 1 ? old + share * (goal - old) : goal);
                     }
@@ -239,7 +233,7 @@ void rac::RAC_ISA::word_product(float* V, const float* from, const int32_t* word
     while (threads > 1 && side > kUnit && tiles(side) < 4 * threads) side = round_up(side / 2, kUnit);
     const int64_t down = ceil_div(rows, side);
     for_each_dynamic(tiles(side), threads, [&](int64_t tile) {
-        const Registers registers;
+        const Tiles registers;
         const int64_t top = tile % down * side, left = tile / down * side;
         const int64_t height = ceil_div(min_of(rows - top, side), kRows), width = ceil_div(min_of(n - left, side), kPanel);
         for (int64_t run = 0; run < runs.count; ++run) {

@@ -16,17 +16,22 @@
 namespace {
 
 #if defined(__AMX_INT8__)
-constexpr int64_t kWide = 1, kRows = 2 * kTileRows, kGroup = kTileRows, kBeside = 4, kDeep = 32, kMacro = 384;
+constexpr int64_t kWide = 1, kRows = 2 * kTileRows, kGroup = kTileRows, kApart = 16, kBeside = 4, kDeep = 32, kMacro = 384;
+constexpr float kMost = 32639.0f;  // 256 * 127 + 127
 #elif defined(__AVX512F__)
-constexpr int64_t kWide = 3, kRows = kSteps, kGroup = kRows, kBeside = 2, kDeep = 1, kMacro = 192;
+constexpr int64_t kWide = 3, kRows = kSteps;
 #elif defined(__AVX2__)
-constexpr int64_t kWide = 2, kRows = 6, kGroup = kRows, kBeside = 2, kDeep = 1, kMacro = 192;
+constexpr int64_t kWide = 2, kRows = 6;
 #else
-constexpr int64_t kWide = 2, kRows = kSteps, kGroup = kRows, kBeside = 2, kDeep = 1, kMacro = 192;
+constexpr int64_t kWide = 2, kRows = kSteps;
+#endif
+#if !defined(__AMX_INT8__)
+constexpr int64_t kGroup = kRows, kApart = 1, kBeside = 2, kDeep = 1, kMacro = 192;
+constexpr float kMost = 32767.0f;
 #endif
 // kWide vectors of kRows of V are summed in registers at a time, where products take some as well. kGroup rows of the left
-// operand stand side by side, and so do kBeside elements of a column of M. kMacro rows and columns of V, and what they are
-// products of, stay in the second-level cache.
+// operand, kApart words from each other, stand side by side, and so do kBeside elements of a column of M, none above kMost.
+// kMacro rows and columns of V, and what they are products of, stay in the second-level cache.
 constexpr int64_t kRun = 192;               // words summed in registers, two columns each, at most; a multiple of kDeep
 constexpr int64_t kPanel = kLanes * kWide;  // columns of M that stand side by side
 constexpr int64_t kUnit = kPanel % kRows == 0 ? kPanel : kRows % kPanel == 0 ? kRows : 3 * kPanel;
@@ -37,14 +42,6 @@ constexpr float kLength = 65000.0f;         // of a run
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added, what is left of the mantissa is the integer
 
-// The nearest integer's lowest 16 bits; |x| < 2^15.
-inline uint32_t rounded(float x) {
-    x += kRounding;
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0xffff;
-}
-
 // The words of a row are summed in runs of equal length but for the last.
 struct Runs {
     int64_t steps, count, length;
@@ -54,18 +51,16 @@ struct Runs {
     int64_t of(int64_t run) const { return min_of(length, steps - run * length); }
 };
 
-#if defined(__AMX_INT8__)
-constexpr float kMost = 32639.0f;  // 256 * 127 + 127
+inline int32_t* words_of(int32_t* words, int64_t row, Runs runs) {
+    return words + row / kGroup * kGroup * runs.steps + row % kGroup * kApart;
+}
 
+#if defined(__AMX_INT8__)
 struct Bytes { IntVec high, low; };
 
 inline Bytes bytes_of(IntVec x) {
     const IntVec high = (x + 128) >> 8;
     return {high, x - (high << 8)};
-}
-
-inline int32_t* words_of(int32_t* words, int64_t row, Runs runs) {
-    return words + row / kGroup * kGroup * runs.steps + row % kGroup * kLanes;
 }
 
 // A row of `n` numbers becomes bytes, from words_of on, and a scale for each run.
@@ -97,8 +92,12 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
 #else
 typedef uint64_t Pairs __attribute__((vector_size(kLanes * 4)));
 
-inline int32_t* words_of(int32_t* words, int64_t row, Runs runs) {
-    return words + row / kGroup * kGroup * runs.steps + row % kGroup;
+// The nearest integer's lowest 16 bits; |x| < 2^15.
+inline uint32_t rounded(float x) {
+    x += kRounding;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0xffff;
 }
 
 // A row of `n` numbers becomes words, kGroup apart from words_of on, and a scale for each run.
@@ -123,7 +122,7 @@ inline void to_words(const float* __restrict row, int32_t* __restrict to, float*
             square = 0;
             for (j = 0; j < length; ++j) square += inverse * own[j] * (inverse * own[j]);
         }
-        const float whole = square > 0 ? min_of(kLength / __builtin_sqrtf(square), 32767.0f) : 0;  // of the largest
+        const float whole = square > 0 ? min_of(kLength / __builtin_sqrtf(square), kMost) : 0;  // of the largest
         const float unit = whole * inverse;
         *scales++ = whole > 0 ? most / (whole * kOne) : 0;
         int32_t* word = to;
