@@ -15,6 +15,7 @@ stay transformers'.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -664,7 +665,8 @@ class Model:
                     f"{where}: {key} is more than {most:,}, which no model has; the file is not to be trusted"
                 )
         try:
-            plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+            # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
+            plain = copy.deepcopy({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
             config = CONFIG_MAPPING[family.model_type].from_dict(plain)
             config._attn_implementation = ATTENTION
             if getattr(config, "use_bidirectional_attention", False):
