@@ -36,7 +36,7 @@ from torch import Tensor
 from rac_engine import engine, prune
 from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream, _keeping
 from rac_engine.decode import load_tokenizer
-from rac_engine.evaluate import evaluate, wilson
+from rac_engine.evaluation import evaluate, wilson
 from rac_engine.models import Block
 from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe
 from rac_engine.sizes import parse_size

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from rac_engine import prune
 from rac_engine.decode import load_tokenizer
-from rac_engine.evaluate import evaluate
+from rac_engine.evaluation import evaluate
 from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings
 from rac_engine.sizes import parse_size
 from rac_engine.traces import generate, load_calibration

@@ -1,30 +1,125 @@
 """RAC Engine: prunes reasoning language models, calibrated on their own chains of thought.
 
-`prune`, `trace` and `evaluate` are imported on first use, so that `import rac_engine` (and `rac --help`) stays instant.
+`trace` samples them, `prune` prunes a checkpoint, `evaluate` asks a model questions with known answers. What they need
+is imported when they are called, so that `import rac_engine` (and `rac --help`) stays instant.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rac_engine.engine import prune
-    from rac_engine.evaluate import evaluate
-    from rac_engine.traces import generate as trace
+    from rac_engine.engine import PruneReport
+    from rac_engine.evaluation import EvalResult
+    from rac_engine.recipe import EvalSettings, PruneSettings, Recipe, TraceSettings
+    from rac_engine.traces import Calibration, TraceReport
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "prune", "trace"]
 
-_HOMES = {"prune": ("run", "prune_and_report"), "evaluate": ("evaluate", "evaluate"), "trace": ("traces", "generate")}
+
+def _silent(_: object) -> None:
+    """Tells nobody."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(import_module(f"{__name__}.{module}"), attribute)
+def trace(
+    model: str | Path,
+    settings: TraceSettings,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
+    progress: Callable[[Any], None] = _silent,
+) -> TraceReport:
+    """Sample traces of the checkpoint in the folder `model` into the new folder `out`.
+
+    Args:
+        model: Folder of a Hugging Face checkpoint.
+        settings: Prompts, token budget and sampling: `rac_engine.recipe.TraceSettings(prompts="P.jsonl", tokens=...)`.
+        out: Folder for Parquet files (a row a trace, token ids and text) and the summary traces.json.
+        device: "cpu", "cuda" or "cuda:N".
+        restart: Start afresh where an unfinished sampling in OUT.partial would go on.
+        progress: Called with what is being done; its `str` is for people.
+
+    Returns the counts of traces and tokens. Raises `rac_engine.errors.BadInput` for what cannot work, and
+    `rac_engine.errors.Interrupted` on SIGINT, after which the same call goes on to the same traces.
+    """
+    from rac_engine.traces import generate
+
+    return generate(model, settings, out, device=device, restart=restart, progress=progress)
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+def prune(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | PruneSettings | str | Path | None = None,
+    calibration: Calibration | None = None,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    progress: Callable[[str], None] = _silent,
+) -> PruneReport:
+    """Prune the checkpoint in the folder `model` into the new folder `out`, with a report beside the weights.
+
+    Args:
+        model: Folder of a Hugging Face checkpoint.
+        out: Folder for the pruned checkpoint; it appears when it is whole. `out`/rac/report.html is the report.
+        recipe: A recipe or the path of one, of which `calibration` and `prune` count, or pruning settings alone.
+        calibration: Sequences to calibrate on, instead of what the recipe names.
+        device: "cpu", "cuda" or "cuda:N".
+        restart: Start afresh where an unfinished job in OUT.partial would go on.
+        device_memory: Bytes of the GPU that the job keeps to.
+        host_memory: Bytes of this machine that the job keeps to, the whole process included.
+        progress: Called with what is being done, in words.
+
+    Returns what was made, with a row a matrix. Raises `rac_engine.errors.BadInput` for what cannot work, and
+    `rac_engine.errors.Interrupted` on SIGINT, after which the same call goes on to the same bytes.
+    """
+    from rac_engine.engine import prune as run
+    from rac_engine.report import write_report
+
+    return run(
+        model,
+        out,
+        recipe,
+        calibration,
+        device=device,
+        restart=restart,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        progress=progress,
+        finish=write_report,
+    )
+
+
+def evaluate(
+    model: str | Path,
+    settings: EvalSettings,
+    out: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+    progress: Callable[[Any], None] = _silent,
+) -> EvalResult:
+    """Let the model in the folder `model` answer problems, and write the results to the new JSON file `out`.
+
+    Args:
+        model: Folder of a Hugging Face checkpoint, dense or pruned.
+        settings: Problems and sampling: `rac_engine.recipe.EvalSettings(problems="Q.jsonl", ...)`.
+        out: File for accuracy, decode lengths and every answer.
+        baseline: Results of another model on the same problems, to be compared with problem by problem.
+        device: "cpu", "cuda" or "cuda:N".
+        restart: Start afresh where an unfinished evaluation in OUT.partial would go on.
+        progress: Called with what is being done; its `str` is for people.
+
+    Returns the results. Raises `rac_engine.errors.BadInput` for what cannot work, and `rac_engine.errors.Interrupted`
+    on SIGINT, after which the same call goes on.
+    """
+    from rac_engine.evaluation import evaluate as run
+
+    return run(model, settings, out, baseline=baseline, device=device, restart=restart, progress=progress)

@@ -423,7 +423,7 @@ def _eval(args: argparse.Namespace) -> int:
     from rac_engine.recipe import EvalSettings
 
     settings = _settings(args, EvalSettings)
-    from rac_engine.evaluate import evaluate
+    from rac_engine.evaluation import evaluate
     from rac_engine.results import percent
 
     result = evaluate(

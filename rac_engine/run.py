@@ -32,9 +32,9 @@ from rac_engine.checkpoint import (
 )
 from rac_engine.console import Console
 from rac_engine.doctor import surroundings
-from rac_engine.engine import PruneReport, calibration_of, not_finite, prune, require_memory, skipped_matrices
+from rac_engine.engine import calibration_of, not_finite, prune, require_memory, skipped_matrices
 from rac_engine.errors import BadInput, Damaged, Interrupted
-from rac_engine.evaluate import evaluate, load_problems
+from rac_engine.evaluation import evaluate, load_problems
 from rac_engine.journal import Journal, claimed, open_journal
 from rac_engine.models import Model
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
@@ -132,11 +132,6 @@ def _require_space(recipe: Recipe, folder: Path) -> None:
     taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     with disk_errors(folder):
         require_space(folder, max(wanted - taken, 0))
-
-
-def prune_and_report(*args: Any, **options: Any) -> PruneReport:
-    """`prune`, with a report beside the metrics unless `finish` is given."""
-    return prune(*args, **{"finish": write_report, **options})
 
 
 def _worth_keeping(folder: Path) -> bool:

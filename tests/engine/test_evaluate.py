@@ -17,7 +17,7 @@ from rac_engine import answers
 from rac_engine.answers import Judge
 from rac_engine.decode import Completion, Decoder
 from rac_engine.errors import BadInput, Interrupted
-from rac_engine.evaluate import evaluate, extract_answer, load_problems, mcnemar, summarize, wilson
+from rac_engine.evaluation import evaluate, extract_answer, load_problems, mcnemar, summarize, wilson
 from rac_engine.recipe import EvalSettings
 
 ABACUS = Path(__file__).parents[2] / "examples/abacus"

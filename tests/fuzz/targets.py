@@ -26,7 +26,7 @@ from rac_engine.checkpoint import INDEX, Checkpoint, read_header, read_tensor
 from rac_engine.decode import load_tokenizer
 from rac_engine.engine import prune
 from rac_engine.errors import BadInput
-from rac_engine.evaluate import load_problems
+from rac_engine.evaluation import load_problems
 from rac_engine.journal import records_of
 from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings, load_recipe

@@ -1,0 +1,41 @@
+"""What Python code is given by `import rac_engine`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import rac_engine
+from rac_engine.recipe import EvalSettings, PruneSettings
+
+ABACUS = Path(__file__).parents[2] / "examples/abacus"
+
+
+def test_functions_stay_functions_whatever_is_imported():
+    for found in pkgutil.walk_packages(rac_engine.__path__, "rac_engine."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    for name in rac_engine.__all__:
+        assert isinstance(getattr(rac_engine, name), FunctionType), name
+
+
+@pytest.mark.parametrize("name", rac_engine.__all__)
+def test_signatures_and_docstrings_say_what_is_taken(name):
+    function = getattr(rac_engine, name)
+    parameters = inspect.signature(function).parameters
+    assert "device" in parameters and not {"args", "options", "kwargs"} & set(parameters)
+    assert all(f"        {parameter}: " in function.__doc__ for parameter in parameters)
+
+
+def test_pruning_and_then_evaluating(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"problem": "Add 2 and 2.", "answer": "4"}\n')
+    made = rac_engine.prune(ABACUS, "out", PruneSettings(method="magnitude", sparsity=0.1))
+    settings = EvalSettings(problems=tmp_path / "q.jsonl", max_new_tokens=4)
+    for name in ("first.json", "second.json"):
+        assert rac_engine.evaluate(made.out, settings, name).summary["problems"] == 1
