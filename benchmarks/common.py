@@ -22,7 +22,9 @@ import torch
 from peer import LLMCompressor
 from torch import Tensor
 
-from rac_kernels import hessian_accumulate_, native, roofline, symmetrize_
+from rac_kernels import hessian_accumulate_, symmetrize_
+from rac_kernels.backends import native
+from rac_kernels.measure import roofline
 
 Case = Callable[[], object]
 OURS = "rac_kernels"

@@ -7,7 +7,8 @@ import torch
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import cross_accumulate_, roofline
+from rac_kernels import cross_accumulate_
+from rac_kernels.measure import roofline
 
 
 def one(bench: Bench, n: int, m: int) -> list[Measurement]:

@@ -27,10 +27,10 @@ import torch
 from solvers import of_model
 from torch import Tensor
 
-from rac_engine.solve.rac import REFINING_STEPS, STEPS, TOLERANCE
+from rac_engine.solve.methods.admm import REFINING_STEPS, STEPS, TOLERANCE
 from rac_kernels import admm_short_, factor_, mask_by_score, refine, symmetrize_
-from rac_kernels.objective import row_objectives
-from rac_kernels.pattern import Pattern, parse_pattern
+from rac_kernels.ops.objective import row_objectives
+from rac_kernels.ops.pattern import Pattern, parse_pattern
 
 ROUNDS = 10
 ROWS = 64  # whose pairs are looked at together

@@ -33,14 +33,15 @@ from common import machine
 from quality import HELD_TOKENS, finished, own_traces, perplexity
 from torch import Tensor
 
-from rac_engine import engine, prune
-from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream, _keeping
-from rac_engine.decode import load_tokenizer
+from rac_engine import prune
+from rac_engine.base.sizes import parse_size
+from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
+from rac_engine.calibrate.stream import _keeping
+from rac_engine.engine.layer import Layer
 from rac_engine.evaluation import evaluate, wilson
 from rac_engine.models import Block
 from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe
-from rac_engine.sizes import parse_size
-from rac_engine.traces import load_calibration
+from rac_engine.traces import load_calibration, load_tokenizer
 
 WAYS = ("none", "dense router", "pruned router")
 
@@ -78,12 +79,12 @@ def way(name: str) -> Iterator[None]:
         with patch.object(Stream, "observe_experts", at_the_dense_routers_tokens):
             yield
     elif name == "none":
-        matched = engine._Layer._prune_experts
+        matched = Layer._prune_experts
 
         def alone(self: Any, stream: Stream, block: Block, groups: Any, beside: Any) -> None:
             matched(self, stream, block, groups, None)
 
-        with patch.object(engine._Layer, "_prune_experts", alone):
+        with patch.object(Layer, "_prune_experts", alone):
             yield
     else:
         yield

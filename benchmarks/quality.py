@@ -34,11 +34,10 @@ from common import machine
 from transformers import AutoModelForCausalLM
 
 from rac_engine import prune
-from rac_engine.decode import load_tokenizer
+from rac_engine.base.sizes import parse_size
 from rac_engine.evaluation import evaluate
 from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings
-from rac_engine.sizes import parse_size
-from rac_engine.traces import generate, load_calibration
+from rac_engine.traces import generate, load_calibration, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("rac", "sparsegpt", "alps", "wanda", "magnitude")

@@ -11,7 +11,8 @@ import torch
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import kth_smallest, mask_by_score, roofline
+from rac_kernels import kth_smallest, mask_by_score
+from rac_kernels.measure import roofline
 
 
 def kth(bench: Bench, rows: int) -> list[Measurement]:

@@ -35,12 +35,11 @@ from torch import Tensor
 
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
-from rac_engine.decode import load_tokenizer
 from rac_engine.models import Model
 from rac_engine.solve import Gram, Problem, Target, find_method
-from rac_engine.traces import load_calibration
+from rac_engine.traces import load_calibration, load_tokenizer
 from rac_kernels import objective, symmetrize_
-from rac_kernels.pattern import parse_pattern
+from rac_kernels.ops.pattern import parse_pattern
 
 METHODS = ("rac", "sparsegpt", "alps")
 ALPS_CODE, ALPS_URL = "alps-code", "https://github.com/mazumder-lab/ALPS"

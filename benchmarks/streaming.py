@@ -26,11 +26,12 @@ import torch
 from common import machine
 from safetensors.torch import save_file
 
-from rac_engine import checkpoint, faults
+from rac_engine.base import faults
+from rac_engine.base.sizes import format_bytes, format_seconds, parse_size
+from rac_engine.checkpoint import INDEX
 from rac_engine.engine import PruneReport, prune
+from rac_engine.jobs.timeline import LANES
 from rac_engine.recipe import PruneSettings
-from rac_engine.sizes import format_bytes, format_seconds, parse_size
-from rac_engine.timeline import LANES
 from rac_engine.traces import Calibration, Sequence
 
 QWEN2_7B = {
@@ -95,7 +96,7 @@ def make(folder: Path, config: dict[str, Any]) -> None:
     for number in range(layers):
         save(number + 2, layer(number))
     save(layers + 2, {"lm_head.weight": table()})
-    (folder / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -11,8 +11,9 @@ import common
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import factor_, published, roofline, sweep, symmetrize_
-from rac_kernels.objective import row_objectives
+from rac_kernels import factor_, sweep, symmetrize_
+from rac_kernels.measure import published, roofline
+from rac_kernels.ops.objective import row_objectives
 
 TARGETS = (("50%", 0.5, None), ("2:4", 0.5, (2, 4)))
 LOOP = "published loop"

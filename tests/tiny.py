@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rac_engine.traces import Calibration, Part, Sequence
+from rac_engine.traces.calibration import Calibration, Part, Sequence
 
 VOCABULARY = 64
 FAMILIES: dict[str, dict[str, Any]] = {

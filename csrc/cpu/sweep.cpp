@@ -408,7 +408,7 @@ struct Rounded {
 #endif
 
 // How many of `count` weights go: the largest whole number whose share of them, as a double, is within the sparsity
-// (rac_kernels.pattern.zeros_of has the same rule).
+// (rac_kernels.ops.pattern.zeros_of has the same rule).
 inline int64_t zeros_of(double sparsity, int64_t count) {
     const double all = static_cast<double>(count);
     const int64_t k = min_of(max_of<int64_t>(static_cast<int64_t>(sparsity * all), 0), count);

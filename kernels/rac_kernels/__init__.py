@@ -6,22 +6,24 @@ imported here, once.
 
 from __future__ import annotations
 
-from rac_kernels import native, roofline
-from rac_kernels.adam import MaskedAdam
-from rac_kernels.admm import admm, admm_short_
-from rac_kernels.column_norm import column_norm_accumulate_
-from rac_kernels.cross import cross_accumulate_
-from rac_kernels.factor import Factor, FactorError, factor_, factor_batch_, refactor_
-from rac_kernels.hessian import hessian_accumulate_
-from rac_kernels.inverse import inverse_
-from rac_kernels.matching import matched_target, output_cross
-from rac_kernels.mirror import symmetrize_
-from rac_kernels.objective import objective, reconstruction_error
-from rac_kernels.profile import ScoreProfile, count_above, score_profile
-from rac_kernels.refine import RefineResult, refine
-from rac_kernels.select import kth_smallest, mask_by_score
-from rac_kernels.spread import spread_columns
-from rac_kernels.sweep import sweep
+from rac_kernels.backends import native
+from rac_kernels.measure import roofline
+from rac_kernels.ops.column_norm import column_norm_accumulate_
+from rac_kernels.ops.cross import cross_accumulate_
+from rac_kernels.ops.factor import Factor, FactorError, factor_, factor_batch_, refactor_
+from rac_kernels.ops.hessian import hessian_accumulate_
+from rac_kernels.ops.inverse import inverse_
+from rac_kernels.ops.mirror import symmetrize_
+from rac_kernels.ops.objective import objective, reconstruction_error
+from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
+from rac_kernels.ops.select import kth_smallest, mask_by_score
+from rac_kernels.ops.spread import spread_columns
+from rac_kernels.ops.sweep import sweep
+from rac_kernels.solvers.adam import MaskedAdam
+from rac_kernels.solvers.admm import admm_short_
+from rac_kernels.solvers.alps import admm
+from rac_kernels.solvers.matching import matched_target, output_cross
+from rac_kernels.solvers.refine import RefineResult, refine
 
 __all__ = [
     "Factor",

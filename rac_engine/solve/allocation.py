@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_kernels.pattern import zeros_of
-from rac_kernels.profile import BINS_AN_OCTAVE, LOWEST, ScoreProfile
+from rac_kernels.ops.pattern import zeros_of
+from rac_kernels.ops.profile import BINS_AN_OCTAVE, LOWEST, ScoreProfile
 
 _STEPS = 100  # of a bisection: more than doubles can tell apart
 

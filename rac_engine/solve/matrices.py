@@ -16,6 +16,7 @@ from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
 from rac_kernels import mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
+
 WHOLE = 1 << 28  # weights of a matrix beyond which it is solved by runs of rows, with thresholds of their own
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rac_engine.errors import BadInput
+from rac_engine.base.errors import BadInput
 from rac_kernels import Factor, factor_, symmetrize_
 
 Needs = Literal["hessian", "norms", "nothing"]
@@ -138,6 +138,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+
 """Every method by its name in recipes."""
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rac_engine import prune
-from rac_engine.recipe import ExpertSettings, PruneSettings
+from rac_engine.recipe.settings import ExpertSettings, PruneSettings
 from tests import tiny
 from tests.engine.inputs import inputs_of
 
@@ -241,7 +241,7 @@ REACHED = """
 import sys
 import time
 from contextlib import suppress
-import rac_kernels.gpu
+import rac_kernels.backends.gpu
 import small
 from triton.runtime.interpreter import InterpretedFunction as Kernel
 
@@ -257,7 +257,7 @@ def spy(kernel, grid):
     return launch(kernel, grid)
 
 Kernel.__getitem__ = spy
-rac_kernels.gpu.processors = lambda device: 132  # sums are split as on a large GPU
+rac_kernels.backends.gpu.processors = lambda device: 132  # sums are split as on a large GPU
 small.main("cpu", 132, 1100, (small.torch.float16,), 3000)
 print(sorted({name(kernel) for kernel in kernels if kernel.fn.__name__.endswith("_kernel")} - seen))
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rac_kernels import cuda, native
+from rac_kernels.backends import cuda, native
 from tests.cuda.host import ROOT
 from tests.cuda.test_compiles import build_script
 

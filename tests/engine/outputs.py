@@ -7,8 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rac_engine.journal import Journal
-from rac_engine.recipe import Recipe, dump
+from rac_engine.jobs.journal import Journal
+from rac_engine.recipe.files import dump
+from rac_engine.recipe.settings import Recipe
 
 MODULES = {
     "self_attn.q_proj": (192, 192),

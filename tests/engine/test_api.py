@@ -11,7 +11,7 @@ from types import FunctionType
 import pytest
 
 import rac_engine
-from rac_engine.recipe import EvalSettings, PruneSettings
+from rac_engine.recipe.settings import EvalSettings, PruneSettings
 
 ABACUS = Path(__file__).parents[2] / "examples/abacus"
 

@@ -11,10 +11,11 @@ from types import ModuleType
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from rac_engine.checkpoint import Checkpoint
-from rac_engine.models import Model
-from rac_engine.prompts import question_of, read_jsonl, render
-from rac_engine.recipe import load_recipe
+from rac_engine.checkpoint.reader import Checkpoint
+from rac_engine.models.model import Model
+from rac_engine.recipe.files import load_recipe
+from rac_engine.traces.records import question_of, read_jsonl
+from rac_engine.traces.template import render
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBLEMS = {name: EXAMPLES / "problems" / f"{name}.jsonl" for name in ("calibration", "evaluation")}

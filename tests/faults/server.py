@@ -1,9 +1,9 @@
 """Runs `rac` command lines in forked processes: everything is imported once, so that a job costs its own time only.
 
 Reads an order a line from stdin, as JSON: `argv`, `cwd`, `output` (a file for stdout and stderr), `plans` (see
-rac_engine.faults), `threads`, `disk` (activations live there), `free` (bytes that the disk has), and perhaps `signal`
-and `after`, to send that signal after so many seconds. Answers with the exit status of the process, negative for the
-signal that ended it.
+rac_engine.base.faults), `threads`, `disk` (activations live there), `free` (bytes that the disk has), and perhaps
+`signal` and `after`, to send that signal after so many seconds. Answers with the exit status of the process, negative
+for the signal that ended it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from rac_engine import engine, faults
-from rac_engine.cli import main
+from rac_engine.base import faults
+from rac_engine.cli.app import main
+from rac_engine.engine import pruning
 from tests.faults.world import make_world
 
 LIMIT = 120.0
@@ -60,13 +61,13 @@ def _run(order: dict[str, Any]) -> int:
             if "free" in order:
                 vars(shutil)["disk_usage"] = lambda _: SimpleNamespace(free=order["free"])
             if order.get("disk"):
-                planned = vars(engine)["plan_memory"]
+                planned = vars(pruning)["plan_memory"]
 
                 def on_disk(*args: Any, **options: Any) -> Any:
                     plan = planned(*args, **options)
                     return replace(plan, choice=replace(plan.choice, place="disk"))
 
-                vars(engine)["plan_memory"] = on_disk
+                vars(pruning)["plan_memory"] = on_disk
             code = main(order["argv"])
             sys.stdout.flush()
             sys.stderr.flush()

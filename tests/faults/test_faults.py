@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rac_engine.faults import OPERATIONS
+from rac_engine.base.faults import OPERATIONS
 from tests.faults.conftest import SOAK, Bench
 
 JOBS = ("prune", "trace", "eval", "run")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rac_engine.journal import held
+from rac_engine.jobs.claim import held
 from tests.faults.conftest import Bench
 from tests.faults.world import Job
 

@@ -22,18 +22,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rac_engine.checkpoint import INDEX, Checkpoint, read_header, read_tensor
-from rac_engine.decode import load_tokenizer
-from rac_engine.engine import prune
-from rac_engine.errors import BadInput
-from rac_engine.evaluation import load_problems
-from rac_engine.journal import records_of
-from rac_engine.models import Model
-from rac_engine.recipe import PruneSettings, load_recipe
-from rac_engine.report import render
-from rac_engine.results import load_evaluation
-from rac_engine.traces import load_calibration, load_prompts
-from rac_engine.verify import verify
+from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint.header import read_header
+from rac_engine.checkpoint.reader import INDEX, Checkpoint
+from rac_engine.checkpoint.tensors import read_tensor
+from rac_engine.engine.pruning import prune
+from rac_engine.engine.verify import verify
+from rac_engine.evaluation.problems import load_problems
+from rac_engine.evaluation.results import load_evaluation
+from rac_engine.jobs.journal import records_of
+from rac_engine.models.model import Model
+from rac_engine.recipe.files import load_recipe
+from rac_engine.recipe.settings import PruneSettings
+from rac_engine.report.page import render
+from rac_engine.traces.calibration import load_calibration
+from rac_engine.traces.decoder import load_tokenizer
+from rac_engine.traces.generation import load_prompts
 from tests import tiny
 from tests.engine.outputs import evaluation
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rac_engine.cli import main
+from rac_engine.cli.app import main
 from tests.fuzz.targets import MEMORY, Target, attempt, install_watch, make_targets, mutate, peak_memory
 
 SOAK = bool(os.environ.get("RAC_SOAK"))

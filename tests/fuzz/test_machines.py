@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from safetensors.torch import save_file
 
-from rac_engine.checkpoint import INDEX, Checkpoint
-from rac_engine.errors import BadInput
-from rac_engine.journal import Journal, records_of
-from rac_engine.traces import SUMMARY, load_calibration
+from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint.reader import INDEX, Checkpoint
+from rac_engine.jobs.journal import Journal, records_of
+from rac_engine.jobs.layout import TRACES_SUMMARY
+from rac_engine.traces.calibration import load_calibration
 
 EXAMPLES = 500 if os.environ.get("RAC_SOAK") else 15
 SETTINGS = settings(max_examples=EXAMPLES, stateful_step_count=20, deadline=None, database=None)
@@ -170,16 +171,18 @@ class TracesMachine(RuleBasedStateMachine):
             rows = {"prompt_token_ids": [[number, 1]], "completion_token_ids": [[2 + number, 3, 4]]}
             pq.write_table(pa.table(rows), self.folder / name)
         files = {name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in self.names}
-        (self.folder / SUMMARY).write_text(json.dumps({"tokens": 10, "files": files}))
+        (self.folder / TRACES_SUMMARY).write_text(json.dumps({"tokens": 10, "files": files}))
 
-    @rule(name=st.sampled_from([*names, SUMMARY]), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+    @rule(
+        name=st.sampled_from([*names, TRACES_SUMMARY]), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7)
+    )
     def flip(self, name: str, where: float, bit: int) -> None:
         data = bytearray((self.folder / name).read_bytes() if (self.folder / name).exists() else b"")
         if data:
             data[int(where * len(data))] ^= 1 << bit
             (self.folder / name).write_bytes(data)
 
-    @rule(name=st.sampled_from([*names, SUMMARY]), where=st.floats(0, 1))
+    @rule(name=st.sampled_from([*names, TRACES_SUMMARY]), where=st.floats(0, 1))
     def truncate(self, name: str, where: float) -> None:
         if (self.folder / name).exists():
             data = (self.folder / name).read_bytes()

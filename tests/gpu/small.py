@@ -15,7 +15,6 @@ import torch
 from rac_kernels import (
     column_norm_accumulate_,
     cross_accumulate_,
-    cuda,
     factor_batch_,
     hessian_accumulate_,
     mask_by_score,
@@ -23,7 +22,8 @@ from rac_kernels import (
     sweep,
     symmetrize_,
 )
-from rac_kernels.select import Selection
+from rac_kernels.backends import cuda
+from rac_kernels.ops.select import Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_engine.activations import Activations, host_tensor
+from rac_engine.calibrate.activations import Activations, host_tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,7 +10,7 @@ from rac_kernels import admm_short_, factor_, objective
 from tests.kernels.gram import gram
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU; tests/kernels/test_admm.py has what the CPU can show"
+    not torch.cuda.is_available(), reason="needs a GPU; tests/kernels/solvers/test_admm.py has what the CPU can show"
 )
 CASES = [
     ("plain", 1, 1, "0.5"),

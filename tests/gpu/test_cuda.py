@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import cuda
+from rac_kernels.backends import cuda
 from tests.kernels.gram import gram
 
 if not torch.cuda.is_available():

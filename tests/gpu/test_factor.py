@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import Factor, FactorError, cuda, factor_, factor_batch_
+from rac_kernels import Factor, FactorError, factor_, factor_batch_
+from rac_kernels.backends import cuda
 from tests.kernels.gram import KINDS, gram
 
 GPU = torch.cuda.is_available()
@@ -94,7 +95,7 @@ def test_a_batch_with_matrices_that_have_no_factor():
 @pytest.mark.skipif(not GPU, reason="cuSOLVER")
 @pytest.mark.parametrize("n", [100, 2000])
 def test_cusolver_in_one_call(n, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("rac_kernels.factor"), "WHOLE", n)
+    monkeypatch.setattr(importlib.import_module("rac_kernels.ops.factor"), "WHOLE", n)
     matrices = [gram(kind, n, device="cuda") for kind in ("plain", "dead")]
     for H, found in zip(matrices, factor_batch_(torch.stack(matrices)), strict=True):
         assert error(found.U, damped(H, found)) < 2e-6 and torch.equal(found.U.tril(-1), H.tril(-1))

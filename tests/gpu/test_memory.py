@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("tests.gpu.engine")  # skips where one of the engine's packages is missing
 
-from rac_engine.engine import prune
-from rac_engine.errors import BadInput
-from rac_engine.recipe import PruneSettings
-from rac_engine.verify import verify
+from rac_engine.base.errors import BadInput
+from rac_engine.engine.pruning import prune
+from rac_engine.engine.verify import verify
+from rac_engine.recipe.settings import PruneSettings
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rac_kernels import cross_accumulate_, hessian_accumulate_, symmetrize_
-from rac_kernels.mirror import mirror_triton_
+from rac_kernels.ops.mirror import mirror_triton_
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

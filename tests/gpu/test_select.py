@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import cuda, kth_smallest, mask_by_score
-from rac_kernels.select import Selection
+from rac_kernels import kth_smallest, mask_by_score
+from rac_kernels.backends import cuda
+from rac_kernels.ops.select import Selection
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

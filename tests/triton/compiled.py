@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rac_kernels import hessian
+from rac_kernels.ops import hessian
 
 CAPABILITIES = (80, 90, 100)
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program may have this much; for 80 what 86 and 89 have

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from rac_kernels import column_norm as op
+from rac_kernels.ops import column_norm as op
 from tests.triton.compiled import CAPABILITIES, compile_for
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rac_kernels import cross, hessian
+from rac_kernels.ops import cross, hessian
 from tests.triton.compiled import CAPABILITIES, LAUNCHES, TYPES, check_parts, check_sums
 
 INTEGERS = ("c_stride", "x_stride", "x_width", "y_stride", "y_width", "tokens", "n", "m", "down", "across")

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rac_kernels import hessian
+from rac_kernels.ops import hessian
 from tests.triton.compiled import CAPABILITIES, LAUNCHES, TYPES, check_parts, check_sums
 
 INTEGERS = ("h_stride", "row_stride", "width", "tokens", "n", "side", "whole", "parts", "part_tokens")

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from rac_kernels import mirror
+from rac_kernels.ops import mirror
 from tests.triton.compiled import CAPABILITIES, compile_for
 
 

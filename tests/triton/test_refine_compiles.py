@@ -11,7 +11,7 @@ import sys
 import rac_kernels  # noqa: F401 - the module, not the function of its name
 from tests.triton.compiled import CAPABILITIES, compile_for
 
-refine = sys.modules["rac_kernels.refine"]
+refine = sys.modules["rac_kernels.solvers.refine"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -13,7 +13,7 @@ from tests.triton.compiled import CAPABILITIES, TENSOR_CORES, Compiled, compile_
 
 # The packages' names are the functions.
 factor, product, select, sweep = (
-    importlib.import_module(f"rac_kernels.{name}") for name in ["factor", "product", "select", "sweep"]
+    importlib.import_module(f"rac_kernels.ops.{name}") for name in ["factor", "product", "select", "sweep"]
 )
 
 FLOATS = ["A", "B", "D", "H", "Q", "U", "inverse", "inverses", "out", "pulls", "scales", "scores", "thresholds"]

@@ -1,0 +1,3 @@
+"""What every room stands on: errors, sizes, faults, files, the console."""
+
+from __future__ import annotations

@@ -1,0 +1,122 @@
+"""What is gathered from an input: the Hessian or its diagonal, and what ties it to the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rac_engine.checkpoint import all_finite
+from rac_kernels import column_norm_accumulate_, cross_accumulate_, hessian_accumulate_
+
+
+def usable(weights: Tensor | None, *parts: Tensor) -> tuple[list[Tensor], Tensor | None, int]:
+    """The tokens, rows of all `parts` [tokens, …], that count and are finite in each of them.
+
+    Returns their rows of each part, their weights [tokens] fp32 (None: 1 each), and how many others would have counted
+    but hold NaN or Inf somewhere.
+    """
+    if weights is None and all(map(all_finite, parts)):
+        return list(parts), None, 0
+    good = torch.stack([edge.isfinite() for part in parts for edge in (part.amin(-1), part.amax(-1))]).all(0)
+    counted = torch.ones_like(good) if weights is None else weights > 0
+    good &= counted
+    count = int(good.sum())
+    dropped = int(counted.sum()) - count
+    if count < len(good):
+        parts = tuple(part[good] for part in parts)
+        weights = None if weights is None else weights[good]
+    if weights is not None and bool((weights == 1).all()):
+        weights = None
+    return list(parts), weights, dropped
+
+
+class Statistic:
+    """What a solver wants to know about an input: H = Σ w x xᵀ, or its diagonal only.
+
+    `value` is fp32, [columns, columns] (upper triangle) or [columns]; `tokens` are the tokens counted, `dropped` those
+    left out because they hold NaN or Inf, which would spoil all of H. `match` is what ties the input to the dense
+    model, where its outputs are to be reconstructed.
+    """
+
+    def __init__(self, columns: int, full: bool, device: str, match: DenseInputs | DenseOutputs | None = None) -> None:
+        self.value = torch.zeros((columns, columns) if full else columns, dtype=torch.float32, device=device)
+        self.match = match
+        self.tokens = self.dropped = 0
+        self._accumulate = hessian_accumulate_ if full else column_norm_accumulate_
+
+    def add(self, x: Tensor, weights: Tensor | None) -> None:
+        """Count tokens x [tokens, columns], with weights [tokens] fp32 or 1 each."""
+        self._count(*usable(weights, x))
+
+    def add_beside(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
+        """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
+
+        What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either
+        model counts in neither.
+        """
+        (given, *others), weights, dropped = usable(weights, given, *others)
+        self._count([given], weights, dropped)
+        assert self.match is not None
+        self.match.add(given, *others, weights=weights)
+
+    def _count(self, parts: Sequence[Tensor], weights: Tensor | None, dropped: int) -> None:
+        (x,) = parts
+        self.dropped += dropped
+        self.tokens += len(x)
+        if len(x):
+            self._accumulate(self.value, x, weights)
+
+    def blend(self, other: Statistic, weight: float) -> None:
+        """Add `weight` times what was gathered by another, which stays as it is."""
+        self.value.add_(other.value, alpha=weight)
+        if isinstance(self.match, DenseInputs) and isinstance(other.match, DenseInputs):
+            self.match.blend(other.match, weight)
+
+
+class DenseInputs:
+    """What ties a group's inputs X′ in the pruned model to the inputs X that the same group has in the dense one.
+
+    `cross` is X′ᵀX [columns, columns], `gram` is XᵀX (upper triangle), both fp32, each token counted with its weight.
+    """
+
+    def __init__(self, columns: int, device: str) -> None:
+        self.cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.gram = torch.zeros_like(self.cross)
+
+    def add(self, given: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
+        """Count tokens, all of them `usable`: inputs [tokens, columns] of the pruned model and of the dense one."""
+        cross_accumulate_(self.cross, given, dense, weights)
+        hessian_accumulate_(self.gram, dense, weights)
+
+    def blend(self, other: DenseInputs, weight: float) -> None:
+        """Add `weight` times what was gathered by another, which stays as it is."""
+        self.cross.add_(other.cross, alpha=weight)
+        self.gram.add_(other.gram, alpha=weight)
+
+
+class DenseOutputs:
+    """What ties a matrix's inputs X′ to the outputs Y that are wanted of it.
+
+    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `dense` the square of what the dense matrix gives.
+    """
+
+    def __init__(self, columns: int, rows: int, device: str) -> None:
+        self.cross = torch.zeros(columns, rows, dtype=torch.float32, device=device)
+        self._squares = torch.zeros(2, dtype=torch.float64, device=device)
+
+    @property
+    def wanted(self) -> float:
+        return float(self._squares[0])
+
+    @property
+    def dense(self) -> float:
+        return float(self._squares[1])
+
+    def add(self, given: Tensor, wanted: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
+        """Count tokens, all of them `usable`: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
+        cross_accumulate_(self.cross, given, wanted, weights)
+        for place, outputs in enumerate((wanted, dense)):
+            squares = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).square().double()
+            self._squares[place] += (squares if weights is None else squares * weights).sum()

@@ -1,0 +1,156 @@
+"""Tuning a pruned block as a whole: the weights that stay are moved until its hidden states are the dense model's.
+
+What a method solves is one matrix after the other, each for its own outputs. Products of two matrices' outputs (gate
+and up, queries and keys), and how well a later matrix can make up for an earlier one, are seen by none of these
+problems alone. Here the block's error ‖hidden′ − hidden‖², hidden′ being what it hands on of what the pruned model
+gives it and hidden what the dense model has there, is minimised over all its pruned matrices at once, by Adam on
+shuffled sequences, in fp32. Masks stay.
+
+Reference: block-wise fine-tuning as in Guo et al., "EBFT" (arXiv 2402.12419).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rac_engine.calibrate.stream import Stream
+from rac_engine.models import Block, Chunk
+from rac_kernels import MaskedAdam
+
+BATCH = 256  # tokens in a step at least, and
+
+STEPS = 150  # steps in an epoch at most, whole sequences and chunks permitting
+
+RATE = 0.03  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
+
+WARMING = 0.05  # share of the steps in which the rate rises
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names."""
+
+    before: float
+    after: float
+    weights: dict[str, Tensor]
+    """[rows, columns] in the dtype they are stored in; empty where tuning made nothing better."""
+
+
+def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Tensor], epochs: int) -> Tuned | None:
+    """Tune matrices of a block, so that the tokens of `stream` leave it as they stand in `wanted`.
+
+    `weights` are the pruned matrices, by their names within the layer and in the dtype to be stored. Neither streams
+    nor block are changed. An attention's sequences that are longer than a chunk count up to there. None where hidden
+    states hold NaN or Inf, or are beyond fp32 when squared.
+    """
+    stream.settle()
+    wanted.settle()
+    every = _sequences(stream.packing.chunks, block.plan.attention)
+    most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
+    size = min(max(BATCH, sum(length for _, length in every) // STEPS), most)
+    # What was made in inference mode, as all of a job is, takes part in no gradient.
+    with torch.inference_mode(False), block.copied() as linears, _computing(stream):
+        tuned = [linears[name].get_parameter("weight") for name in weights]
+        for weight, stored in zip(tuned, weights.values(), strict=True):
+            weight.copy_(stored)
+        before = _error(stream, wanted, block, every, size)
+        if not math.isfinite(before):
+            return None
+        for weight in tuned:
+            weight.requires_grad_(True)
+        adam = MaskedAdam([weight.detach() for weight in tuned])
+        order = torch.Generator().manual_seed(0)
+        seen, total = 0, epochs * sum(length for _, length in every)
+        for _ in range(epochs):
+            shuffled = [every[at] for at in torch.randperm(len(every), generator=order).tolist()]
+            for some in _batches(shuffled, size):
+                with torch.enable_grad():
+                    missed, whole = _missed(stream, wanted, block, some)
+                    gradients = torch.autograd.grad(missed / whole.clamp(min=torch.finfo(whole.dtype).tiny), tuned)
+                seen += sum(length for _, length in some)
+                share = seen / total
+                with torch.no_grad():
+                    adam.step(gradients, RATE * min(share / WARMING, 1) * (1 + math.cos(math.pi * share)) / 2)
+        del adam
+        # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
+        found = {
+            name: weight.detach().to(old.dtype, copy=True).add_(0.0)
+            for (name, old), weight in zip(weights.items(), tuned, strict=True)
+        }
+        for weight, new in zip(tuned, found.values(), strict=True):
+            weight.requires_grad_(False).copy_(new)
+        after = _error(stream, wanted, block, every, size)
+    return Tuned(before, after, found) if after < before else Tuned(before, before, {})
+
+
+def _sequences(chunks: Sequence[Chunk], attention: bool) -> list[tuple[int, int]]:
+    """Start and length of every sequence; of one in parts, each part, or where tokens see others the first one."""
+    found = list[tuple[int, int]]()
+    for chunk in chunks:
+        if chunk.is_part:
+            if not (attention and chunk.offset):
+                found.append((chunk.start, chunk.stop - chunk.start))
+            continue
+        start = chunk.start
+        for length in chunk.lengths:
+            found.append((start, length))
+            start += length
+    return found
+
+
+def _batches(sequences: Sequence[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    """Sequences in their order, as many together as have at most `size` tokens, or one; longest first."""
+    some, tokens = list[tuple[int, int]](), 0
+    for sequence in sequences:
+        if some and tokens + sequence[1] > size:
+            yield sorted(some, key=lambda each: -each[1])
+            some, tokens = [], 0
+        some.append(sequence)
+        tokens += sequence[1]
+    if some:
+        yield sorted(some, key=lambda each: -each[1])
+
+
+def _error(stream: Stream, wanted: Stream, block: Block, every: Sequence[tuple[int, int]], size: int) -> float:
+    """‖hidden′ − hidden‖² / ‖hidden‖² over all sequences."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for some in _batches(every, size):
+            sums += torch.stack(_missed(stream, wanted, block, some)).double().cpu()
+    return float(sums[0] / sums[1]) if sums[1] else float(sums[0])
+
+
+def _missed(
+    stream: Stream, wanted: Stream, block: Block, sequences: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """‖hidden′ − hidden‖² and ‖hidden‖² of some sequences, each token with its weight."""
+    spans = [(start, start + length) for start, length in sequences]
+    given, aim = (  # copied, since what is read holds until the next is
+        torch.cat([part.to(torch.float32, copy=True) for part in each.hidden.each(spans)]) for each in (stream, wanted)
+    )
+    chunk = Chunk(0, len(given), tuple(length for _, length in sequences))
+    error = block.leave(given, block.inner(block.norm(given), chunk)).float() - aim
+    weights = stream.packing.weights
+    if weights is None:
+        return error.square().sum(), aim.square().sum()
+    own = torch.cat([weights[start:stop] for start, stop in spans]).to(error.device)
+    return error.square().sum(1) @ own, aim.square().sum(1) @ own
+
+
+@contextmanager
+def _computing(stream: Stream) -> Iterator[None]:
+    """On a GPU matrix products in the activations' own dtype, always the same way, so that bytes come out the same."""
+    with ExitStack() as stack:
+        if torch.device(stream.device).type == "cuda":
+            if stream.dtype.itemsize == 2:
+                stack.enter_context(torch.autocast("cuda", stream.dtype))
+            before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])
+        yield

@@ -1,0 +1,160 @@
+"""Headers of safetensors files, of which nothing is believed before it is checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rac_engine.base.errors import BadInput
+from rac_engine.base.files import opened, read_at, read_small, regular_status
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_RANK = 64  # dimensions of a tensor: as many as torch takes
+
+_MAX_HEADER = 100_000_000  # what the safetensors format allows
+
+_MAX_JSON = 64 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes from `offset` (of the file's start) in `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    scaled: Scaled | None = None
+    """Of a tensor that is read as `dtype` and takes `nbytes` so, but lies in the file as FP8; `offset` is then that of
+    the FP8 bytes."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How FP8 becomes bf16: a block of rows and columns is multiplied by one number."""
+
+    dtype: torch.dtype
+    scales: TensorInfo
+    """`weight_scale_inv` [⌈rows / block⌉, ⌈columns / block⌉]"""
+    block: tuple[int, int]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB without duplicate keys; anything else is `BadInput`."""
+    try:
+        raw = read_small(file, _MAX_JSON)
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror}; give the folder of a whole Hugging Face checkpoint") from None
+    return _json_object(raw, str(file))
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The tensors of a safetensors file in the order of their bytes.
+
+    Raises `BadInput` unless the header accounts for every byte of the file exactly once.
+    """
+    with opened(file) as fd:
+        status = regular_status(fd, file)
+        size = int.from_bytes(read_at(fd, file, 0, 8), "little") if status.st_size >= 8 else -1
+        if not 2 <= size <= min(_MAX_HEADER, status.st_size - 8):
+            raise BadInput(f"{file}: not a safetensors file, or cut short; fetch it again")
+        header = _json_object(bytes(read_at(fd, file, 8, size)), f"header of {file}")
+    start, data = 8 + size, status.st_size - 8 - size
+    infos = [_tensor_info(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    end = start
+    for info in infos:
+        if info.offset != end:
+            raise BadInput(f"{file}: tensor {info.name!r} overlaps another or leaves a hole; the file is damaged")
+        end += info.nbytes
+    if end != start + data:
+        raise BadInput(
+            f"{file}: the header describes {end - start} bytes of tensors, the file has {data}; fetch it again"
+        )
+    return infos
+
+
+def _json_object(raw: bytes, what: str) -> dict[str, Any]:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key is given twice")
+        return made
+
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{what}: not valid JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{what}: not a JSON object; fetch the checkpoint again")
+    return value
+
+
+def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
+    def counts(value: Any) -> bool:
+        return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 62 for x in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise BadInput(f"{file}: tensor {name!r} needs dtype, shape and data_offsets; the file is damaged")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise BadInput(f"{file}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if isinstance(shape, list) and len(shape) > _MAX_RANK:
+        raise BadInput(
+            f"{file}: tensor {reprlib.repr(name)} has {len(shape):,} dimensions, more than {_MAX_RANK}; "
+            "the file is damaged"
+        )
+    if not counts(shape) or not counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise BadInput(f"{file}: tensor {name!r} has a shape or offsets that make no sense; the file is damaged")
+    nbytes = offsets[1] - offsets[0]
+    # Of a shape with a 0 in it, too, all sizes together have to fit: strides are products of them.
+    if math.prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
+        raise BadInput(f"{file}: tensor {name!r} has a shape {shape} beyond 64 bits; the file is damaged")
+    if math.prod(shape) * dtype.itemsize != nbytes:
+        raise BadInput(f"{file}: tensor {name!r} has shape {shape} but {nbytes} bytes; the file is damaged")
+    return TensorInfo(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def file_layout(file: Path, infos: list[TensorInfo]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Header of an output file and the places of its tensors in it."""
+    entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for info in infos:
+        offsets = [at, at := at + info.nbytes]
+        entries[info.name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = {
+        info.name: TensorInfo(
+            info.name, file, info.dtype, info.shape, start + entries[info.name]["data_offsets"][0], info.nbytes
+        )
+        for info in infos
+    }
+    return len(text).to_bytes(8, "little") + text, places

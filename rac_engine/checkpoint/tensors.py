@@ -1,0 +1,65 @@
+"""Tensors as bytes in files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from rac_engine.base.files import PIECE, opened, pages, pieces, read_into
+from rac_engine.checkpoint.fp8 import _multiply
+from rac_engine.checkpoint.header import TensorInfo
+
+
+def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
+    """The tensor, or a range of its rows, read from its file into memory of its own (see `pages`)."""
+    first, shape = 0, info.shape
+    if rows is not None:
+        first, shape = rows[0], (rows[1] - rows[0], *info.shape[1:])
+    dtype = info.dtype if info.scaled is None else info.scaled.dtype
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=info.dtype)
+    memory = pages(nbytes, pin and info.scaled is None)
+    offset = info.offset + first * math.prod(shape[1:]) * dtype.itemsize
+    with opened(info.file) as fd:
+        read_into(fd, info.file, offset, memoryview(memory))
+    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+    if info.scaled is None:
+        return tensor
+    made = torch.frombuffer(pages(math.prod(shape) * info.dtype.itemsize, pin), dtype=info.dtype).view(shape)
+    return _multiply(tensor, read_tensor(info.scaled.scales), info.scaled.block, first, made)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def pieces_of(info: TensorInfo) -> Iterator[memoryview]:
+    """Runs of a tensor's bytes, of FP8 those of the bf16 that it stands for: never much more of it than a run."""
+    if info.scaled is None:
+        yield from pieces(info.file, info.offset, info.nbytes)
+        return
+    rows = info.shape[0]
+    block = info.scaled.block[0]
+    # Whole blocks of rows, so that none is multiplied in two parts.
+    step = max(PIECE * rows // max(info.nbytes, 1) // block, 1) * block
+    for first in range(0, rows, step):
+        yield bytes_of(read_tensor(info, (first, min(first + step, rows))))
+
+
+def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
+    """Whether a run of a tensor's bytes holds no NaN and no Inf."""
+    if not len(data):
+        return True
+    return all_finite(torch.frombuffer(data, dtype=dtype))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf, by its smallest and largest values: nothing of its size is made."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
+    return bool(torch.stack(wide.aminmax()).isfinite().all())

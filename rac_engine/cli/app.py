@@ -1,0 +1,167 @@
+"""The `rac` command.
+
+Exit codes: 0 done; 2 bad input (one line: what, where, how to mend); 75 stopped, and the command printed goes on;
+1 anything else. Results go to stdout, progress and errors to stderr. Modules are imported when a command needs them, so
+that `rac --help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from rac_engine import __version__
+from rac_engine.base.errors import BadInput, Interrupted, one_line
+from rac_engine.cli.commands import _COMMANDS
+from rac_engine.cli.options import add_verbosity
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+_LONGEST = 2000  # characters of an error
+
+_RESUMABLE = ("run", "trace", "prune", "eval")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see `{self.prog} --help`")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(110, _columns() - 2))
+
+
+def _columns() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((112, 24)).columns
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (without the program's name; by default the process's own) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except BadInput as error:
+        return _fail(2, f"error: {error}")
+    except (Interrupted, KeyboardInterrupt) as error:
+        return _stopped(words, error)
+    except BrokenPipeError:
+        # Whoever read our output has closed it; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _failed(error, verbose=bool({"-v", "--verbose"} & set(words)))
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    try:
+        args = _parser(words).parse_args(words)
+    except SystemExit as done:  # --help and --version have said it all
+        return int(done.code or 0)
+    if args.verbosity <= 0:  # transformers' own bars and advice would stand between our lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with _terminable():
+        return _COMMANDS[args.command].run(args)
+
+
+def _fail(code: int, text: str) -> int:
+    line = one_line(text)
+    if len(line) > _LONGEST:  # a stranger's file may name things by whole pages
+        line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+    print(f"rac: {line}", file=sys.stderr)
+    return code
+
+
+def _stopped(words: Sequence[str], error: BaseException) -> int:
+    if next((word for word in words if word in _COMMANDS), None) not in _RESUMABLE:
+        return _fail(1, "stopped")
+    command = getattr(error, "command", None) or shlex.join(["rac", *(word for word in words if word != "--restart")])
+    return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")
+
+
+def _failed(error: Exception, verbose: bool) -> int:
+    """What a user can understand and mend is a line; a bug shows where it is."""
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")
+    if kind in ("OutOfMemoryError", "MemoryError"):
+        return _fail(1, f"out of memory: {error}; fewer --chunk-tokens or calibration tokens need less")
+    if verbose or (kind not in ("FactorError", "Damaged") and not (isinstance(error, OSError) and error.errno)):
+        traceback.print_exception(error)
+    return _fail(1, f"failed: {kind}: {error}")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While a command runs, SIGTERM stops it as Ctrl-C does."""
+    heard = [signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
+        heard.append(signal.SIGINT)
+    before = {}
+    try:
+        for number in heard:
+            before[number] = signal.signal(number, _stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt; within a finalizer, whose exceptions Python only reports, a moment later."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with options for those commands only that are named in `words`."""
+    parser = _Parser(
+        prog="rac",
+        description="Prune reasoning language models, calibrated on their own chains of thought.",
+        epilog="`rac COMMAND --help` lists a command's options. Sizes may be written 8192, 8k, 1M or 6GiB.\n\n"
+        "exit codes: 0 done, 2 bad input (one line says how to mend it), 75 stopped (the command\n"
+        "printed goes on where it was), 1 anything else",
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"rac {__version__}")
+    add_verbosity(parser, 0)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples.splitlines()),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        if name in words:
+            command.options(sub)
+            add_verbosity(sub, argparse.SUPPRESS)
+    return parser

@@ -1,0 +1,24 @@
+"""The pruning job: load → calibrate → solve → propagate → write, one decoder layer after the other."""
+
+from __future__ import annotations
+
+from rac_engine.engine.card import environment, model_card
+from rac_engine.engine.context import PruneReport
+from rac_engine.engine.limits import require_memory
+from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of
+from rac_engine.engine.pruning import calibration_of, prune
+from rac_engine.engine.verify import verify
+
+__all__ = [
+    "Metrics",
+    "PruneReport",
+    "calibration_of",
+    "environment",
+    "layer_of",
+    "load_metrics",
+    "model_card",
+    "place_of",
+    "prune",
+    "require_memory",
+    "verify",
+]

@@ -1,0 +1,64 @@
+"""What a job is told of the machine that it runs on: devices, memory, limits."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psutil
+import torch
+
+from rac_engine.base.errors import BadInput
+from rac_engine.base.process import resident
+from rac_engine.base.sizes import format_bytes
+from rac_engine.models import Model
+from rac_engine.plan import PROGRAM_BYTES, Shape, plan_memory
+from rac_engine.recipe import PruneSettings
+
+_PROGRAM_STEP = 256 << 20
+
+
+def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
+    """What `plan_memory` is told of the machine."""
+    on_gpu = torch.device(device).type == "cuda"
+    if device_memory is not None and not on_gpu:
+        raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
+    free = None
+    if on_gpu:
+        # What torch holds in reserve of this device, from an earlier job in this process, is free as well.
+        available, total = torch.cuda.mem_get_info(device)
+        free = available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if device_memory is not None and device_memory > total:
+            raise BadInput(
+                f"--device-memory {format_bytes(device_memory)}: {device} has {format_bytes(total)}; give no more"
+            )
+    # In steps, so that a job that goes on elsewhere on the same machine finds the same plan.
+    program = max(PROGRAM_BYTES, -(-begun // _PROGRAM_STEP) * _PROGRAM_STEP)
+    return {
+        "on_gpu": on_gpu,
+        "device_limit": device_memory,
+        "device_spare": free,
+        "host_limit": host_memory,
+        "spare": psutil.virtual_memory().available + begun,
+        "program": program,
+    }
+
+
+def require_memory(
+    model: Model, settings: PruneSettings, device: str, device_memory: int | None, host_memory: int | None
+) -> None:
+    """`BadInput` for limits, as those of `prune`, in which not even a single token goes through the model."""
+    limits = machine_limits(device_name(device), device_memory, host_memory, resident())
+    plan_memory(Shape.of(model, settings, limits["on_gpu"]), settings, 1, 1, **limits)
+
+
+def device_name(name: str) -> str:
+    """The device by its full name ("cuda:0" for "cuda"); `BadInput` if it is not there."""
+    # A limit bounds what torch has reserved, so the pieces of it have to fit together: segments that grow and shrink
+    # leave next to nothing lying idle. Heeded if CUDA has not started yet, and unless the user has chosen.
+    if not any(f"PYTORCH_{part}ALLOC_CONF" in os.environ for part in ("CUDA_", "")):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device {name!r}: {str(error).splitlines()[0]}; `rac doctor` shows what there is") from None

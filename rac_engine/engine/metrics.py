@@ -1,0 +1,171 @@
+"""What finished jobs leave behind, read back: metrics, evaluations, and the table that compares models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from rac_engine.base.errors import BadInput
+from rac_engine.base.jsonfiles import loads
+from rac_engine.base.sizes import percent
+from rac_engine.base.stored import Natural, Object, Positive, Stored, Whole, mistake_in
+from rac_engine.jobs.layout import METRICS
+
+
+def rule_text(settings: dict[str, Any]) -> str:
+    """`2:4`, or `50% unstructured`, and whether some matrices are pruned by another rule."""
+    rule = settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
+    if settings.get("allocation", "uniform") != "uniform":
+        rule += f", allocated by {settings['allocation']}"
+    count = len(settings.get("overrides") or ())
+    return rule + (f", {count} override{'s' if count > 1 else ''}" if count else "")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.jsonl: the run (versions, model, calibration, settings), an object a matrix, and how it ended."""
+
+    run: dict[str, Any]
+    matrices: list[dict[str, Any]]
+    end: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pruned(self) -> list[dict[str, Any]]:
+        return [matrix for matrix in self.matrices if not matrix.get("skipped")]
+
+    @property
+    def weights(self) -> int:
+        """Elements of all pruned matrices."""
+        return sum(matrix["rows"] * matrix["columns"] for matrix in self.pruned)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all pruned matrices."""
+        return sum(matrix["zeros"] for matrix in self.pruned)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros in the pruned matrices."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def mean_error(self) -> float | None:
+        """Mean relative error of the pruned matrices' outputs; None where no method measured it."""
+        errors = [matrix["relative_error"] for matrix in self._measured]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def worst(self) -> dict[str, Any] | None:
+        """The matrix with the largest relative error."""
+        return max(self._measured, key=lambda matrix: float(matrix["relative_error"]), default=None)
+
+    @property
+    def _measured(self) -> list[dict[str, Any]]:
+        return [matrix for matrix in self.pruned if matrix.get("relative_error") is not None]
+
+
+def layer_of(matrix: dict[str, Any]) -> str:
+    """Number of a matrix's decoder layer; nothing for lm_head and embeddings, whose modules stand by themselves."""
+    return str(matrix["layer"]) if "." in str(matrix["module"]) else ""
+
+
+def place_of(matrix: dict[str, Any], between: str = ", ") -> str:
+    """Where a matrix stands, in words."""
+    layer = layer_of(matrix)
+    return f"layer {layer}{between}{matrix['module']}" if layer else str(matrix["module"])
+
+
+class _StoredModel(Stored):
+    path: str = ""
+    sha256: str | None = None
+    parameters: Whole | None = None
+
+
+class _StoredSettings(Stored):
+    method: str = ""
+    sparsity: float | None = None
+    pattern: str | None = None
+    block_size: Positive = 128
+
+
+class _StoredCalibration(Stored):
+    description: str
+    source: str
+    part: str
+    sequences: Whole
+    tokens: Whole
+
+
+class _StoredRun(Stored):
+    model: _StoredModel = _StoredModel()
+    settings: _StoredSettings
+    calibration: _StoredCalibration | None = None
+    versions: Object = {}
+    machine: Object = {}
+
+
+class _StoredTarget(Stored):
+    sparsity: float
+    pattern: str | None
+
+
+class _StoredMatrix(Stored):
+    layer: Whole
+    module: str
+    name: str
+    rows: Positive
+    columns: Positive
+    zeros: Natural
+    zeros_before: Natural = 0
+    sparsity: float
+    relative_error: float | None = None
+    damping: float | None = None
+    tokens: Natural | None = None
+    seconds: float | None = None
+    target: _StoredTarget | None = None
+    tensor: str | None = None
+    expert: Natural | None = None
+    skipped: str | None = None
+    notes: list[str] = []
+
+
+class _StoredEnd(Stored):
+    seconds: float = 0.0
+    phases: dict[str, float] = {}
+    peak_memory: Natural | None = None
+    notes: list[str] = []
+
+
+_ENTRIES: dict[str, type[BaseModel]] = {"run": _StoredRun, "matrix": _StoredMatrix, "end": _StoredEnd}
+
+
+def load_metrics(folder: Path) -> Metrics:
+    """Read `folder`/metrics.jsonl. Raises `BadInput` where it is missing or a line is broken."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise BadInput(f"{path} not found; give the output folder of `rac prune` or `rac run`")
+    run: dict[str, Any] = {}
+    end: dict[str, Any] = {}
+    matrices = []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = loads(line)
+                kind = entry["type"]
+                mistake = mistake_in(entry, _ENTRIES[kind])
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                mistake = str(error) if isinstance(error, ValueError) else "its `type` should be run, matrix or end"
+            if mistake is not None:
+                raise BadInput(f"{path}:{number}: not a metrics entry ({mistake}); the file is damaged") from None
+            if kind == "matrix":
+                matrices.append(entry)
+            elif kind == "run":
+                run = entry
+            else:
+                end = entry
+    if not run:
+        raise BadInput(f"{path}: says nothing of the run; the file is damaged")
+    return Metrics(run, matrices, end)

@@ -1,0 +1,390 @@
+"""Proof, from the files alone, that a pruned checkpoint is whole and is what its recipe says."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from rac_engine.base.errors import BadInput, one_line
+from rac_engine.base.files import sha256_files
+from rac_engine.base.jsonfiles import read_json
+from rac_engine.base.sizes import percent
+from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, other_files
+from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
+from rac_engine.jobs.journal import records_of
+from rac_engine.jobs.layout import JOURNAL, MANIFEST, NOT_IN_MANIFEST, RAC
+from rac_engine.models import Model
+from rac_engine.recipe import load_recipe, parse_pattern
+from rac_engine.traces import load_tokenizer
+
+# What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
+_FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
+
+# Every reason there is for a matrix that was not pruned.
+_REASONS = re.compile(
+    r"left dense by .+|sparsity 0|holds NaN or Inf|no calibration token reached it"
+    r"|its inputs are beyond fp32 when squared|\d+ tokens, fewer than \d+ \(.+ for each of its inputs\)"
+)
+
+_SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what rounds to zero by itself
+
+_PIECE_BYTES = 64 << 20
+
+_SHOWN_PROBLEMS = 12
+
+_LONGEST_PROBLEM = 500
+
+
+@dataclass
+class Verification:
+    """What was checked, and every problem found, one line each."""
+
+    out: Path
+    problems: list[str] = field(default_factory=list)
+    files: int = 0
+    tensors: int = 0
+    matrices: int = 0
+    weights: int = 0
+    zeros: int = 0
+    rule: str = ""
+    untouched: int | None = None
+    """Tensors found bit-equal to the source; None if no source was given."""
+
+    def to_json(self) -> str:
+        """The result for programs."""
+        return json.dumps({**dataclasses.asdict(self), "out": str(self.out)}, indent=1)
+
+    def summary(self) -> str:
+        """A few aligned lines for a terminal."""
+        share = self.zeros / self.weights if self.weights else 0.0
+        lines = [
+            f"files      {self.files} in the manifest",
+            f"tensors    {self.tensors} read back",
+            f"zeros      {percent(share, 2)} of {self.weights:,} weights in {self.matrices} matrices "
+            f"(asked for: {self.rule})",
+        ]
+        if self.untouched is not None:
+            lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
+        count = len(self.problems)
+        verdict = f"{count} problem{'s' * (count > 1)}" if count else "whole"
+        lines += [f"✗ {one_line(problem)[:_LONGEST_PROBLEM]}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if count > _SHOWN_PROBLEMS:
+            lines.append(f"✗ and {count - _SHOWN_PROBLEMS} more; --json has them all")
+        return "\n  ".join([f"{self.out}: {verdict}", *lines])
+
+
+def verify(
+    out: str | Path, source: str | Path | Checkpoint | None = None, progress: Callable[[str], None] = lambda _: None
+) -> Verification:
+    """Read back everything in `out`: manifest and checksums, every tensor, zeros and pattern of every matrix.
+
+    Every tensor must be what the job's journal says it wrote, every matrix of the model must have been pruned or left
+    dense as the recipe says, and the tensors must be those that transformers builds from the config.
+
+    With `source`, the checkpoint that it was made from, what was not pruned must be bit-equal to it. `progress` is told
+    what is being read. Raises `BadInput` where `out` is no output of the engine or `source` no checkpoint.
+    """
+    out = Path(out)
+    metrics = load_metrics(out / RAC)
+    result = Verification(out)
+    _check_manifest(out, result, progress)
+    try:
+        checkpoint = Checkpoint.open(out)
+    except BadInput as error:
+        result.problems.append(str(error))
+        return result
+    _check_layout(checkpoint, result)
+    _check_recipe(checkpoint, metrics, result)
+    _check_tensors(checkpoint, metrics, result, progress)
+    if source is not None:
+        given = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        _check_source(checkpoint, given, metrics, result, progress)
+    return result
+
+
+def _check_manifest(out: Path, result: Verification, progress: Callable[[str], None]) -> None:
+    path = out / RAC / MANIFEST
+    try:
+        entries: dict[str, Any] = read_json(path)["files"]
+        expected = {str(name): (str(entry["sha256"]), int(entry["size"])) for name, entry in entries.items()}
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        result.problems.append(f"{path}: not a manifest")
+        return
+    result.files = len(expected)
+    present = []
+    for name, (_, size) in expected.items():
+        file = out / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            result.problems.append(f"{name}: the manifest leads out of the folder")
+        elif not os.path.isfile(file):  # of a name that no file can have too
+            result.problems.append(f"{name[:200]}: missing")
+        elif file.stat().st_size != size:
+            result.problems.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
+        else:
+            present.append(name)
+    progress(f"checksums of {len(present)} files")
+    for name, digest in sha256_files(out, present).items():
+        if digest != expected[name][0]:
+            result.problems.append(f"{name}: its SHA-256 is not the manifest's")
+    for file in sorted(out.rglob("*")):
+        name = str(file.relative_to(out))
+        if file.is_file() and name not in expected and not name.startswith(NOT_IN_MANIFEST):
+            result.problems.append(f"{name}: not in the manifest")
+
+
+def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:
+    """Nothing beside the shards that an engine would load, the index's sum, and no key that means compression."""
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        if file.name not in checkpoint.shards:
+            result.problems.append(f"{file.name}: a stray weight file that the index does not name")
+    index = checkpoint.path / INDEX
+    if index.exists():
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        said = read_json(index).get("metadata", {}).get("total_size")
+        if said != total:
+            result.problems.append(f"{INDEX}: total_size is {said}, the tensors have {total} bytes")
+    for key in _FORBIDDEN_KEYS:
+        if key in checkpoint.config:
+            result.problems.append(f"config.json: {key} is set, so inference engines would refuse these dense weights")
+
+
+def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification) -> None:
+    """The model loads by its config, and every matrix in it was pruned as the recipe says, or is said to be dense."""
+    try:
+        model = Model.open(checkpoint)
+    except BadInput as error:
+        result.problems.append(f"not loadable: {error}")
+        return
+    if any((checkpoint.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        try:
+            load_tokenizer(checkpoint.path)
+        except BadInput as error:
+            result.problems.append(f"not loadable: {error}")
+    try:
+        recipe = load_recipe(checkpoint.path / RAC / "recipe.yaml")
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    wanted, settings = recipe.prune.model_dump(mode="json"), metrics.run.get("settings", {})
+    for name in wanted:
+        if wanted[name] != settings.get(name):
+            result.problems.append(
+                f"recipe.yaml: {name} is {wanted[name]!r}, metrics.jsonl says {settings.get(name)!r}"
+            )
+    rows = {row["name"]: row for row in metrics.matrices}
+    try:
+        matrices = model.prunable(recipe.prune.also)
+    except BadInput as error:
+        result.problems.append(str(error))
+        return
+    for matrix in matrices:
+        row = rows.get(matrix.name)
+        named = any(re.fullmatch(entry, name) for entry in recipe.prune.dense for name in (matrix.path, matrix.module))
+        if row is None:
+            result.problems.append(f"{matrix.name}: metrics.jsonl does not say what became of it")
+        elif named and not row.get("skipped"):
+            result.problems.append(f"{matrix.name}: pruned, though the recipe leaves it dense")
+        elif not named and str(row.get("skipped", "")).startswith("left dense by"):
+            result.problems.append(f"{matrix.name}: left dense, though the recipe does not name it")
+        elif row.get("skipped"):
+            own, why = recipe.prune.of(matrix.path, matrix.module), str(row["skipped"])
+            unasked = (why == "sparsity 0" and (own.pattern is not None or own.sparsity > 0)) or (
+                why == "holds NaN or Inf" and recipe.prune.nonfinite != "dense"
+            )
+            if unasked or not _REASONS.fullmatch(why):
+                result.problems.append(f"{matrix.name}: left dense for a reason that the recipe does not give: {why}")
+        elif "target" in row:
+            own, asked = recipe.prune.of(matrix.path, matrix.module), target_of(row, settings)
+            reach = 0.0 if recipe.prune.overridden(matrix.path, matrix.module) else recipe.prune.allocation_reach
+            far = abs(asked["sparsity"] - own.sparsity)
+            if asked["pattern"] != own.pattern or far > reach * (1 + 1e-9):
+                result.problems.append(
+                    f"{matrix.name}: pruned to {rule_text(asked)}, the recipe says "
+                    f"{rule_text(own.model_dump(include={'sparsity', 'pattern'}))}"
+                )
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
+) -> None:
+    settings = metrics.run.get("settings", {})
+    result.rule = rule_text(settings)
+    pruned: dict[str, list[dict[str, Any]]] = {}
+    for matrix in metrics.pruned:
+        pruned.setdefault(matrix.get("tensor", matrix["name"]), []).append(matrix)
+    dense = settings.get("nonfinite") == "dense"
+    written = {
+        name: digest
+        for record in records_of(checkpoint.path / RAC / JOURNAL)
+        for name, digest in record.get("tensors", {}).items()
+    }
+    for name in pruned.keys() - checkpoint.tensors.keys():
+        result.problems.append(f"{name}: pruned by metrics.jsonl, but not in the checkpoint")
+    for name, info in checkpoint.tensors.items():
+        progress(name)
+        result.tensors += 1
+        matrices = pruned.get(name, [])
+        stacked = [matrix for matrix in matrices if "tensor" in matrix]
+        asked = [target_of(matrix, settings) for matrix in matrices]
+        tally, finite, digest = _Tally(asked[0]["pattern"] if asked else None), True, hashlib.sha256()
+        for piece in _pieces(checkpoint, info):
+            data = _bits(piece).numpy().data
+            digest.update(data)
+            finite = finite and is_finite(data, info.dtype)
+            if matrices and not stacked:
+                tally.add(piece)
+        if name in written and digest.hexdigest() != written[name]:
+            result.problems.append(f"{name}: its SHA-256 is not the journal's: it is not what the job wrote")
+        if not finite and (matrices or not dense):
+            result.problems.append(f"{name}: holds NaN or Inf")
+        for matrix, target in zip(matrices, asked, strict=True):
+            if stacked:  # in one tensor with those of other experts, the other way about
+                expert, tally = int(matrix["expert"]), _Tally(target["pattern"])
+                tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
+            block_size = int(settings.get("block_size", matrix["columns"]))
+            _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, target, block_size, result)
+
+
+@dataclass
+class _Tally:
+    """What is counted of a pruned matrix, piece by piece."""
+
+    pattern: str | None
+    zeros: int = 0
+    negative: bool = False
+    fits: bool = True
+    live: torch.Tensor | None = None
+    """[columns] bool: those that are not all zero."""
+
+    def add(self, piece: torch.Tensor) -> None:
+        zero = piece == 0
+        here = ~zero.all(0)
+        self.live = here if self.live is None else self.live | here
+        self.zeros += int(zero.sum())
+        self.negative = self.negative or bool((piece.signbit() & zero).any())
+        self.fits = self.fits and (self.pattern is None or _fits(piece, *parse_pattern(self.pattern)))
+
+
+def _check_matrix(
+    shape: tuple[int, ...],
+    matrix: dict[str, Any],
+    tally: _Tally,
+    target: dict[str, Any],
+    block_size: int,
+    result: Verification,
+) -> None:
+    name, rows, columns = matrix["name"], matrix["rows"], matrix["columns"]
+    result.matrices += 1
+    result.zeros += tally.zeros
+    result.weights += rows * columns
+    if shape != (rows, columns):
+        result.problems.append(f"{name}: {list(shape)}, metrics.jsonl says {rows} × {columns}")
+        return
+    if tally.zeros != matrix["zeros"]:
+        result.problems.append(f"{name}: {tally.zeros:,} zeros, metrics.jsonl says {matrix['zeros']:,}")
+    if tally.negative:
+        result.problems.append(f"{name}: has −0.0 among its zeros")
+    if not tally.fits:
+        result.problems.append(f"{name}: breaks the pattern {tally.pattern}")
+    if tally.zeros < _least_zeros(target, block_size, rows, columns):
+        result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
+    dead = 0 if tally.live is None else int((~tally.live).sum())
+    known = int(matrix.get("zeros_before", 0)) + rows * dead
+    if tally.zeros > _most_zeros(target, block_size, rows, columns) + known:
+        result.problems.append(
+            f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too many: {known:,} were there before or in "
+            "inputs that are always zero"
+        )
+
+
+def target_of(matrix: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Sparsity and pattern asked of a matrix, by its row of metrics.jsonl."""
+    found = matrix.get("target") or settings
+    return {"sparsity": float(found.get("sparsity") or 0), "pattern": found.get("pattern")}
+
+
+def _least_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int) -> int:
+    """Zeros that the target leads to at least: solvers round down, by row or by block of columns."""
+    if target["pattern"]:
+        n, m = parse_pattern(target["pattern"])
+        return rows * (columns // m) * (m - n)
+    return int(target["sparsity"] * rows * columns) - max(rows, -(-columns // block_size))
+
+
+def _most_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int) -> int:
+    """Zeros that the target leads to at most, in a matrix without zeros whose inputs are all alive."""
+    slack = max(rows, -(-columns // block_size), int(_SLACK * rows * columns))
+    if target["pattern"]:
+        n, m = parse_pattern(target["pattern"])
+        return rows * -(-columns // m) * (m - n) + slack
+    return int(target["sparsity"] * rows * columns) + slack
+
+
+def _fits(piece: torch.Tensor, n: int, m: int) -> bool:
+    """Whether every m consecutive columns of every row have at most n nonzeros."""
+    columns = piece.shape[1]
+    padded = torch.nn.functional.pad(piece != 0, (0, -columns % m))
+    return bool((padded.unflatten(1, (-1, m)).sum(-1) <= n).all())
+
+
+def _pieces(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[torch.Tensor]:
+    """A tensor by runs of rows of 64 MiB or so."""
+    if len(info.shape) < 2 or info.nbytes <= _PIECE_BYTES:
+        yield checkpoint.read(info.name)
+        return
+    step = max(1, _PIECE_BYTES * info.shape[0] // info.nbytes)
+    for first in range(0, info.shape[0], step):
+        yield checkpoint.read(info.name, (first, min(first + step, info.shape[0])))
+
+
+def _check_source(
+    made: Checkpoint, source: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
+) -> None:
+    result.untouched = 0
+    sha256 = metrics.run.get("model", {}).get("sha256")
+    progress(f"checksum of {source.path}")
+    if sha256 and source.sha256() != sha256:
+        result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
+    pruned = {matrix.get("tensor", matrix["name"]) for matrix in metrics.pruned}
+    for matrix in metrics.pruned:
+        name, said = matrix["name"], matrix.get("zeros_before", 0)
+        if "tensor" not in matrix and name in source.tensors:
+            progress(name)
+            found = sum(int((piece == 0).sum()) for piece in _pieces(source, source.tensors[name]))
+            if found != said:
+                result.problems.append(f"{name}: {found:,} zeros in the source, metrics.jsonl says {said:,}")
+    for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
+        result.problems.append(f"{name}: in only one of output and source")
+    for name in sorted(made.tensors.keys() & source.tensors.keys()):
+        here, there = made.tensors[name], source.tensors[name]
+        if (here.dtype, here.shape) != (there.dtype, there.shape):
+            result.problems.append(
+                f"{name}: {here.dtype} {list(here.shape)}, the source has {there.dtype} {list(there.shape)}"
+            )
+        elif name not in pruned:
+            progress(name)
+            pairs = zip(_pieces(made, here), _pieces(source, there), strict=True)
+            if all(torch.equal(_bits(a), _bits(b)) for a, b in pairs):
+                result.untouched += 1
+            else:
+                result.problems.append(f"{name}: differs from the source, though it was not pruned")
+    for name in other_files(source.path):
+        copy = made.path / name
+        if not copy.is_file() or copy.read_bytes() != source.copied_file(name):
+            result.problems.append(f"{name}: differs from the source's")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

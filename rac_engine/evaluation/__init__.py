@@ -1,0 +1,16 @@
+"""How good and how long a model's answers are: the same problems and random numbers for every model."""
+
+from __future__ import annotations
+
+from rac_engine.evaluation.job import EvalResult, evaluate
+from rac_engine.evaluation.problems import load_problems
+from rac_engine.evaluation.results import evaluations
+from rac_engine.evaluation.statistics import wilson
+
+__all__ = [
+    "EvalResult",
+    "evaluate",
+    "evaluations",
+    "load_problems",
+    "wilson",
+]

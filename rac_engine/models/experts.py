@@ -1,0 +1,82 @@
+"""Mixtures of experts as modules of their own, by their on-disk names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rac_engine.models.plans import ExpertPlan
+from rac_engine.models.taps import _Viewing
+
+
+class Expert(nn.Module):
+    """One expert of a mixture: output(activation(inputs(x)))."""
+
+    def __init__(self, plan: ExpertPlan, activation: Callable[..., Tensor], shapes: Mapping[str, tuple[int, int]]):
+        super().__init__()
+        for name in (*plan.inputs, plan.output):
+            rows, columns = shapes[name]
+            self.add_module(name, nn.utils.skip_init(nn.Linear, columns, rows, bias=plan.stacked, device="meta"))
+        self._plan, self._activation = plan, activation
+
+    def inner(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] to the input of the last matrix."""
+        return self._activation(*(self.get_submodule(name)(x) for name in self._plan.inputs))
+
+    def outer(self, inner: Tensor) -> Tensor:
+        """The input of the last matrix to the expert's output [tokens, hidden]."""
+        return self.get_submodule(self._plan.output)(inner)
+
+
+class Mixture(nn.ModuleList):
+    """Experts as modules of their own, by their on-disk names, in the place of transformers' fused ones."""
+
+    def __init__(self, fused: Any, plan: ExpertPlan) -> None:
+        if plan.stacked:
+            shapes = {name: tuple(getattr(fused, name).shape[:0:-1]) for name in (*plan.inputs, plan.output)}
+            activation = fused._apply_gate
+        else:
+            width, hidden = fused.intermediate_dim, fused.hidden_dim
+            shapes = dict.fromkeys(plan.inputs, (width, hidden)) | {plan.output: (hidden, width)}
+            act = fused.act_fn
+
+            def activation(gate: Tensor, up: Tensor) -> Tensor:
+                return act(gate) * up
+
+        super().__init__(Expert(plan, activation, shapes) for _ in range(fused.num_experts))
+        self.plan = plan
+        self.names: list[tuple[str, str]] = []
+        """Of every expert's two inputs."""
+        self.viewing = _Viewing({}, through=True)
+
+    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """The experts' outputs [tokens, hidden] for hidden [tokens, hidden], added up.
+
+        `chosen` [tokens, k] are the numbers of the experts that a token goes to, `shares` [tokens, k] what their
+        outputs are multiplied by.
+        """
+        viewing = self.viewing
+        out = torch.zeros_like(hidden)
+        # Every expert's tokens in their order, by one sort and one look at the counts.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self)).tolist()
+        experts = cast(Iterator[Expert], iter(self))
+        for expert, places, names in zip(experts, order.split(counts), self.names, strict=True):
+            if not len(places) or not (viewing.through or viewing.left.intersection(names)):
+                continue
+            tokens = places // chosen.shape[1]
+            x = hidden[tokens]
+            viewing.see(names[0], x, tokens)
+            if not viewing.through and names[1] not in viewing.left:
+                continue
+            inner = expert.inner(x)
+            viewing.see(names[1], inner, tokens)
+            if viewing.through:
+                added = expert.outer(inner) * shares.flatten()[places, None]
+                out.index_add_(0, tokens, added.to(out.dtype))
+        viewing.left.difference_update(name for names in self.names for name in names)  # experts without a token
+        viewing.end()
+        return out

@@ -1,0 +1,132 @@
+"""The words in which a family is described: blocks, experts, names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """The experts of a mixture, by the names of each one's matrices on disk."""
+
+    inputs: tuple[str, ...] = ("gate_proj", "up_proj")
+    output: str = "down_proj"
+    stacked: bool = False
+    """On disk, the matrices of all experts are one tensor [experts, columns, rows], and so are their biases."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A residual block by the names of its parts within the layer."""
+
+    module: str
+    norm: str | None
+    """Of the block's input; None: it comes as it is."""
+    inputs: tuple[str, ...]
+    """Matrices that are given the block's input. Names that a layer does not have are passed over."""
+    output: str
+    attention: bool = False
+    after: str | None = None
+    """Norm of what the block adds to the hidden states."""
+    between: tuple[str, ...] = ()
+    """Matrices behind `inputs` that have an input of their own each."""
+    experts: ExpertPlan | None = None
+    """Of a mixture; `inputs` and `output` are then of what all tokens go through (shared experts), if there is any."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How transformers builds models of one `model_type`: class names start with `prefix`."""
+
+    model_type: str
+    prefix: str
+    blocks: tuple[BlockPlan, ...]
+    mixture: BlockPlan | None = None
+    """Takes the place of the last block in layers that have experts."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Beginnings of names within a layer: (of transformers' module, on disk)."""
+    folder: str | None = None
+    """Of the modelling code in transformers.models; None: named like the model_type."""
+    embedding_scale: Callable[[Any, torch.dtype], float] = lambda config, dtype: 1.0
+    """What embeddings of that dtype are multiplied by, from the config."""
+    residual_scale: Callable[[Any], float] = lambda config: 1.0
+    """What a block's output is multiplied by, from the config."""
+    rotary_by_layer_type: bool = False
+    """Whether the rotary embedding is asked for by `config.layer_types`."""
+    extra_layers: str | None = None
+    """The config's number of layers behind the last one that are on disk only."""
+    layers: str = "model.layers."
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+    def find(self, kind: str) -> Any:
+        """This family's class for `kind`, such as "DecoderLayer"."""
+        folder = self.folder or self.model_type
+        home = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        return getattr(home, self.prefix + kind)
+
+    def make(self, kind: str, *args: Any) -> nn.Module:
+        """An instance of it."""
+        return self.find(kind)(*args)
+
+    def on_disk(self, name: str) -> str:
+        """The on-disk name within a layer of what transformers' module calls `name`."""
+        for ours, theirs in self.renames:
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
+    def in_module(self, name: str) -> str:
+        """The other way about."""
+        for ours, theirs in self.renames:
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
+
+
+def root_of_width(config: Any, dtype: torch.dtype) -> float:
+    """√hidden, as rounded by the Gemma models."""
+    return float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
+
+
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+PRE_NORM = (
+    BlockPlan("self_attn", "input_layernorm", _QKV, "o_proj", attention=True),
+    BlockPlan("mlp", "post_attention_layernorm", _GATE_UP, "down_proj"),
+)
+
+POST_NORM = (
+    BlockPlan("self_attn", None, _QKV, "o_proj", attention=True, after="post_attention_layernorm"),
+    BlockPlan("mlp", None, _GATE_UP, "down_proj", after="post_feedforward_layernorm"),
+)
+
+SANDWICH_NORM = (
+    BlockPlan("self_attn", "input_layernorm", _QKV, "o_proj", attention=True, after="post_attention_layernorm"),
+    BlockPlan("mlp", "pre_feedforward_layernorm", _GATE_UP, "down_proj", after="post_feedforward_layernorm"),
+)
+
+FUSED = (
+    BlockPlan("self_attn", "input_layernorm", ("qkv_proj",), "o_proj", attention=True),
+    BlockPlan("mlp", "post_attention_layernorm", ("gate_up_proj",), "down_proj"),
+)
+
+LATENT = BlockPlan(
+    "self_attn",
+    "input_layernorm",
+    ("q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+    "o_proj",
+    attention=True,
+    between=("q_b_proj", "kv_b_proj"),
+)
+
+SHARED = tuple(f"shared_experts.{name}" for name in _GATE_UP)
+
+MIXTURE = BlockPlan("mlp", "post_attention_layernorm", SHARED, "shared_experts.down_proj", experts=ExpertPlan())

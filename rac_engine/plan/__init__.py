@@ -1,0 +1,26 @@
+"""What a pruning job touches, takes and costs, worked out before anything is read or written."""
+
+from __future__ import annotations
+
+from rac_engine.plan.costs import PROGRAM_BYTES
+from rac_engine.plan.memory import Choice, MemoryPlan, plan_memory
+from rac_engine.plan.plan import make_plan
+from rac_engine.plan.shapes import Shape, dtype_of
+from rac_engine.plan.targets import not_finite, skipped_matrices, target_of
+from rac_engine.plan.text import render
+from rac_engine.plan.work import device_peaks
+
+__all__ = [
+    "PROGRAM_BYTES",
+    "Choice",
+    "MemoryPlan",
+    "Shape",
+    "device_peaks",
+    "dtype_of",
+    "make_plan",
+    "not_finite",
+    "plan_memory",
+    "render",
+    "skipped_matrices",
+    "target_of",
+]

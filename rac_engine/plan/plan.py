@@ -1,0 +1,169 @@
+"""What a pruning job will touch and cost, worked out from config and index before anything is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_json
+from rac_engine.models import Matrix, Model
+from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.shapes import Shape
+from rac_engine.plan.targets import skipped_matrices
+from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
+from rac_engine.recipe import PruneSettings
+from rac_engine.solve import METHODS
+from rac_kernels.measure.roofline import Peaks
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Matrices of a layer that share their input, pruned together: they share a Hessian [columns, columns]."""
+
+    modules: list[str]
+    rows: int
+    columns: int
+    bytes: int
+    """Of the Hessian, or of the norms where the method needs no more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is pruned and what it takes. Bytes and FLOPs are for the whole job with `tokens` calibration tokens."""
+
+    model: str
+    model_type: str
+    layers: int
+    parameters: int
+    weights: int
+    """Elements of all matrices to be pruned."""
+    matrices: int
+    left_dense: dict[str, str]
+    """On-disk names of decoder matrices that are not pruned, and why."""
+    tokens: int
+    stages: list[Stage]
+    """Of the first layer, and of the first with experts; the experts' by that of one; and of lm_head if it is one."""
+    memory: MemoryPlan
+    passes: int
+    """Over the tokens of a layer with experts, for these: 2 where all Hessians are gathered together, else more."""
+    disk: int
+    """Bytes of the output; while the job runs, `memory.disk` more."""
+    hessians: bool
+    """Whether the method gathers Hessians."""
+    work: list[Work]
+    seconds: float | None = None
+    """About how long it takes, if `peaks` were given."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at a time where the job computes: on the GPU, or resident on the host."""
+        return self.memory.device_peak if self.memory.on_gpu else self.memory.host_peak
+
+    def to_json(self) -> str:
+        """The plan for programs."""
+        made = {**dataclasses.asdict(self), "peak": self.peak, "host_peak": self.memory.host_peak}
+        return json.dumps(made, indent=1)
+
+
+def make_plan(
+    model: str | Path,
+    settings: PruneSettings | None = None,
+    tokens: int = 1_000_000,
+    length: int = 1024,
+    max_length: int | None = None,
+    *,
+    on_gpu: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    peaks: Peaks | None = None,
+) -> Plan:
+    """Plan a job on the checkpoint in folder `model`; config.json alone is enough, the weights need not be there.
+
+    `length` is the mean length of a calibration sequence (attention's share depends on it), `max_length` the longest.
+    Limits are in bytes; `peaks` of the device that computes (see `rac_kernels.roofline`) give the time. Raises
+    `BadInput` for a folder without config, an unknown family, settings that do not fit the model, and limits that
+    nothing fits in.
+    """
+    settings = settings or PruneSettings()
+    opened = _open(Path(model))
+    left_dense = skipped_matrices(opened, settings)
+    layers = [opened.matrices(layer) for layer in range(opened.layers)]
+    around = [opened.matrices(part) for part in opened.parts(settings.also) if not 0 <= part < opened.layers]
+    pruned = [matrix for layer in [*layers, *around] for matrix in layer if matrix.name not in left_dense]
+    infos = opened.checkpoint.tensors
+    kinds = {opened.is_mixture(layer): layers[layer] for layer in reversed(range(opened.layers))}
+    first = [
+        [matrix for matrix in group if matrix.name not in left_dense]
+        for kind in sorted(kinds)
+        for group in stages_of(kinds[kind])
+        if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
+    ]
+    head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
+    calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
+    shape = Shape.of(opened, settings, on_gpu)
+    memory = plan_memory(
+        shape,
+        settings,
+        calibrated,
+        max(length, max_length or 0),
+        on_gpu=on_gpu,
+        device_limit=device_memory,
+        host_limit=host_memory,
+    )
+    passes = expert_passes(shape, memory)
+    mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))
+    further = mixtures * max(passes - 2, 0)
+    work = job_work(opened, settings, layers, head, left_dense, tokens, length)
+    if further:
+        router = 2.0 * opened.hidden_size * max(found.count for found in shape.inputs) * calibrated * further
+        work.append(Work("further passes", router, "2 · hidden · experts · tokens: the router's choice again"))
+    disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
+    return Plan(
+        model=str(model),
+        model_type=opened.family.model_type,
+        layers=opened.layers,
+        parameters=sum(_elements(info) for info in infos.values()),
+        weights=sum(matrix.rows * matrix.columns for matrix in pruned),
+        matrices=len(pruned),
+        left_dense=left_dense,
+        tokens=tokens,
+        stages=[_stage(group, settings.method) for group in [*first, head] if group],
+        memory=memory,
+        passes=passes,
+        disk=disk,
+        hessians=METHODS[settings.method].needs == "hessian",
+        work=work,
+        seconds=None if peaks is None else job_seconds(work, disk, memory, opened.layers, further, peaks),
+    )
+
+
+def _open(path: Path) -> Model:
+    if not path.is_dir() or (path / INDEX).exists() or (path / SINGLE).exists():
+        return Model.open(Checkpoint.open(path))
+    return Model.of_config(path, read_json(path / "config.json"))
+
+
+def _stage(matrices: list[Matrix], method: str) -> Stage:
+    return Stage(
+        modules=[matrix.module for matrix in matrices],
+        rows=sum(matrix.rows for matrix in matrices),
+        columns=matrices[0].columns,
+        bytes=_statistic_bytes(method, matrices[0].columns),
+    )
+
+
+def _statistic_bytes(method: str, columns: int) -> int:
+    """What is gathered from an input of that many columns, in fp32."""
+    return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[METHODS[method].needs]
+
+
+def _elements(info: TensorInfo) -> int:
+    return math.prod(info.shape)
+
+
+def _other_bytes(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in other_files(folder))

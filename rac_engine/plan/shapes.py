@@ -1,0 +1,241 @@
+"""What a job's memory depends on: the inputs, stages and attention of its layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rac_engine.checkpoint import fp8_block
+from rac_engine.models import Model, attention_bytes, is_fused, working_dtype
+from rac_engine.recipe import PruneSettings
+from rac_engine.solve import METHODS, TOGETHER, WHOLE
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a stage that matrices [rows in all, columns] share; a stage may have `count` alike (experts)."""
+
+    name: str
+    rows: int
+    columns: int
+    largest: int
+    """Rows of the largest matrix."""
+    matrices: int
+    attention: bool
+    entrance: bool
+    """Whether it is the block's own input, behind its norm."""
+    last: bool
+    """Whether it is that of a block's last matrix, which is kept while that is solved."""
+    inner: int = 3
+    """Copies of a block's inner activations that exist while they are made."""
+    count: int = 1
+    key: tuple[bool, int] = (False, 0)
+    """Whether its layer is a mixture, and the number of its stage there."""
+
+    @property
+    def weights(self) -> int:
+        """Elements of all its matrices."""
+        return self.rows * self.columns * self.count
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether what ties it to the dense model is its matrix's outputs, not the inputs."""
+        return self.last or (self.count > 1 and self.matrices == 1 and self.rows < self.columns)
+
+    def statistic(self, method: str) -> int:
+        """Bytes of what is gathered from one such input, in fp32."""
+        return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[METHODS[method].needs]
+
+    def tied(self, method: str) -> int:
+        """The same with what ties it to the dense model, but for the outputs of a block's last matrix."""
+        own = self.statistic(method)
+        if self.by_outputs:
+            return own + (0 if self.last else 4 * self.columns * self.rows)
+        return 3 * own
+
+
+def dtype_of(model: Model, settings: PruneSettings, on_gpu: bool) -> torch.dtype:
+    """What the tokens go through a model in: its own dtype or what is quicker, unless the settings name one."""
+    return working_dtype(model.dtype, on_gpu) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What an attention's memory depends on."""
+
+    queries: int
+    """Elements of a token's queries."""
+    key_values: int
+    """Elements of keys and values a token."""
+    group: int
+    """Query heads to a key."""
+    widths: int
+    """Of a key and a value together."""
+    head: int
+    """Width of a query."""
+    open: bool
+    """Whether there are soft caps or sinks, which no kernel of PyTorch's knows."""
+    window: int | None
+
+    @classmethod
+    def of(cls, model: Model) -> Attention:
+        config = model.config
+        heads = int(config.num_attention_heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
+        key_values, widths, group = 2 * key_heads * width, 2 * width, heads // key_heads
+        if latent := getattr(config, "kv_lora_rank", None):
+            # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
+            width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
+            key_values = int(latent) + int(config.qk_rope_head_dim) + 3 * heads * width
+            widths, group = 2 * width, 1
+        return cls(
+            queries=heads * width,
+            key_values=key_values,
+            group=group,
+            widths=widths,
+            head=width,
+            open=model.scores_in_the_open,
+            window=getattr(config, "sliding_window", None),
+        )
+
+    def passing(self, shape: Shape, chunk: int, longest: int, on_gpu: bool) -> int:
+        """Bytes of a chunk on its way through it: queries, keys and their rotations, norms in fp32, what comes out."""
+        size = shape.size
+        rotating = shape.hidden + 4 * self.queries + 2 * self.key_values
+        normed = (shape.hidden + self.queries) * size + 8 * self.queries
+        most = 0
+        for window in {None, self.window if self.window is not None and self.window < longest else None}:
+            device, dtype = torch.device("cuda" if on_gpu else "cpu"), {2: torch.bfloat16, 4: torch.float32}[size]
+            fused = not self.open and is_fused(device, dtype, self.head, window)
+            masked = not on_gpu and (window is not None or longest > chunk)
+            shares = attention_bytes(fused, self.group, self.widths, chunk, longest, window, masked, size)
+            most = max(most, shares)
+        attending = chunk * size * (shape.hidden + 3 * self.queries + self.key_values) + most
+        return max(chunk * rotating * size, chunk * normed, attending)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Inputs that are looked at in one pass over the tokens, and what has become of the layer before."""
+
+    inputs: tuple[Input, ...]
+    before: int
+    """Weights of the block that are pruned by then."""
+    gone: int
+    """Weights of the blocks before it."""
+
+    @property
+    def name(self) -> str:
+        """Those of its inputs, or of the experts' alone."""
+        routed = [found.name for found in self.inputs if found.count > 1]
+        return ", ".join(routed or [found.name for found in self.inputs])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a job's memory depends on: the largest layer, in bytes and elements."""
+
+    hidden: int
+    layer_bytes: int
+    """Of the weights as they are on disk."""
+    weight_size: int
+    """Bytes of a weight on disk."""
+    size: int
+    """Bytes of an activation."""
+    embedding_bytes: int
+    fp8_bytes: int
+    """Of the largest tensor in FP8 as it lies in the file."""
+    attention: Attention
+    stages: tuple[Stage, ...]
+    """Inputs that are looked at together, of the largest layer and of the first."""
+
+    head: Stage | None = None
+    """That of lm_head, if it is to be pruned."""
+    head_bytes: int = 0
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Those of all stages."""
+        return tuple(found for stage in self.stages for found in stage.inputs)
+
+    @classmethod
+    def of(cls, model: Model, settings: PruneSettings, on_gpu: bool) -> Shape:
+        """The shape of a model that goes through in the dtype of the settings."""
+        infos = model.checkpoint.tensors
+        dtype = dtype_of(model, settings, on_gpu)
+        # Layers of one kind are alike: the one with the most bytes and the first are looked at.
+        sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
+        largest = sizes.index(max(sizes))
+        stages = list[Stage]()
+        for layer in dict.fromkeys((largest, 0)):
+            stages += [found for found in _stages(model, layer, settings.order == "layer") if found not in stages]
+        head: Stage | None = None
+        if "lm_head" in settings.also:
+            (matrix,) = model.matrices(model.layers)
+            run = matrix.rows if matrix.rows * matrix.columns <= WHOLE else TOGETHER // matrix.columns
+            head = Stage((Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False),), 0, 0)
+        return cls(
+            head=head,
+            head_bytes=0 if head is None else infos[model.family.head].nbytes,
+            hidden=model.hidden_size,
+            layer_bytes=max(sizes),
+            weight_size=model.matrices(largest)[0].dtype.itemsize,
+            size=dtype.itemsize,
+            embedding_bytes=infos[model.family.embedding].nbytes * (2 if "embeddings" in settings.also else 1),
+            fp8_bytes=0 if fp8_block(model.checkpoint.config) is None else _largest(model, largest),
+            attention=Attention.of(model),
+            stages=tuple(stages),
+        )
+
+
+def _largest(model: Model, layer: int) -> int:
+    """Elements of the layer's largest matrix."""
+    return max(matrix.rows * matrix.columns for matrix in model.matrices(layer))
+
+
+def _stages(model: Model, layer: int, at_once: bool) -> Iterator[Stage]:
+    """Those of a layer; all inputs in one where they are looked at at once."""
+    inputs = list(_inputs(model, layer))
+    if at_once:
+        yield Stage(tuple(found for _, _, found in inputs), 0, 0)
+        return
+    done = Counter[int]()
+    for (block, _), alike in itertools.groupby(inputs, key=lambda entry: entry[:2]):
+        own = tuple(found for _, _, found in alike)
+        yield Stage(own, done[block], done.total() - done[block])
+        done[block] += sum(found.weights for found in own)
+
+
+def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
+    """Every input with the numbers of its block and stage."""
+    plans = model.plans(layer)
+    groups = [list(same) for _, same in itertools.groupby(model.matrices(layer), key=lambda matrix: matrix.group)]
+    first = {block: min(g[0].stage for g in groups if g[0].group.block == block) for block in range(len(plans))}
+    for (stage, routed), alike in itertools.groupby(
+        groups, key=lambda group: (group[0].stage, group[0].group.expert is not None)
+    ):
+        every = list(alike)
+        for group in every[:1] if routed else every:
+            block = group[0].group.block
+            plan = plans[block]
+            parts = max(len(g) for g in groups if g[0].stage == first[block])
+            found = Input(
+                name=", ".join(matrix.module for matrix in group) + (f" and {len(every) - 1} more" if routed else ""),
+                rows=sum(matrix.rows for matrix in group),
+                columns=group[0].columns,
+                largest=max(matrix.rows for matrix in group),
+                matrices=len(group),
+                attention=plan.attention,
+                entrance=stage == first[group[0].group.block],
+                last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
+                # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.
+                inner=3 if parts > 1 else 4 if plan.experts is None else 6,
+                count=len(every) if routed else 1,
+                key=(model.is_mixture(layer), stage),
+            )
+            yield block, stage, found

@@ -1,0 +1,149 @@
+"""Arithmetic of a whole job, and the time that it takes at given peaks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from rac_engine.models import Matrix, Model
+from rac_engine.plan.memory import MemoryPlan
+from rac_engine.plan.shapes import Shape
+from rac_engine.recipe import PruneSettings
+from rac_engine.solve import METHODS
+from rac_engine.solve.methods import admm as rac
+from rac_engine.solve.methods import alps
+from rac_kernels.measure import roofline
+from rac_kernels.measure.roofline import Peaks
+from rac_kernels.solvers.admm import inversions
+from rac_kernels.solvers.alps import CHECK
+
+# Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
+H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
+
+REACHED = 0.5  # of such peaks, by a whole job
+
+DISK = 1e9  # bytes a second, read or written
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kind of arithmetic over the whole job."""
+
+    name: str
+    flops: float
+    rule: str
+
+
+def expert_passes(shape: Shape, memory: MemoryPlan) -> int:
+    """Over the tokens of one layer, in both of the experts' stages; 0 without experts."""
+    passes = 0
+    for stage in shape.stages:
+        for experts in (found for found in stage.inputs if found.count > 1):
+            passes += memory.passes(experts.count, experts.entrance or len(stage.inputs) > 1)
+    return passes
+
+
+def job_seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, further: int, peaks: Peaks) -> float:
+    """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
+    dense = ("first pass", "forward", "attention", "Hessian", "norms", "outputs to match")
+    computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
+    reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
+    # In a layer all activations are read four times and written twice; a further pass for experts reads them once more.
+    moving = ((reads + 1) * disk + (6 * layers + further) * memory.disk) / DISK
+    return max(computing, moving) if memory.choice.overlap else computing + moving
+
+
+def device_peaks(on_gpu: bool) -> tuple[Peaks, str]:
+    """The peaks to plan with, and in words whose they are: this machine's, as far as a moment's measuring tells."""
+    if on_gpu:
+        if torch.cuda.is_available():
+            return roofline.measure_peaks("cuda", seconds=0.05), torch.cuda.get_device_name()
+        return H200, "an H200, for want of a GPU here"
+    a, best = torch.randn(512, 512), math.inf
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    rate = 2.0 * 512**3 / best
+    return {"bf16": rate, "fp16": rate, "fp32": rate, "bytes": DISK}, "this CPU, in fp32"
+
+
+def job_work(
+    model: Model,
+    settings: PruneSettings,
+    layers: list[list[Matrix]],
+    head: list[Matrix],
+    left_dense: dict[str, str],
+    tokens: int,
+    length: int,
+) -> list[Work]:
+    """FLOPs of the whole job; the triangle, the factor and the sweep by `rac_kernels.roofline`."""
+    weights = sum(matrix.rows * matrix.columns * matrix.group.share for layer in layers for matrix in layer)
+    width = [matrix.columns for matrix in layers[0] if matrix.group.block == 0][-1]  # what attention gives
+    matched = settings.reconstructs != "layer"
+    passes = 2 if settings.order == "layer" or matched else 1
+    groups = [
+        [matrix for matrix in stage if matrix.name not in left_dense]
+        for layer in [*layers, head]
+        for stage in stages_of(layer)
+    ]
+    stages = [(group[0].columns, sum(matrix.rows for matrix in group)) for group in groups if group]
+    shares = [group[0].group.share for group in groups if group]
+    routed = ", by the router's share" if min(shares, default=1) < 1 else ""
+    work: list[Work] = []
+    needs = METHODS[settings.method].needs
+    if settings.allocation != "uniform":
+        first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
+        first += sum(s * roofline.column_norm_flops(tokens, n) for (n, _), s in zip(stages, shares, strict=True))
+        work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation"))
+    if needs != "nothing":
+        times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
+        work += [
+            Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + routed + times),
+            Work("attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens"),
+        ]
+    if needs == "norms":
+        flops = sum(share * roofline.column_norm_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
+        work.append(Work("norms", flops, "2 · n · tokens"))
+    if needs == "hessian":
+        hessian = sum(share * roofline.hessian_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
+        work += [
+            Work("Hessian", hessian, "n(n + 1) · tokens: one triangle" + routed),
+            Work("factor", sum(roofline.factor_flops(n) for n, _ in stages), "n³/3"),
+        ]
+        if matched:
+            alone = [len(group[0].group.modules) == 1 for group in groups if group]
+            tied = [n * min(n, rows if one else n) for (n, rows), one in zip(stages, alone, strict=True)]
+            cross = sum(share * 4.0 * size * tokens for size, share in zip(tied, shares, strict=True))
+            rule = "4 · n² · tokens at most, of a single matrix 4 · n · min(n, rows)"
+            work.append(Work("outputs to match", cross, rule + routed))
+        if settings.epochs:
+            passes = 3 * settings.epochs + 2  # a gradient costs two; before and after the error is measured
+            whole = [m for layer in layers for m in layer if model.plans(m.layer)[m.group.block].experts is None]
+            flops = 2.0 * sum(matrix.rows * matrix.columns for matrix in whole) * tokens
+            flops += 2.0 * width * length * tokens * len(layers)
+            work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
+        if settings.method == "rac":
+            inverses = inversions(rac.STEPS)
+            products = rac.STEPS - 1 + rac.REFINING_STEPS + 2  # none in the first step; two of refine measure
+            flops = sum(2.0 * rows * n * n * products + n**3 * inverses for n, rows in stages)
+            work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
+        elif settings.method == "alps":
+            flops = sum(
+                roofline.refine_flops(rows, n, alps.REFINING_STEPS)
+                + alps.STEPS * (2.0 * rows * n * n + 2.0 * n**3 / CHECK)
+                for n, rows in stages
+            )
+            work.append(Work("mask and weights", flops, f"{alps.STEPS} · (2 · rows · n² + 2 · n³ / {CHECK}) at most"))
+        else:
+            work.append(Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"))
+    return work
+
+
+def stages_of(layer: list[Matrix]) -> list[list[Matrix]]:
+    """The matrices of a layer, those that share an input together."""
+    return [list(group) for _, group in itertools.groupby(layer, key=lambda matrix: matrix.group)]

@@ -1,0 +1,22 @@
+"""Recipes: everything a job decides, as pydantic models that are written in YAML."""
+
+from __future__ import annotations
+
+from rac_engine.recipe.fields import TEXT_PREFIX, parse_pattern
+from rac_engine.recipe.files import absolute, build, dump, load_recipe
+from rac_engine.recipe.settings import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings, Variant
+
+__all__ = [
+    "TEXT_PREFIX",
+    "CalibrationSettings",
+    "EvalSettings",
+    "PruneSettings",
+    "Recipe",
+    "TraceSettings",
+    "Variant",
+    "absolute",
+    "build",
+    "dump",
+    "load_recipe",
+    "parse_pattern",
+]

@@ -1,0 +1,124 @@
+"""The kinds of values in a recipe."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo
+
+from rac_engine.base.errors import BadInput
+from rac_engine.base.sizes import parse_size
+
+TEXT_PREFIX = "text:"
+
+
+def _size(value: Any) -> Any:
+    """Turn "1M" or "8k" into a number; what is not text is left for the type check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_size(value)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+
+
+def _resolve(path: str, info: ValidationInfo) -> Path:
+    base = (info.context or {}).get("base")
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path.split('/')[0]} is nobody's home folder") from None
+    return expanded if base is None else Path(base) / expanded
+
+
+def _path(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("should be the path of a file or folder")
+        return _resolve(value, info)
+    return value
+
+
+def _source(value: str, info: ValidationInfo) -> str:
+    prefix, path = (TEXT_PREFIX, value[len(TEXT_PREFIX) :]) if value.startswith(TEXT_PREFIX) else ("", value)
+    if not path or "\0" in path:
+        raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE")
+    return prefix + str(_resolve(path, info))
+
+
+def _pattern(value: str) -> str:
+    try:
+        parse_pattern(value)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
+    return value
+
+
+def _positions(value: Any) -> Any:
+    """Turn "0:1,1:3" into pairs; what is not text is left for the type check."""
+    if isinstance(value, str):
+        try:
+            pairs = [tuple(float(part) for part in item.split(":")) for item in value.split(",")]
+        except ValueError:
+            pairs = [()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("should be SHARE:WEIGHT,SHARE:WEIGHT,… such as 0:1,1:3")
+        return pairs
+    return [tuple(pair) if isinstance(pair, list) else pair for pair in value] if isinstance(value, list) else value
+
+
+def _rising(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    shares = [share for share, _ in value]
+    if any(not 0 <= share <= 1 for share in shares) or any(b <= a for a, b in itertools.pairwise(shares)):
+        raise ValueError("shares should rise from 0 at the earliest to 1 at the latest")
+    if any(not 0 <= weight <= 1e6 for _, weight in value):
+        raise ValueError("weights should lie between 0 and 1e6")
+    return value
+
+
+Positions = Annotated[list[tuple[float, float]], BeforeValidator(_positions), AfterValidator(_rising)]
+
+Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
+
+Source = Annotated[str, AfterValidator(_source)]
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+ModuleName = Annotated[str, AfterValidator(_regex)]
+
+JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read "N:M" (at most N nonzeros in every M consecutive columns of a row) as `(N, M)`, with 0 < N < M.
+
+    Raises `BadInput` for anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern)
+    if found is None:
+        raise BadInput(f"pattern {pattern!r} is not N:M; write for example 2:4 (2 of every 4 weights stay)")
+    n, m = int(found[1]), int(found[2])
+    if not 0 < n < m:
+        raise BadInput(f"pattern {pattern}: N of every M weights stay, so 0 < N < M is needed; write for example 2:4")
+    return n, m
+
+
+class Settings(BaseModel):
+    """A section of a recipe: unknown fields and values of a wrong type are refused, never guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)

@@ -1,0 +1,331 @@
+"""Recipes: everything a job decides, as pydantic models that are written in YAML.
+
+A recipe is the whole truth about a job: what the defaults filled in is saved beside the result (`dump`), and every
+mistake is one line that names the file, the line and column, and the field. Relative paths are relative to the recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_serializer, model_validator
+
+from rac_engine.base.errors import BadInput
+from rac_engine.recipe.fields import (
+    Count,
+    FilePath,
+    JobName,
+    ModuleName,
+    Pattern,
+    Positions,
+    Seed,
+    Settings,
+    Source,
+    parse_pattern,
+)
+
+RESERVED_NAMES = ("dense", "pruned")
+
+EPOCHS = 10
+
+TUNED_BELOW = 0.3  # share of weights that a pattern keeps: with more there is little to gain for the time
+
+
+class TraceSettings(Settings):
+    """How the model's own chains of thought are sampled."""
+
+    prompts: FilePath = Field(description="jsonl file with `prompt`, `problem` or `messages` a line")
+    tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
+    samples: Count = Field(default=2, description="traces a prompt")
+    max_new_tokens: Count = Field(default=8192, description="longest completion, in tokens")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
+    seed: Seed = Field(default=0, description="the same seed gives the same traces")
+    batch_size: Count = Field(
+        default=128,
+        description="traces sampled before they are kept, half of them at a time; what a stop costs at most",
+    )
+
+
+class CalibrationSettings(Settings):
+    """Which tokens the Hessians are gathered from."""
+
+    source: Source | None = Field(
+        default=None, description="traces folder or file, jsonl, or text:FILE; none: this job's own traces"
+    )
+    part: Literal["all", "prompt", "completion"] = Field(
+        default="all", description="which part of a trace enters the Hessians"
+    )
+    tokens: Count | None = Field(default=None, description="token budget (all there are by default)")
+    sequence_length: Count = Field(default=2048, description="for text: tokens in a sequence")
+    weight_completion: float = Field(
+        default=1.0, ge=0, le=1e6, description="how much a completion's token counts; a prompt's counts 1"
+    )
+    weight_positions: Positions = Field(
+        default=[],
+        description="SHARE:WEIGHT,… (in recipes a list of pairs): weights along the completion, linear in between; "
+        "SHARE 0 is its first token and 1 its last",
+    )
+    weight_column: str | None = Field(
+        default=None, min_length=1, description="column or field of the traces with a weight a trace or a list a token"
+    )
+
+
+class ExpertSettings(Settings):
+    """What becomes of the experts of a mixture that too few calibration tokens were routed to."""
+
+    min_tokens: float = Field(
+        default=1.0, ge=0, description="tokens for each input of a matrix below which an expert's own are too few"
+    )
+    otherwise: Literal["blend", "magnitude", "dense"] = Field(
+        default="blend", description="prune such an expert by its H blended with all tokens', by magnitude, or not"
+    )
+
+
+class Override(Settings):
+    """What is asked of some matrices otherwise than of the others. A sparsity lifts the pattern, and a pattern sets
+    the sparsity; what is not given stays as it is elsewhere."""
+
+    modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+    pattern: Pattern | None = None
+    damping: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("modules"), str):
+            return {**data, "modules": [data["modules"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.sparsity is None and self.pattern is None and self.damping is None:
+            raise ValueError("give a sparsity, a pattern or a damping")
+        if self.pattern is not None and self.sparsity is not None:
+            raise ValueError("a pattern sets the sparsity; give one of them")
+        return self
+
+    def names(self, *names: str) -> bool:
+        """Whether it is for the matrix that is called any of these."""
+        return any(re.fullmatch(entry, name) for entry in self.modules for name in names)
+
+
+class PruneSettings(Settings):
+    """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
+
+    method: Literal["rac", "sparsegpt", "alps", "wanda", "magnitude"] = Field(
+        default="rac", description="how weights are chosen and corrected"
+    )
+    sparsity: float = Field(
+        default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix, from 0 up to but not 1"
+    )
+    pattern: Pattern | None = Field(
+        default=None,
+        description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
+    )
+    block_size: Count = Field(default=128, description="columns that share a threshold")
+    reconstruct: Literal["auto", "residual", "dense", "layer"] = Field(
+        default="auto",
+        description="what pruned matrices should give: the dense model's outputs (dense), those and hidden states "
+        "(residual), or what dense matrices would make of the pruned model's inputs (layer, as published); "
+        "auto is residual for rac, layer for the others",
+    )
+    tune: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="epochs over the tokens in which a block's kept weights are moved together, so that its hidden "
+        f"states come nearer to the dense model's; 0 for none (by default {EPOCHS} for rac and patterns that keep less "
+        f"than {TUNED_BELOW:.0%}, else none)",
+    )
+    reorder: Literal["auto", "none", "mlp"] = Field(
+        default="auto",
+        description="order of an MLP's inner neurons, which makes no difference to the model but to a pattern: as it "
+        "is (none), or one that brings large weights of a row of down into different groups (mlp); auto is mlp where "
+        "blocks are tuned by default",
+    )
+    order: Literal["staged", "layer"] = Field(
+        default="staged", description="calibrate each stage on the pruned ones before it, or a layer at once"
+    )
+    dense: list[ModuleName] = Field(
+        default=[], description="modules left dense, by name or regular expression; may be repeated"
+    )
+    also: list[Literal["lm_head", "embeddings"]] = Field(
+        default=[], description="prune lm_head or embeddings too, which otherwise stay dense; may be repeated"
+    )
+    allocation: Literal["uniform", "owl", "error"] = Field(
+        default="uniform",
+        description="the same sparsity everywhere, less where outliers are (owl, as published), or such that the next "
+        "weight costs every input as much (error); from a first pass over the dense model",
+    )
+    allocation_bounds: float = Field(
+        default=0.1, gt=0, lt=1, description="for error: how far a matrix's sparsity may be from the model's"
+    )
+    outlier_factor: float = Field(
+        default=5.0, gt=0, description="for owl: a score so many times its layer's mean is an outlier (M)"
+    )
+    outlier_range: float = Field(
+        default=0.08, gt=0, lt=1, description="for owl: how far a layer's sparsity may be from the model's (λ)"
+    )
+    overrides: list[Override] = Field(
+        default=[], description="other sparsities, patterns or dampings by module; of several that fit, the last wins"
+    )
+    unseen: Literal["dense", "magnitude"] = Field(
+        default="dense", description="what becomes of a matrix that saw no calibration token"
+    )
+    experts: ExpertSettings = ExpertSettings()
+    nonfinite: Literal["refuse", "dense"] = Field(
+        default="refuse", description="a model whose weights hold NaN or Inf: refuse it, or leave those matrices dense"
+    )
+    chunk_tokens: Count = Field(
+        default=8192, description="tokens that go through a layer together; fewer take less memory"
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto",
+        description="number format of activations (auto: the checkpoint's; fp32 on a CPU slow with 16 bits)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_follows_pattern(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "sparsity" not in data and isinstance(data.get("pattern"), str):
+            try:
+                n, m = parse_pattern(data["pattern"])
+            except BadInput:
+                return data
+            return {**data, "sparsity": 1 - n / m}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PruneSettings:
+        if self.pattern is not None:
+            n, m = parse_pattern(self.pattern)
+            if abs(self.sparsity - (1 - n / m)) > 0.005:
+                raise ValueError(
+                    f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
+                )
+        if self.allocation != "uniform":
+            if self.pattern is not None:
+                raise ValueError(f"allocation: {self.allocation} is for unstructured sparsity, not for a pattern")
+            if self.method == "magnitude":
+                raise ValueError(f"allocation: {self.allocation} needs a method with calibration, not magnitude")
+        if self.reconstruct in ("residual", "dense"):
+            if self.order == "layer":
+                raise ValueError(f"reconstruct: {self.reconstruct} needs order: staged")
+            if self.method in ("wanda", "magnitude"):
+                raise ValueError(f"reconstruct: {self.reconstruct} needs a method with a Hessian, not {self.method}")
+        if self.reorder == "mlp" and (self.order == "layer" or self.method == "magnitude"):
+            raise ValueError("reorder: mlp needs order: staged and a method with calibration")
+        if self.tune and self.reconstructs == "layer":
+            raise ValueError(f"tune: {self.tune} needs the dense model beside: reconstruct: residual or dense")
+        return self
+
+    def of(self, *names: str) -> PruneSettings:
+        """The settings for the matrix that is called any of these, by the overrides."""
+        changed: dict[str, Any] = {}
+        for override in self.overrides:
+            if not override.names(*names):
+                continue
+            if override.sparsity is not None:
+                changed |= {"sparsity": override.sparsity, "pattern": None}
+            elif override.pattern is not None:
+                n, m = parse_pattern(override.pattern)
+                changed |= {"sparsity": 1 - n / m, "pattern": override.pattern}
+            if override.damping is not None:
+                changed["damping"] = override.damping
+        return self.model_copy(update=changed) if changed else self
+
+    def overridden(self, *names: str) -> bool:
+        """Whether an override says how sparse the matrix is that is called any of these."""
+        return any(each.names(*names) and (each.sparsity, each.pattern) != (None, None) for each in self.overrides)
+
+    @property
+    def allocation_reach(self) -> float:
+        """How far an allocated sparsity may be from the model's."""
+        return {"uniform": 0.0, "owl": self.outlier_range, "error": self.allocation_bounds}[self.allocation]
+
+    @property
+    def reconstructs(self) -> Literal["residual", "dense", "layer"]:
+        """What `reconstruct` comes to."""
+        if self.reconstruct == "auto":
+            return "residual" if self.method == "rac" and self.order == "staged" else "layer"
+        return self.reconstruct
+
+    @property
+    def epochs(self) -> int:
+        """What `tune` comes to."""
+        return EPOCHS * self._keeps_little if self.tune is None else self.tune
+
+    @property
+    def reorders(self) -> bool:
+        """What `reorder` comes to."""
+        return self._keeps_little if self.reorder == "auto" else self.reorder == "mlp"
+
+    @property
+    def _keeps_little(self) -> bool:
+        """Whether it is the default method with a pattern for which more effort pays."""
+        if self.method != "rac" or self.reconstructs == "layer" or self.pattern is None:
+            return False
+        n, m = parse_pattern(self.pattern)
+        return n / m < TUNED_BELOW
+
+
+class EvalSettings(Settings):
+    """How answers are sampled and counted."""
+
+    problems: FilePath = Field(description="jsonl file with `problem` and `answer` a line")
+    limit: Count | None = Field(default=None, description="only the first N problems (all by default)")
+    samples: Count = Field(default=1, description="answers a problem")
+    max_new_tokens: Count = Field(default=32768, description="an answer longer than this is cut off and wrong")
+    temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
+    top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
+    seed: Seed = Field(default=0, description="the same seed gives the same answers")
+    batch_size: Count = Field(
+        default=128,
+        description="answers sampled before they are kept, half of them at a time; what a stop costs at most",
+    )
+
+
+class Variant(Settings):
+    """A model to compare the main one with: pruned otherwise, evaluated the same way, not kept."""
+
+    name: JobName
+    calibration: CalibrationSettings | None = Field(default=None, description="none: as the main model")
+    prune: PruneSettings = Field(default=PruneSettings(), description="only what differs from the main model")
+
+    @field_serializer("prune")
+    def _only_what_differs(self, prune: PruneSettings) -> dict[str, Any]:
+        return prune.model_dump(mode="json", exclude_unset=True)
+
+    def settings(self, main: PruneSettings) -> PruneSettings:
+        """The main model's settings with this variant's on top; a new sparsity lifts the main model's pattern."""
+        changed = self.prune.model_dump(exclude_unset=True)
+        kept = main.model_dump(exclude={"pattern"} if "sparsity" in changed else None)
+        return PruneSettings.model_validate({**kept, **changed})
+
+
+class Recipe(Settings):
+    """A whole job: trace → prune → evaluate, and what to compare with."""
+
+    model: FilePath = Field(description="folder of a Hugging Face checkpoint")
+    name: JobName = Field(default="pruned", description="what tables call the pruned model")
+    trace: TraceSettings | None = None
+    calibration: CalibrationSettings = CalibrationSettings()
+    prune: PruneSettings = PruneSettings()
+    evaluate: EvalSettings | None = None
+    compare: list[Variant] = []
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        taken = {*RESERVED_NAMES, self.name}
+        for variant in self.compare:
+            if variant.name in taken:
+                raise ValueError(f"compare: the name {variant.name!r} is taken; each variant needs a name of its own")
+            taken.add(variant.name)
+        return self

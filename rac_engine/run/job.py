@@ -1,0 +1,149 @@
+"""`rac run`: traces → dense answers → prune → its answers → variants → report, in one folder that appears at the end.
+
+Everything happens in OUT.partial. A journal there says which steps are finished, with the SHA-256 of every file that
+they left; a job started again skips those whose files are still so, does the first one that is not and all behind it
+once more, and the step at hand goes on where it stopped as far as it can (see traces, engine and evaluate).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rac_engine.base.console import Console
+from rac_engine.base.errors import BadInput, Damaged, Interrupted
+from rac_engine.base.files import disk_errors, require_space, sha256_files
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine import calibration_of, require_memory, verify
+from rac_engine.evaluation import load_problems
+from rac_engine.jobs.claim import claimed
+from rac_engine.jobs.journal import open_journal
+from rac_engine.jobs.layout import RAC, REPORT, STEPS, TRACES
+from rac_engine.jobs.publish import publish
+from rac_engine.jobs.steps import step_times
+from rac_engine.jobs.surroundings import surroundings
+from rac_engine.models import Model
+from rac_engine.plan import not_finite, skipped_matrices
+from rac_engine.recipe import Recipe, dump
+from rac_engine.report import Row
+from rac_engine.run.steps import MAIN, Limits, Run, models_of
+from rac_engine.solve import METHODS
+from rac_engine.traces import TOKEN_BYTES, load_prompts
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `rac run` made: the folder, its comparison table, and its report."""
+
+    out: Path
+    rows: list[Row]
+    report: Path
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    device: str = "cpu",
+    restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Do the whole job of `recipe` into the new folder `out`.
+
+    Goes on with a job found unfinished in OUT.partial, unless `restart`. What is pruned keeps to `device_memory` and
+    `host_memory` (see `prune`); a job may go on with others, where a step that has begun keeps its chunks. Raises
+    `BadInput` for what cannot work, before anything is sampled where it can be known, and `Interrupted` on SIGINT,
+    after which the same call goes on.
+    """
+    out, console = Path(out), console or Console(-1)
+    if os.path.lexists(out):
+        raise BadInput(f"{out}: exists; choose another output folder, or remove it")
+    limits = Limits(device, device_memory, host_memory)
+    with claimed(out) as folder:  # before anything is read: a second process is refused at once
+        fresh = not any(folder.iterdir())
+        identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
+        journal = open_journal(folder, f"{RAC}/{STEPS}", identity, restart)
+        rows: list[Row] = []
+        try:
+            _require_space(recipe, folder)
+            job = Run(recipe, folder, journal, limits, console)
+            job.do()
+            rows = job.finish()
+            if problems := verify(folder, recipe.model, console.progress).problems:
+                raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this again")
+            publish(folder, out)
+        except KeyboardInterrupt:
+            if folder.exists() or not out.exists():
+                raise Interrupted("stopped between two steps") from None
+        except (BadInput, OSError):
+            if fresh and not _worth_keeping(folder):
+                shutil.rmtree(folder)
+            raise
+    return RunResult(out, rows, out / RAC / REPORT)
+
+
+def _require_space(recipe: Recipe, folder: Path) -> None:
+    """`BadInput` unless the traces, the pruned model and a variant beside it fit on the disk with what is there."""
+    model = Checkpoint.open(recipe.model)
+    copies = 2 if recipe.compare else 1
+    wanted = copies * sum(info.nbytes for info in model.tensors.values())
+    wanted += TOKEN_BYTES * recipe.trace.tokens if recipe.trace else 0
+    taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    with disk_errors(folder):
+        require_space(folder, max(wanted - taken, 0))
+
+
+def _worth_keeping(folder: Path) -> bool:
+    """Whether a run that cannot go on has something that took time: traces, or a finished step."""
+    return any((folder / RAC).glob(f"{TRACES}*/*.parquet")) or bool(step_times(folder))
+
+
+def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
+    """Find what can be known to fail before hours of sampling. Returns the SHA-256 of all that the job starts from."""
+    model = Model.open(Checkpoint.open(recipe.model))
+    digests = {"model": model.checkpoint.sha256()}
+    for name, calibration, settings in models_of(recipe):
+        label = recipe.name if name == MAIN else name
+        try:
+            skipped_matrices(model, settings)
+            not_finite(model, settings)
+            require_memory(model, settings, **vars(limits))
+        except BadInput as error:
+            raise BadInput(f"{label}: {error}") from None
+        if METHODS[settings.method].needs == "nothing":
+            continue
+        if calibration.source is None and recipe.trace is None:
+            raise BadInput(f"{label}: give the recipe a `trace` section, or `calibration` a source")
+        if calibration.source is not None:
+            known = calibration_of(recipe.model_copy(update={"calibration": calibration}))
+            digests[f"calibration of {label}"] = known.sha256
+    if recipe.trace:
+        load_prompts(recipe.trace.prompts)
+        digests["prompts"] = _sha256(recipe.trace.prompts)
+    if recipe.evaluate:
+        load_problems(recipe.evaluate.problems)
+        digests["problems"] = _sha256(recipe.evaluate.problems)
+    return digests
+
+
+def _sha256(file: Path) -> str:
+    return sha256_files(file.parent, [file.name])[file.name]
+
+
+def _flat(value: Any, at: str = "recipe") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names."""
+    if isinstance(value, dict):
+        children: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        return {at: value}
+    return {name: leaf for key, child in children for name, leaf in _flat(child, f"{at}.{key}").items()}

@@ -1,0 +1,32 @@
+"""The engine's own: a short ADMM finds the mask, then the weights become the best there are on it.
+
+Where ALPS decomposes H and goes on until the mask stands still, this one inverts H with four values of the penalty, in
+the memory that H has, and takes a fixed number of steps, their products of numbers of two bytes (benchmarks/solvers.py
+holds both). The cost of H + λI is what is minimised throughout, so with outputs matched (rac_kernels.matched_target)
+the same λ holds in the target and in the solver.
+"""
+
+from __future__ import annotations
+
+from rac_engine.solve.method import Problem, Solution, register
+from rac_kernels import admm_short_, refine, symmetrize_
+
+STEPS = 36
+
+REFINING_STEPS = 7
+
+TOLERANCE = 1e-2
+
+
+@register("rac", "RAC Engine", needs="hessian")
+def rac(problem: Problem) -> Solution:
+    assert problem.gram is not None
+    target = problem.target
+    factor = problem.gram.borrow(target.damping)
+    goal = problem.weights.masked_fill(factor.dead, 0)
+    masked = admm_short_(goal, factor, target.sparsity, target.pattern, STEPS, problem.rows)
+    H = factor.U  # used up: H + λI again, of which all but the diagonal lies below it
+    symmetrize_(H.T)
+    H.diagonal().copy_(factor.damped)
+    refined, how = refine(masked, H, goal, iterations=REFINING_STEPS, tolerance=TOLERANCE)
+    return Solution(refined, factor.damping, STEPS + how.iterations)

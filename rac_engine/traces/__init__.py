@@ -1,0 +1,31 @@
+"""Traces: what the model writes on its own prompts, sampled, stored, and read back as calibration tokens."""
+
+from __future__ import annotations
+
+from rac_engine.traces.calibration import Calibration, Sequence, Weighting, load_calibration
+from rac_engine.traces.decoder import Decoder, load_tokenizer
+from rac_engine.traces.generation import TOKEN_BYTES, TraceReport, generate, load_prompts
+from rac_engine.traces.records import Messages, question_of, read_jsonl
+from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
+from rac_engine.traces.template import render
+
+__all__ = [
+    "TOKEN_BYTES",
+    "Calibration",
+    "Decoder",
+    "Messages",
+    "Request",
+    "Sampling",
+    "Sequence",
+    "TraceReport",
+    "Weighting",
+    "at_a_time",
+    "generate",
+    "load_calibration",
+    "load_prompts",
+    "load_tokenizer",
+    "question_of",
+    "read_jsonl",
+    "render",
+    "request_key",
+]

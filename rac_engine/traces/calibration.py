@@ -1,0 +1,179 @@
+"""Traces: what the model writes on its own prompts, sampled, stored, and read back as calibration tokens.
+
+A trace is a prompt and the completion that the model sampled for it, as token ids: those are the truth. Text is kept
+for people, and is never tokenized again (templates drop earlier reasoning, and text that is tokenized again drifts).
+
+The token budget is met exactly, by this rule: traces are taken in the order of the file, all samples of a prompt
+before the next prompt; prompt and completion tokens count, and the trace that passes the budget is cut at its end,
+which its finish_reason "budget" says. If the prompts run out first there are fewer tokens, and the summary says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rac_engine.base.errors import BadInput
+from rac_engine.recipe import TEXT_PREFIX
+from rac_engine.traces.files import from_jsonl, from_parquet, from_text
+
+Part = Literal["all", "prompt", "completion"]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Tokens that the model sees in one go; `weights` [tokens] fp32 say how much each counts in H (None: 1 each)."""
+
+    token_ids: np.ndarray
+    prompt_length: int
+    weights: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How much tokens count in H: by what they belong to, by place in the completion, by the traces' own weights.
+
+    `positions` are (share of the completion, weight), linear in between and constant beyond; the three are multiplied.
+    """
+
+    completion: float = 1.0
+    positions: ListLike[tuple[float, float]] = ()
+    column: str | None = None
+
+    def describe(self) -> str:
+        parts = [] if self.completion == 1 else [f"completions × {self.completion:g}"]
+        parts += ["by position " + ", ".join(f"{s:g}:{w:g}" for s, w in self.positions)] if self.positions else []
+        parts += [f"by the column {self.column}"] if self.column else []
+        return "weighted " + " and ".join(parts) if parts else ""
+
+    def of(self, prompt: int, completion: int, own: Any, where: str) -> np.ndarray | None:
+        """Weights [tokens] fp32 of a trace with so many tokens; None if all are 1. `own` is what its column holds."""
+        weights = np.ones(prompt + completion)
+        weights[prompt:] *= self.completion
+        if self.positions and completion:
+            places = np.arange(completion) / max(completion - 1, 1)
+            weights[prompt:] *= np.interp(
+                places, [share for share, _ in self.positions], [weight for _, weight in self.positions]
+            )
+        if self.column is not None:
+            listed = own if isinstance(own, list) else [own]
+            if not all(type(item) in (int, float) and 0 <= item <= 1e6 for item in listed):
+                raise BadInput(f"{where}: `{self.column}` should be a number from 0 to 1e6, or a list of such")
+            if isinstance(own, list) and len(own) != len(weights):
+                raise BadInput(f"{where}: `{self.column}` has {len(own)} weights for {len(weights)} tokens")
+            weights *= np.asarray(listed, np.float64)
+        return None if (weights == 1).all() else weights.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sequences that calibrate a job. `tokens` is how many count, `sha256` that of ids and weights."""
+
+    source: str
+    kind: str
+    part: Part
+    sequences: list[Sequence]
+    weighting: str = ""
+    """In words: how much tokens count, where not 1 each."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(s.token_ids) if s.weights is None else int((s.weights > 0).sum()) for s in self.sequences)
+
+    @property
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(np.asarray([len(sequence.token_ids), sequence.weights is not None], "<i8").tobytes())
+            digest.update(sequence.token_ids.astype("<i8").tobytes())
+            if sequence.weights is not None:
+                digest.update(sequence.weights.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
+        weighted = f", {self.weighting}" if self.weighting else ""
+        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}{weighted}"
+
+
+def load_calibration(
+    source: str,
+    *,
+    part: Part = "all",
+    tokens: int | None = None,
+    tokenizer: Any,
+    sequence_length: int = 2048,
+    weighting: Weighting = Weighting(),
+) -> Calibration:
+    """Calibration sequences from traces, JSONL or text.
+
+    `source` is a folder of `rac trace` or one of its Parquet files, a JSONL file (see `_from_record` for the layouts
+    known; records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut
+    into sequences of `sequence_length`. Of part "prompt" the completion is left away; of "completion" the whole
+    sequence is run, but only the completion's tokens count. Sequences are taken in order until `tokens` count, the last
+    one cut so that just as many do, whatever the `weighting` says that they count for.
+
+    Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
+    """
+    if source.startswith(TEXT_PREFIX):
+        pairs, kind = from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length), "pieces of text"
+        if part != "all":
+            raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
+        if weighting.describe():
+            raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
+        if path.is_dir() or path.suffix == ".parquet":
+            pairs, kind = from_parquet(path, weighting.column), "traces"
+        else:
+            pairs, kind = from_jsonl(path, tokenizer, weighting.column), "sequences"
+    size = len(tokenizer)
+    sequences: list[Sequence] = []
+    left, completions = tokens, 0
+    for number, (prompt, completion, own, where) in enumerate(pairs, 1):
+        if left == 0:
+            break
+        sequence = _sequence(prompt, completion, part, left)
+        if sequence is None:
+            continue
+        ids = sequence.token_ids
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise BadInput(
+                f"{where or f'calibration {source}: piece {number}'}: token ids from {ids.min()} to {ids.max()}, but "
+                f"the model has {size}; was it made by another model?"
+            )
+        counted = len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
+        weights = weighting.of(len(prompt), len(completion), own, where)
+        if weights is not None:
+            weights = weights[: len(ids)] * (1 if sequence.weights is None else sequence.weights)
+            sequence = replace(sequence, weights=weights)
+        sequences.append(sequence)
+        completions += len(ids) > sequence.prompt_length
+        if left is not None:
+            left -= counted
+    if sequences and not any(sequence.weights is None or sequence.weights.any() for sequence in sequences):
+        raise BadInput(f"calibration {source}: every token has weight 0")
+    if not sequences:
+        missing = "completions" if part == "completion" else "tokens"
+        raise BadInput(f"calibration {source}: holds no {missing}")
+    if kind == "sequences" and not completions:
+        kind = "prompts"
+    return Calibration(source, kind, part, sequences, weighting.describe())
+
+
+def _sequence(prompt: ListLike[int], completion: ListLike[int], part: Part, left: int | None) -> Sequence | None:
+    """A sequence of which at most `left` tokens count; None if none would."""
+    if part == "completion":
+        said = np.asarray(completion[:left], np.int64)
+        weights = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(said), np.float32)])
+        ids = np.concatenate([np.asarray(prompt, np.int64), said])
+        return Sequence(ids, len(prompt), weights) if len(said) else None
+    ids = np.asarray([*prompt, *(completion if part == "all" else ())][:left], np.int64)
+    return Sequence(ids, min(len(prompt), len(ids))) if len(ids) else None

@@ -1,0 +1,306 @@
+"""Sampling from a causal LM, many sequences at once.
+
+Every step is one forward pass over the new tokens of all sequences in flight: a token each, and whole prompts for
+those that join. A sequence that ends leaves at once and the next one in line takes its place, so one long answer does
+not hold up a batch. Nothing is padded. Keys and values lie in place in buffers of this module's own; transformers'
+modules do the rest.
+
+On one machine, with one number of threads, what is sampled is a function of the model, the requests, the seed and the
+batch size alone: the random number for a token depends only on its request and its position, and which sequences share
+a step follows from the requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint import Checkpoint, bytes_of
+from rac_engine.models import Model, attend_in_the_open, packed_attention, working_dtype
+from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
+
+ATTENTION = "rac_decode"
+
+PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
+
+_SMALL = 50_000_000  # parameters
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request in flight: the first `prompt` of its `tokens` were given, the others sampled."""
+
+    index: int
+    key: int
+    prompt: int
+    tokens: list[int]
+
+
+class _Cache:
+    """Keys and values of the sequences in flight, a row each: [rows, capacity, heads, d] in every layer."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.capacity = rows, 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens."""
+        if length > self.capacity:
+            self.capacity = max(length, self.capacity * 3 // 2)
+            for layer, tensors in self.layers.items():
+                self.layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))
+
+    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put key and value [tokens, heads, d] at their places [tokens] = row * capacity + position."""
+        if layer not in self.layers:
+            self.layers[layer] = (self._empty(key), self._empty(value))
+        held = self.layers[layer]
+        for buffer, new in zip(held, (key, value), strict=True):
+            buffer.view(-1, *new.shape[1:]).index_copy_(0, places, new)
+        return held
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Let row `target` hold what row `source` holds."""
+        for key, value in self.layers.values():
+            key[target, :length] = key[source, :length]
+            value[target, :length] = value[source, :length]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
+        return like.new_zeros(self.rows, self.capacity, *like.shape[1:])
+
+    def _grown(self, tensor: Tensor) -> Tensor:
+        grown = self._empty(tensor[0])
+        grown[:, : tensor.shape[1]] = tensor
+        return grown
+
+
+class _Step:
+    """One forward pass: rows below `old` get one token each, those behind them a whole prompt of `lengths` tokens."""
+
+    def __init__(self, cache: _Cache, sequences: list[_Sequence], old: int, device: torch.device) -> None:
+        self.cache, self.old, self.device = cache, old, device
+        self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
+        ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
+        self.span = int(ends.max(initial=0))
+        tokens = [sequence.tokens[-1] for sequence in sequences[:old]]
+        positions, rows = [ends - 1], [np.arange(old)]
+        for row, sequence in enumerate(sequences[old:], start=old):
+            tokens += sequence.tokens
+            positions.append(np.arange(len(sequence.tokens)))
+            rows.append(np.full(len(sequence.tokens), row))
+        last = np.cumsum([1] * old + self.lengths) - 1
+        self.tokens, self.positions = self._tensor(tokens), self._tensor(np.concatenate(positions))
+        self.places = self._tensor(np.concatenate(rows)) * cache.capacity + self.positions
+        self.last = self._tensor(last)
+        self._masks: dict[int | None, Tensor] = {}
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of q [1, heads, tokens, d] on k and v [1, key-value heads, tokens, d] and what is in the cache."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        keys, values = self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        parts = []
+        if self.old:
+            heads, old = k.shape[1], slice(0, self.old)
+            held, worth = (x[old, : self.span].transpose(1, 2) for x in (keys, values))
+            queries, seen = q[0, :, old].transpose(0, 1), self._mask(window)
+            if softcap is None and sinks is None:
+                # Query heads that share a key are the rows of one small matrix.
+                grouped = queries.unflatten(1, (heads, -1))
+                attended = F.scaled_dot_product_attention(grouped, held, worth, attn_mask=seen, scale=scaling)
+                attended = attended.flatten(1, 2)
+            else:
+                one = queries[:, :, None]
+                attended = attend_in_the_open(one, held, worth, seen[:, None], scaling, softcap, sinks)[:, :, 0]
+            parts.append(attended[None])
+        if self.lengths:
+            new = q[:, :, self.old :], k[:, :, self.old :], v[:, :, self.old :]
+            options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
+            parts.append(packed_attention(module, *new, None, scaling=scaling, lengths=self.lengths, **options)[0])
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """[old, 1, 1, span] bool: which positions of the cache each row sees."""
+        if window not in self._masks:
+            at, end = torch.arange(self.span, device=self.device), self.positions[: self.old, None]
+            seen = at <= end if window is None else (at <= end) & (at > end - window)
+            self._masks[window] = seen[:, None, None]
+        return self._masks[window]
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    step: _Step,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    return step.attend(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+class Decoder:
+    """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
+
+    `dtype` defaults to the checkpoint's own, or fp32 where a processor is quicker with it. Raises `BadInput` for a
+    checkpoint of no known family, and `Damaged` where a tensor, as transformers has read it, is not what it was when
+    its checksum was taken.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+        source = Model.open(Checkpoint.open(path))
+        self.sha256 = source.checkpoint.sha256()
+        """Of the checkpoint."""
+        self.device = torch.device(device)
+        self.tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype or source.dtype,
+            attn_implementation=ATTENTION,
+        )
+        for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
+            info = source.checkpoint.tensors.get(name)
+            if info is not None and (tensor.dtype, tuple(tensor.shape), info.scaled) == (info.dtype, info.shape, None):
+                source.checkpoint.hold(name, bytes_of(tensor))
+        self.model = model.eval().to(self.device)
+        if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
+            self.model.to(quicker)
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        self.stops = frozenset([ends] if isinstance(ends, int) else ends or [])
+        # An embedding may be padded beyond the tokenizer's tokens: those rows are never sampled.
+        self.vocabulary = len(self.tokenizer)
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One thread for a small model on a CPU: its steps are too short for threads that wait for each other.
+
+        On a busy machine, where one of them is always late, two were measured ten times slower than one.
+        """
+        before = torch.get_num_threads()
+        if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        rows: int,
+        progress: Callable[[Progress], None] = lambda _: None,
+    ) -> list[Completion]:
+        """Continue every request until it stops or has `max_new_tokens`, at most `rows` at a time.
+
+        Returns a completion a request, in their order.
+        """
+        with self._threads():
+            return self._decode(requests, sampling, rows, progress)
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        rows: int,
+        progress: Callable[[Progress], None],
+    ) -> list[Completion]:
+        began, sampled, waiting = time.monotonic(), 0, 0
+        cache = _Cache(min(rows, len(requests)))
+        flying: list[_Sequence] = []
+        completions: dict[int, Completion] = {}
+        while len(completions) < len(requests):
+            old, room = len(flying), PROMPT_TOKENS
+            while waiting < len(requests) and len(flying) < cache.rows:
+                request = requests[waiting]
+                if len(request.prompt) > room and len(flying) > old:
+                    break
+                room -= len(request.prompt)
+                flying.append(_Sequence(waiting, request.key, len(request.prompt), list(request.prompt)))
+                waiting += 1
+            self._extend(cache, flying, old, sampling)
+            sampled += len(flying)
+            row = 0
+            while row < len(flying):
+                sequence = flying[row]
+                stopped = sequence.tokens[-1] in self.stops
+                if not stopped and len(sequence.tokens) < sequence.prompt + sampling.max_new_tokens:
+                    row += 1
+                    continue
+                said = sequence.tokens[sequence.prompt :]
+                completions[sequence.index] = Completion(said, "stop" if stopped else "length")
+                last = flying.pop()
+                if row < len(flying):  # the last row takes the place that is free now
+                    cache.move(len(flying), row, len(last.tokens))
+                    flying[row] = last
+            progress(Progress(len(completions), len(requests), sampled, sampled / (time.monotonic() - began)))
+        return [completions[index] for index in range(len(requests))]
+
+    def _extend(self, cache: _Cache, flying: list[_Sequence], old: int, sampling: Sampling) -> None:
+        """Sample a token for every sequence; those from `old` on have not been in the cache before."""
+        cache.reserve(max(len(sequence.tokens) for sequence in flying))
+        step = _Step(cache, flying, old, self.device)
+        logits = self.model(
+            input_ids=step.tokens[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=step.last,
+            step=step,
+        ).logits[0, :, : self.vocabulary]
+        positions = [len(sequence.tokens) - sequence.prompt for sequence in flying]
+        draws = torch.from_numpy(uniforms([sequence.key for sequence in flying], positions)).to(self.device)
+        chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
+        for sequence, token in zip(flying, chosen, strict=True):
+            sequence.tokens.append(token)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers has no one exception for this
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None
+    # Where its files are missing, transformers makes up a tokenizer that knows special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise BadInput(f"{path}: no tokenizer; copy the model's tokenizer files into the folder")
+    return tokenizer
