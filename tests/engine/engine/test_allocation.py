@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.engine.engine.test_engine import contents
 from torch import Tensor
 
 from rac_engine.base.errors import BadInput, Interrupted
@@ -27,6 +26,7 @@ from rac_engine.recipe.settings import PruneSettings
 from rac_engine.solve.allocation import levelled, owl, settled, within, zeros_at
 from rac_kernels import score_profile
 from tests import tiny
+from tests.engine.engine.test_engine import contents
 from tests.engine.inputs import inputs_of
 
 Make = Callable[..., Path]
