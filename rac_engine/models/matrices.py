@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rac_engine.models.experts import Mixture
+from rac_engine.models.plans import BlockPlan, Family
 
 EMBEDDINGS = -1  # where the table of embeddings stands among the layers; lm_head stands behind the last one
 
@@ -61,3 +65,32 @@ class Matrix:
     def path(self) -> str:
         """Name of the module in the whole model."""
         return self.name.removesuffix(".weight")
+
+
+def find_groups(family: Family, plans: tuple[BlockPlan, ...], layer: nn.Module, experts_per_token: int) -> list[Group]:
+    """The groups of a decoder `layer` (its experts as modules of their own), in the order that data goes through it."""
+    linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    found: list[Group] = []
+    for block, plan in enumerate(plans):
+        experts = 0 if plan.experts is None else len(cast(Mixture, layer.get_submodule(f"{plan.module}.experts")))
+        for names_by_group in _stages(plan, experts):
+            number = found[-1].stage + 1 if found else 0
+            for names, expert in names_by_group:
+                here = [f"{plan.module}.{name}" for name in names if f"{plan.module}.{name}" in linears]
+                if here:
+                    modules = tuple(family.on_disk(name) for name in here)
+                    share = 1.0 if expert is None else experts_per_token / experts
+                    found.append(Group(block, number, modules, expert, share))
+    return found
+
+
+def _stages(plan: BlockPlan, experts: int) -> list[list[tuple[tuple[str, ...], int | None]]]:
+    """Each stage of a block: the names of the matrices of each group in its module, and the expert that has them."""
+    stages: list[list[tuple[tuple[str, ...], int | None]]] = [[(plan.inputs, None)]]
+    if plan.between:
+        stages.append([((name,), None) for name in plan.between])
+    stages.append([((plan.output,), None)])
+    if plan.experts is not None:
+        for number, parts in ((0, plan.experts.inputs), (-1, (plan.experts.output,))):
+            stages[number] += [(tuple(f"experts.{e}.{part}" for part in parts), e) for e in range(experts)]
+    return stages

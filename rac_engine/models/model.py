@@ -1,86 +1,54 @@
-"""What a decoder layer is in each model family, on transformers' own modules.
+"""A checkpoint of a known family, taken apart into embedding and decoder layers.
 
-A decoder layer is a row of residual blocks, hidden + scale · after(output(inner(norm(hidden)))): attention and MLP. The
-matrices at the entrance of `inner` (q, k, v; gate, up) share one input, the matrix `output` (o; down) has an input of
-its own: taken apart there, a layer can be calibrated and pruned stage by stage. Layers are built on the meta device and
-filled with tensors by their on-disk names, so no more than a layer's weights need to be in memory.
+Layers are built from transformers' own modules on the meta device and filled with tensors by their on-disk names, so no
+more than a layer's weights need to be in memory.
 
-To add a family, describe it in `FAMILIES` (docs/families.md is the page about it) and in tests/tiny.py: the tests hold
-every family there against transformers' own forward pass.
-
-Of a mixture of experts, transformers holds the experts' weights in fused tensors; on disk every expert has matrices of
-its own. Here they are modules of their own again (`Mixture`), in place of the fused ones: the router and all around it
-stay transformers'.
+To add a family, add a file to rac_engine/models/families (docs/families.md is the page about it) and a config to
+tests/tiny.py: the tests hold every family there against transformers' own forward pass.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, TensorInfo, fp8_block
-from rac_engine.models.attention import ATTENTION
+from rac_engine.models.architecture import Architecture
 from rac_engine.models.block import Block, Head
+from rac_engine.models.configs import accepted_family, parse_config, transformers_errors
 from rac_engine.models.dtypes import compute_dtype
-from rac_engine.models.experts import Mixture
-from rac_engine.models.families import FAMILIES
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
-from rac_engine.models.plans import BlockPlan, Family
-from rac_engine.models.taps import Chunk
-
-# What transformers makes lists of: a config that asks for more than any model has would be obeyed for days.
-_MOST = {
-    "num_hidden_layers": 10_000,
-    "num_nextn_predict_layers": 10_000,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 100_000),
-}
-
-_MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
+from rac_engine.models.plans import Family
 
 
-class Model:
-    """A checkpoint of a known family, taken apart into embedding and decoder layers. Made by `open`."""
+class Model(Architecture):
+    """The decoder layers of a checkpoint. Made by `open`."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family, config: Any) -> None:
-        self.checkpoint, self.family, self.config = checkpoint, family, config
-        self.layers: int = config.num_hidden_layers
-        self.hidden_size: int = config.hidden_size
+        super().__init__(family, config)
+        self.checkpoint = checkpoint
         self.dtype = compute_dtype(checkpoint, family)
-        self._routed: int = getattr(config, "num_experts_per_tok", 0)
-        self._pretrained = family.find("PreTrainedModel")
-        with torch.device("meta"):
-            angles = sum(buffer.numel() for buffer in family.make("RotaryEmbedding", config).buffers())
-        if angles > _MOST_ANGLES:
-            raise BadInput(
-                f"{checkpoint.path / 'config.json'}: heads of more than {_MOST_ANGLES:,} elements, which no model has; "
-                "the file is not to be trusted"
-            )
-        self._rotary = family.make("RotaryEmbedding", config)
-        self._mixtures: dict[int, bool] = {}
-        self._groups: dict[bool, list[Group]] = {}
 
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Model:
         """Raises `BadInput` for an unknown family and for tensors that do not fit the config."""
-        model, shapes = cls._of(checkpoint)
+        model, shapes = cls._described(checkpoint)
         model._check(shapes)
         return model
 
     @classmethod
     def of_config(cls, path: Path, config: dict[str, Any]) -> Model:
         """The model that a config.json (in the folder `path`) describes, for planning: it has no weights to be read."""
-        model, shapes = cls._of(Checkpoint(path, config, {}, {}))
+        model, shapes = cls._described(Checkpoint(path, config, {}, {}))
         named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
         model.dtype = named
         model.checkpoint.tensors.update(
@@ -90,48 +58,13 @@ class Model:
         return model
 
     @classmethod
-    def _of(cls, checkpoint: Checkpoint) -> tuple[Model, dict[str, tuple[int, ...]]]:
+    def _described(cls, checkpoint: Checkpoint) -> tuple[Model, dict[str, tuple[int, ...]]]:
         """The model, and the shapes of all tensors that its config calls for."""
-        where, kind = checkpoint.path / "config.json", checkpoint.config.get("model_type")
-        family = FAMILIES.get(kind) if isinstance(kind, str) else None
-        if family is None:
-            raise BadInput(
-                f"{where}: model_type {kind!r} is not known; known are {', '.join(sorted(FAMILIES))} "
-                "(docs/families.md says how to add one)"
-            )
-        for key in ("sparsity_config", "compression_config", "compression"):
-            if key in checkpoint.config:
-                raise BadInput(
-                    f"{where}: {key} is set, so the weights are compressed, or would be taken for it; prune the model "
-                    "that it was made from, or remove the key if the weights are plain"
-                )
-        block, quantization = fp8_block(checkpoint.config), checkpoint.config.get("quantization_config")
-        if block is None and "quantization_config" in checkpoint.config:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-            raise BadInput(
-                f"{where}: the weights are quantized ({method}); of quantized weights only FP8 in blocks is read, with "
-                "weight_block_size and weight_scale_inv; prune the bf16 model"
-            )
-        for key, most in _MOST.items():
-            count = checkpoint.config.get(key)
-            if isinstance(count, int) and count > most:
-                raise BadInput(
-                    f"{where}: {key} is more than {most:,}, which no model has; the file is not to be trusted"
-                )
-        try:
-            # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
-            plain = copy.deepcopy({k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
-            config = CONFIG_MAPPING[family.model_type].from_dict(plain)
-            config._attn_implementation = ATTENTION
-            if getattr(config, "use_bidirectional_attention", False):
-                raise BadInput(f"{where}: use_bidirectional_attention is set; only causal models are pruned")
-            model = cls(checkpoint, family, config)
-            return model, model._shapes()
-        except BadInput:
-            raise
-        except Exception as error:  # whatever transformers finds wrong with a config
-            reason = " ".join(str(error).split())[:300]
-            raise BadInput(f"{where}: transformers refuses it: {type(error).__name__}: {reason}") from error
+        file = checkpoint.path / "config.json"
+        family = accepted_family(file, checkpoint.config)
+        with transformers_errors(file):
+            model = cls(checkpoint, family, parse_config(file, family, checkpoint.config))
+            return model, model.shapes()
 
     @property
     def extra_layers(self) -> range:
@@ -165,36 +98,11 @@ class Model:
         before, behind = [EMBEDDINGS] * ("embeddings" in also), [self.layers] * ("lm_head" in also)
         return [*before, *range(self.layers), *behind]
 
-    @property
-    def scores_in_the_open(self) -> bool:
-        """Whether attention has soft caps or sinks, so that its scores have to be computed in the open."""
-        attention = self._bare_layer(0).get_submodule(self.plans(0)[0].module)
-        return hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
-
     def tensor_names(self, layer: int) -> list[str]:
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:
             return [self.family.norm, self.family.head]
         return [name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer))]
-
-    def plans(self, layer: int) -> tuple[BlockPlan, ...]:
-        """The residual blocks of a decoder layer."""
-        blocks, mixture = self.family.blocks, self.family.mixture
-        return blocks if mixture is None or not self.is_mixture(layer) else (*blocks[:-1], mixture)
-
-    def is_mixture(self, layer: int) -> bool:
-        """Whether a decoder layer has experts that only some tokens go through."""
-        if layer not in self._mixtures:
-            last = self.family.blocks[-1].module
-            self._mixtures[layer] = hasattr(self._bare_layer(layer).get_submodule(last), "experts")
-        return self._mixtures[layer]
-
-    def groups(self, layer: int) -> list[Group]:
-        """The groups of matrices of a decoder layer, in the order of the data's way."""
-        kind = self.is_mixture(layer)
-        if kind not in self._groups:
-            self._groups[kind] = self._find_groups(self.plans(layer), self._layer(layer))
-        return self._groups[kind]
 
     def matrices(self, layer: int) -> list[Matrix]:
         """The matrices of a decoder layer that can be pruned, in the data's order, or of another of `parts`."""
@@ -269,91 +177,6 @@ class Model:
         embedded = F.embedding(token_ids, table).to(dtype)
         scale = self.family.embedding_scale(self.config, dtype)
         return embedded if scale == 1 else embedded.mul_(scale)
-
-    def _prefix(self, layer: int) -> str:
-        return f"{self.family.layers}{layer}."
-
-    def _bare_layer(self, layer: int) -> nn.Module:
-        """The layer as transformers builds it, without weights."""
-        with torch.device("meta"):
-            return self.family.make("DecoderLayer", self.config, layer)
-
-    def _layer(self, layer: int) -> nn.Module:
-        """The same with every expert as a module of its own."""
-        bare = self._bare_layer(layer)
-        for plan in self.plans(layer):
-            if plan.experts is not None:
-                home = bare.get_submodule(plan.module)
-                home.add_module("experts", Mixture(home.get_submodule("experts"), plan.experts))
-        return bare
-
-    def _unstacked(self, layer: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """A tensor as the layer's modules know it: of stacked experts, a matrix or bias for each."""
-        for plan in self.plans(layer):
-            home, _, part = name.rpartition(".")
-            if plan.experts is not None and plan.experts.stacked and home == f"{plan.module}.experts":
-                if part.endswith("_bias"):
-                    return {f"{home}.{e}.{part.removesuffix('_bias')}.bias": bias for e, bias in enumerate(tensor)}
-                return {f"{home}.{e}.{part}.weight": matrix.T for e, matrix in enumerate(tensor)}
-        return {name: tensor}
-
-    def _find_groups(self, plans: tuple[BlockPlan, ...], layer: nn.Module) -> list[Group]:
-        linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        found: list[Group] = []
-        for block, plan in enumerate(plans):
-            stages: list[list[tuple[tuple[str, ...], int | None]]] = [[(plan.inputs, None)]]
-            if plan.between:
-                stages.append([((name,), None) for name in plan.between])
-            stages.append([((plan.output,), None)])
-            experts = 0
-            if plan.experts is not None:
-                for number, parts in ((0, plan.experts.inputs), (-1, (plan.experts.output,))):
-                    experts = len(cast(Mixture, layer.get_submodule(f"{plan.module}.experts")))
-                    stages[number] += [(tuple(f"experts.{e}.{part}" for part in parts), e) for e in range(experts)]
-            for stage in stages:
-                number = found[-1].stage + 1 if found else 0
-                for names, expert in stage:
-                    here = [f"{plan.module}.{name}" for name in names if f"{plan.module}.{name}" in linears]
-                    if here:
-                        modules = tuple(self.family.on_disk(name) for name in here)
-                        share = 1.0 if expert is None else self._routed / experts
-                        found.append(Group(block, number, modules, expert, share))
-        return found
-
-    def _stays_fp32(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether transformers keeps this tensor of a layer in fp32 in a model of that dtype."""
-        kept = set(self._pretrained._keep_in_fp32_modules_strict or ())
-        if dtype == torch.float16:
-            kept |= set(self._pretrained._keep_in_fp32_modules or ())
-        return dtype != torch.float32 and not kept.isdisjoint(name.split("."))
-
-    def _positions(self, x: Tensor, chunk: Chunk, layer: int) -> Any:
-        """Rotary embeddings of a chunk: positions start at 0 in every sequence."""
-        rotary, rope = self._rotary.to(x.device), self.config.rope_parameters or {}
-        which = [self.config.layer_types[layer]] if self.family.rotary_by_layer_type else []
-        part = slice(chunk.offset, chunk.offset + chunk.stop - chunk.start)
-        ranges = [torch.arange(length, device=x.device)[None] for length in chunk.lengths]
-        if functools.reduce(dict.__getitem__, which, rope).get("rope_type") in ("dynamic", "longrope"):
-            # Frequencies depend on the sequence's length: every sequence asks for its own.
-            parts = [rotary(x, positions, *which) for positions in ranges]
-            return tuple(torch.cat(each, dim=1)[:, part] for each in zip(*parts, strict=True))
-        return rotary(x, torch.cat(ranges, dim=1)[:, part], *which)
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors that the config calls for, by their on-disk names."""
-        table = (self.config.vocab_size, self.config.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {self.family.embedding: table, self.family.norm: table[1:]}
-        if not self.config.tie_word_embeddings:
-            shapes[self.family.head] = table
-        kinds: dict[bool, dict[str, tuple[int, ...]]] = {}
-        for index in range(self.layers):
-            kind = self.is_mixture(index)
-            if kind not in kinds:
-                stacked = any(plan.experts is not None and plan.experts.stacked for plan in self.plans(index))
-                state = (self._bare_layer(index) if stacked else self._layer(index)).state_dict()
-                kinds[kind] = {self.family.on_disk(name): tuple(tensor.shape) for name, tensor in state.items()}
-            shapes.update({self._prefix(index) + name: shape for name, shape in kinds[kind].items()})
-        return shapes
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor that the config calls for is there in its shape, and no other."""

@@ -99,7 +99,7 @@ class Attention:
             group=group,
             widths=widths,
             head=width,
-            open=model.scores_in_the_open,
+            open=model.needs_eager_attention,
             window=getattr(config, "sliding_window", None),
         )
 

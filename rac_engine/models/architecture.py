@@ -1,0 +1,126 @@
+"""What a model's decoder layers are made of, by its family and config alone, without weights.
+
+A decoder layer is a row of residual blocks, hidden + scale · after(output(inner(norm(hidden)))): attention and MLP. The
+matrices at the entrance of `inner` (q, k, v; gate, up) share one input, the matrix `output` (o; down) has an input of
+its own: taken apart there, a layer can be calibrated and pruned stage by stage.
+
+Of a mixture of experts, transformers holds the experts' weights in fused tensors; on disk every expert has matrices of
+its own. Here they are modules of their own again (`Mixture`), in place of the fused ones: the router and all around it
+stay transformers'.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rac_engine.models.experts import Mixture
+from rac_engine.models.matrices import Group, find_groups
+from rac_engine.models.plans import BlockPlan, Family
+from rac_engine.models.taps import Chunk
+
+
+class Architecture:
+    """The decoder layers of a model: their blocks, groups of matrices, and the shapes of their tensors."""
+
+    def __init__(self, family: Family, config: Any) -> None:
+        self.family, self.config = family, config
+        self.layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self._experts_per_token: int = getattr(config, "num_experts_per_tok", 0)
+        self._pretrained = family.find("PreTrainedModel")
+        self._rotary = family.make("RotaryEmbedding", config)
+        self._mixtures: dict[int, bool] = {}
+        self._groups: dict[bool, list[Group]] = {}
+
+    @property
+    def needs_eager_attention(self) -> bool:
+        """Whether attention has soft caps or sinks, so that no fused kernel can compute it."""
+        attention = self._bare_layer(0).get_submodule(self.plans(0)[0].module)
+        return hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
+
+    def plans(self, layer: int) -> tuple[BlockPlan, ...]:
+        """The residual blocks of a decoder layer."""
+        blocks, mixture = self.family.blocks, self.family.mixture
+        return blocks if mixture is None or not self.is_mixture(layer) else (*blocks[:-1], mixture)
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a decoder layer has experts that only some tokens go through."""
+        if layer not in self._mixtures:
+            last = self.family.blocks[-1].module
+            self._mixtures[layer] = hasattr(self._bare_layer(layer).get_submodule(last), "experts")
+        return self._mixtures[layer]
+
+    def groups(self, layer: int) -> list[Group]:
+        """The groups of matrices of a decoder layer that share an input, in the order that data goes through them."""
+        kind = self.is_mixture(layer)
+        if kind not in self._groups:
+            self._groups[kind] = find_groups(
+                self.family, self.plans(layer), self._layer(layer), self._experts_per_token
+            )
+        return self._groups[kind]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that the config calls for, by their on-disk names."""
+        table = (self.config.vocab_size, self.config.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {self.family.embedding: table, self.family.norm: table[1:]}
+        if not self.config.tie_word_embeddings:
+            shapes[self.family.head] = table
+        kinds: dict[bool, dict[str, tuple[int, ...]]] = {}
+        for index in range(self.layers):
+            kind = self.is_mixture(index)
+            if kind not in kinds:
+                stacked = any(plan.experts is not None and plan.experts.stacked for plan in self.plans(index))
+                state = (self._bare_layer(index) if stacked else self._layer(index)).state_dict()
+                kinds[kind] = {self.family.on_disk(name): tuple(tensor.shape) for name, tensor in state.items()}
+            shapes.update({self._prefix(index) + name: shape for name, shape in kinds[kind].items()})
+        return shapes
+
+    def _prefix(self, layer: int) -> str:
+        return f"{self.family.layers}{layer}."
+
+    def _bare_layer(self, layer: int) -> nn.Module:
+        """The layer as transformers builds it, without weights."""
+        with torch.device("meta"):
+            return self.family.make("DecoderLayer", self.config, layer)
+
+    def _layer(self, layer: int) -> nn.Module:
+        """The same with every expert as a module of its own."""
+        bare = self._bare_layer(layer)
+        for plan in self.plans(layer):
+            if plan.experts is not None:
+                home = bare.get_submodule(plan.module)
+                home.add_module("experts", Mixture(home.get_submodule("experts"), plan.experts))
+        return bare
+
+    def _unstacked(self, layer: int, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """A tensor as the layer's modules know it: of stacked experts, a matrix or bias for each."""
+        for plan in self.plans(layer):
+            home, _, part = name.rpartition(".")
+            if plan.experts is not None and plan.experts.stacked and home == f"{plan.module}.experts":
+                if part.endswith("_bias"):
+                    return {f"{home}.{e}.{part.removesuffix('_bias')}.bias": bias for e, bias in enumerate(tensor)}
+                return {f"{home}.{e}.{part}.weight": matrix.T for e, matrix in enumerate(tensor)}
+        return {name: tensor}
+
+    def _stays_fp32(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether transformers keeps this tensor of a layer in fp32 in a model of that dtype."""
+        kept = set(self._pretrained._keep_in_fp32_modules_strict or ())
+        if dtype == torch.float16:
+            kept |= set(self._pretrained._keep_in_fp32_modules or ())
+        return dtype != torch.float32 and not kept.isdisjoint(name.split("."))
+
+    def _positions(self, x: Tensor, chunk: Chunk, layer: int) -> Any:
+        """Rotary embeddings of a chunk: positions start at 0 in every sequence."""
+        rotary, rope = self._rotary.to(x.device), self.config.rope_parameters or {}
+        which = [self.config.layer_types[layer]] if self.family.rotary_by_layer_type else []
+        part = slice(chunk.offset, chunk.offset + chunk.stop - chunk.start)
+        ranges = [torch.arange(length, device=x.device)[None] for length in chunk.lengths]
+        if functools.reduce(dict.__getitem__, which, rope).get("rope_type") in ("dynamic", "longrope"):
+            # Frequencies depend on the sequence's length: every sequence asks for its own.
+            parts = [rotary(x, positions, *which) for positions in ranges]
+            return tuple(torch.cat(each, dim=1)[:, part] for each in zip(*parts, strict=True))
+        return rotary(x, torch.cat(ranges, dim=1)[:, part], *which)

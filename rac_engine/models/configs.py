@@ -1,0 +1,92 @@
+"""A config.json of an unknown origin: whose family it is, what is refused, and what transformers makes of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint import fp8_block
+from rac_engine.models.attention import ATTENTION
+from rac_engine.models.families import find_family, known_families
+from rac_engine.models.plans import Family
+
+# What transformers makes lists of: a config that asks for more than any model has would be obeyed for days.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 100_000),
+}
+
+_MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
+
+
+def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
+    """The family of a config.json (`file`).
+
+    Raises `BadInput` for a `model_type` that is not known, for compressed weights, for quantized ones other than FP8 in
+    blocks, and for counts beyond any model's.
+    """
+    kind = config.get("model_type")
+    family = find_family(kind)
+    if family is None:
+        raise BadInput(
+            f"{file}: model_type {kind!r} is not known; known are {', '.join(known_families())} "
+            "(docs/families.md says how to add one)"
+        )
+    for key in ("sparsity_config", "compression_config", "compression"):
+        if key in config:
+            raise BadInput(
+                f"{file}: {key} is set, so the weights are compressed, or would be taken for it; prune the model "
+                "that it was made from, or remove the key if the weights are plain"
+            )
+    if fp8_block(config) is None and "quantization_config" in config:
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise BadInput(
+            f"{file}: the weights are quantized ({method}); of quantized weights only FP8 in blocks is read, with "
+            "weight_block_size and weight_scale_inv; prune the bf16 model"
+        )
+    for key, most in _MOST.items():
+        count = config.get(key)
+        if isinstance(count, int) and count > most:
+            raise BadInput(f"{file}: {key} is more than {most:,}, which no model has; the file is not to be trusted")
+    return family
+
+
+@contextmanager
+def transformers_errors(file: Path) -> Iterator[None]:
+    """Turn whatever transformers finds wrong with a config.json (`file`) into `BadInput`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"{file}: transformers refuses it: {type(error).__name__}: {reason}") from error
+
+
+def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
+    """The configuration object that transformers makes of a config.json (`file`), for our packed attention.
+
+    Raises `BadInput` for a model that is not causal and for heads beyond any model's, and whatever transformers raises.
+    """
+    # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
+    plain = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
+    parsed = CONFIG_MAPPING[family.model_type].from_dict(plain)
+    parsed._attn_implementation = ATTENTION
+    if getattr(parsed, "use_bidirectional_attention", False):
+        raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")
+    with torch.device("meta"):
+        angles = sum(buffer.numel() for buffer in family.make("RotaryEmbedding", parsed).buffers())
+    if angles > _MOST_ANGLES:
+        raise BadInput(
+            f"{file}: heads of more than {_MOST_ANGLES:,} elements, which no model has; the file is not to be trusted"
+        )
+    return parsed
