@@ -132,7 +132,7 @@ def test_error_of_the_writing_thread_is_raised(tmp_path: Path, monkeypatch: pyte
 BOUNDED = """
 import sys, torch
 from pathlib import Path
-from rac_engine.activations import Activations
+from rac_engine.calibrate.activations import Activations
 
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10

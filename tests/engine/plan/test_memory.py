@@ -70,7 +70,7 @@ import sys, torch
 from pathlib import Path
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
-from rac_engine.engine import peak_memory
+from rac_engine.base.process import peak_memory
 from rac_engine.models import Model
 from tests import tiny
 
@@ -133,7 +133,8 @@ from pathlib import Path
 from rac_engine.base import process
 from rac_engine.engine import limits, prune
 from rac_engine.checkpoint import Checkpoint
-from rac_engine.memory import Shape, plan_memory
+from rac_engine.plan.memory import plan_memory
+from rac_engine.plan.shapes import Shape
 from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings
 from tests import tiny
@@ -242,8 +243,9 @@ def test_what_is_planned_is_what_it_takes(tmp_path: Path, job: str, capsys: pyte
 OPEN = """
 import sys, torch
 from pathlib import Path
-from rac_engine.engine import peak_memory, prune, resident
-from rac_engine.models import attention_bytes, packed_attention
+from rac_engine.base.process import peak_memory, resident
+from rac_engine.engine import prune
+from rac_engine.models.attention import attention_bytes, packed_attention
 from rac_engine.recipe import PruneSettings
 from tests import tiny
 
