@@ -1,8 +1,8 @@
 """What pruned models are worth: method × calibration × sparsity, each cell pruned, evaluated and measured.
 
     python benchmarks/quality.py --work build/quality                  # all cells; stopped, it goes on where it was
-    python benchmarks/quality.py --work build/quality --methods rac sparsegpt --calibrations rac --sparsities 0.7 2:4
-    python benchmarks/quality.py --work build/quality --methods rac --calibrations rac --sparsities 0.7 \\
+    python benchmarks/quality.py --work build/quality --methods admm alps --calibrations traces --sparsities 0.7 2:4
+    python benchmarks/quality.py --work build/quality --methods admm --calibrations traces --sparsities 0.7 \\
         --token-counts 5k 200k            # or --dampings 0.003, --reconstruct dense, --without sort multiply,
                                           # at 1:4 --efforts "tuned only"
 
@@ -40,8 +40,8 @@ from rac_engine.recipe import CalibrationSettings, EvalSettings, PruneSettings, 
 from rac_engine.traces import generate, load_calibration, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("rac", "sparsegpt", "alps", "wanda", "magnitude")
-CALIBRATIONS = ("rac", "prompt", "text")
+METHODS = ("admm", "sparsegpt", "alps", "wanda", "magnitude")
+CALIBRATIONS = ("traces", "prompt", "text")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "2:4", "1:4")
 EFFORTS: dict[str, dict[str, Any]] = {
     "not reordered nor tuned": {"reorder": "none", "tune": 0},
@@ -51,7 +51,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 }
 HELD_TOKENS = 20_000
 COLUMNS = {
-    "by method, on traces": [*((method, "rac") for method in METHODS[:-1]), ("magnitude", "none")],
+    "by method, on traces": [*((method, "traces") for method in METHODS[:-1]), ("magnitude", "none")],
     "by calibration": [(method, how) for method in METHODS[:-1] for how in ("prompt", "text")],
 }
 
@@ -214,7 +214,7 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def overview(cells: list[dict[str, Any]], columns: list[tuple[str, str]]) -> str:
     """Accuracy / mean decode length / share cut off (where any) of the plain cells, a row a sparsity."""
-    heads = [method if how in ("none", "rac") else f"{method}, {how}" for method, how in columns]
+    heads = [method if how == "none" else f"{how} · {method}" for method, how in columns]
     lines = [f"| sparsity | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     plain = {
         (cell["method"], cell["calibration"], cell["sparsity"]): cell

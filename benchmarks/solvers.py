@@ -36,12 +36,12 @@ from torch import Tensor
 from rac_engine.calibrate import Packing, Statistic, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.models import Model
-from rac_engine.solve import Gram, Problem, Target, find_method
+from rac_engine.solve import Gram, LayerProblem, Target, find_method
 from rac_engine.traces import load_calibration, load_tokenizer
 from rac_kernels import objective, symmetrize_
 from rac_kernels.ops.pattern import parse_pattern
 
-METHODS = ("rac", "sparsegpt", "alps")
+METHODS = ("admm", "sparsegpt", "alps")
 ALPS_CODE, ALPS_URL = "alps-code", "https://github.com/mazumder-lab/ALPS"
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4", "4:8")
 SHORT = 0.5  # seconds: what is over sooner is timed until it adds up to that
@@ -112,7 +112,7 @@ class PublishedALPS:
 
 
 def ours(method: str, W: Tensor, H: Tensor, share: float, pattern: str | None) -> Solve:
-    problem = Problem(W, [len(W)], Target(share, pattern), Gram(H.clone()))
+    problem = LayerProblem(W, [len(W)], Target(share, pattern), Gram(H.clone()))
 
     def solve() -> tuple[Tensor, int | None]:
         solution = find_method(method).solve(problem)

@@ -14,7 +14,7 @@ from rac_engine.engine.metrics import Metrics, layer_of, place_of, rule_text
 _TEMPLATES = Path(__file__).parent / "templates"
 
 METHODS = {
-    "rac": "RAC Engine's solver",
+    "admm": "ADMM and masked least squares",
     "sparsegpt": "SparseGPT",
     "alps": "ALPS",
     "wanda": "Wanda",

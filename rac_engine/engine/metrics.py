@@ -92,6 +92,7 @@ class _StoredSettings(Stored):
 
 
 class _StoredCalibration(Stored):
+    label: str = ""
     description: str
     source: str
     part: str

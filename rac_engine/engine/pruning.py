@@ -225,6 +225,7 @@ def _describe(
         "calibration": calibration
         and packing
         and {
+            "label": calibration.label,
             "description": calibration.describe(),
             "source": calibration.source,
             "sha256": calibration.sha256,

@@ -9,8 +9,8 @@ import torch
 from rac_engine.calibrate import BATCH, STEPS
 from rac_engine.plan.shapes import Input, Shape, Stage
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import METHODS, TOGETHER
-from rac_engine.solve.methods import admm as rac
+from rac_engine.solve import TOGETHER, find_method
+from rac_engine.solve.methods import admm
 from rac_kernels.backends import native
 from rac_kernels.ops.factor import EXACT as FACTORED_IN_FP64
 from rac_kernels.ops.inverse import side_of
@@ -49,7 +49,7 @@ MATCHED_ROWS = 4096  # of the weights that match, made at a time
 # scores alone.
 SWEEPING = {False: 10, True: 8}
 
-COPIES = {"rac": {False: 23, True: 20}, "alps": {False: 32, True: 32}}
+COPIES = {"admm": {False: 23, True: 20}, "alps": {False: 32, True: 32}}
 
 REFINED, REFINING, REFINING_NATIVE, REFINING_EXACTLY = 12, 58, 28, 40
 
@@ -106,16 +106,16 @@ def solving_bytes(found: Input, settings: PruneSettings, size: int, tied: bool, 
     some = min(rows * n, max(largest, TOGETHER))
     stacked = some * size if some > largest else 0
     moved = rows * n * size if on_gpu else 0
-    if METHODS[settings.method].needs != "hessian":
-        scoring = SCORING * some if METHODS[settings.method].needs == "norms" else MEASURING * largest
+    if find_method(settings.method).needs != "hessian":
+        scoring = SCORING * some if find_method(settings.method).needs == "norms" else MEASURING * largest
         solving = stacked + max(scoring, some * (size + 1))
         return {"fp32 working copies": moved + (rows * n - some) * size + solving}
     one, work = 4 * some, dict[str, int]()
-    exactly = not on_gpu and n <= FACTORED_IN_FP64 and (tied or settings.method != "rac")
+    exactly = not on_gpu and n <= FACTORED_IN_FP64 and (tied or settings.method != "admm")
     exact = EXACT * n * n if exactly else 0
     if settings.method in COPIES:
         solving = COPIES[settings.method][on_gpu] * some
-        if settings.method == "rac":
+        if settings.method == "admm":
             solving += 2 * n * n + 12 * side_of(n) * n  # what the steps multiply by, and bands of it
         solving = max(solving, REFINED * some + _refining(found, settings, some // n, on_gpu))
     else:
@@ -166,4 +166,4 @@ def _refining(found: Input, settings: PruneSettings, rows: int, on_gpu: bool) ->
     exactly = REFINING_EXACTLY * min(EXACT_ELEMENTS, some // n * (3 * kept // 2) ** 2)
     in_torch = on_gpu or not native.available()
     each = REFINING * some if in_torch else REFINING_NATIVE * some + 2 * n * n  # and what the steps multiply by
-    return each + (exactly if solves_exactly(kept, n, rac.REFINING_STEPS, device) else 0)
+    return each + (exactly if solves_exactly(kept, n, admm.REFINING_STEPS, device) else 0)

@@ -39,7 +39,7 @@ from rac_engine.plan.costs import (
 )
 from rac_engine.plan.shapes import Input, Shape, Stage
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import METHODS
+from rac_engine.solve import find_method
 from rac_kernels.ops.profile import ROWS_BYTES as SCORE_BYTES
 
 # oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert has
@@ -237,7 +237,7 @@ def _phases(
 ) -> tuple[list[Phase], int]:
     method, hidden, size = settings.method, shape.hidden, shape.size
     matched = settings.reconstructs != "layer"
-    calibrated = METHODS[method].needs != "nothing"
+    calibrated = find_method(method).needs != "nothing"
     chunk = min(choice.chunk_tokens, tokens) if calibrated else 0
     streams = 2 if matched else 1
     converted = on_gpu or size != shape.weight_size  # the layer computes with weights of its own
@@ -263,7 +263,7 @@ def _phases(
             host["chunks of activations moving"] = coming + (AHEAD * one if on_gpu else going)
         return device, host, whole if choice.place == "disk" else 0
 
-    algebra = METHODS[method].needs == "hessian"
+    algebra = find_method(method).needs == "hessian"
     kept_once, by_thread = WORKSPACE_BYTES[algebra]
     if working_dtype(torch.bfloat16, on_gpu) == torch.float32:
         kept_once -= UNUSED_BYTES[algebra]
@@ -333,8 +333,8 @@ def _phases(
         phase("first pass", shape.stages[0], kept, work, beside=False)
     whole = settings.order == "layer"
     for stage in (*shape.stages, *([] if shape.head is None else [shape.head])):
-        tied = matched and METHODS[method].needs == "hessian"
-        gathered = {GATHERED[METHODS[method].needs]: gathered_bytes(stage, method, tied, choice.hessians)}
+        tied = matched and find_method(method).needs == "hessian"
+        gathered = {GATHERED[find_method(method).needs]: gathered_bytes(stage, method, tied, choice.hessians)}
         if tied and stage.inputs[-1].last:
             last = stage.inputs[-1]
             gathered["cross product with the dense outputs"] = 4 * last.columns * last.rows

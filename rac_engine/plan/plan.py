@@ -16,7 +16,7 @@ from rac_engine.plan.shapes import Shape
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import METHODS
+from rac_engine.solve import find_method
 from rac_kernels.measure.roofline import Peaks
 
 
@@ -103,7 +103,7 @@ def make_plan(
         if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
-    calibrated = tokens if METHODS[settings.method].needs != "nothing" else 0
+    calibrated = tokens if find_method(settings.method).needs != "nothing" else 0
     shape = Shape.of(opened, settings, on_gpu)
     memory = plan_memory(
         shape,
@@ -135,7 +135,7 @@ def make_plan(
         memory=memory,
         passes=passes,
         disk=disk,
-        hessians=METHODS[settings.method].needs == "hessian",
+        hessians=find_method(settings.method).needs == "hessian",
         work=work,
         seconds=None if peaks is None else job_seconds(work, disk, memory, opened.layers, further, peaks),
     )
@@ -158,7 +158,7 @@ def _stage(matrices: list[Matrix], method: str) -> Stage:
 
 def _statistic_bytes(method: str, columns: int) -> int:
     """What is gathered from an input of that many columns, in fp32."""
-    return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[METHODS[method].needs]
+    return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[find_method(method).needs]
 
 
 def _elements(info: TensorInfo) -> int:

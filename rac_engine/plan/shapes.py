@@ -12,7 +12,7 @@ import torch
 from rac_engine.checkpoint import fp8_block
 from rac_engine.models import Model, attention_bytes, is_fused, working_dtype
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import METHODS, TOGETHER, WHOLE
+from rac_engine.solve import TOGETHER, WHOLE, find_method
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Input:
 
     def statistic(self, method: str) -> int:
         """Bytes of what is gathered from one such input, in fp32."""
-        return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[METHODS[method].needs]
+        return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[find_method(method).needs]
 
     def tied(self, method: str) -> int:
         """The same with what ties it to the dense model, but for the outputs of a block's last matrix."""

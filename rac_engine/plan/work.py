@@ -13,9 +13,8 @@ from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.shapes import Shape
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import METHODS
-from rac_engine.solve.methods import admm as rac
-from rac_engine.solve.methods import alps
+from rac_engine.solve import find_method
+from rac_engine.solve.methods import admm, alps
 from rac_kernels.measure import roofline
 from rac_kernels.measure.roofline import Peaks
 from rac_kernels.solvers.admm import inversions
@@ -95,7 +94,7 @@ def job_work(
     shares = [group[0].group.share for group in groups if group]
     routed = ", by the router's share" if min(shares, default=1) < 1 else ""
     work: list[Work] = []
-    needs = METHODS[settings.method].needs
+    needs = find_method(settings.method).needs
     if settings.allocation != "uniform":
         first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
         first += sum(s * roofline.column_norm_flops(tokens, n) for (n, _), s in zip(stages, shares, strict=True))
@@ -127,9 +126,9 @@ def job_work(
             flops = 2.0 * sum(matrix.rows * matrix.columns for matrix in whole) * tokens
             flops += 2.0 * width * length * tokens * len(layers)
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
-        if settings.method == "rac":
-            inverses = inversions(rac.STEPS)
-            products = rac.STEPS - 1 + rac.REFINING_STEPS + 2  # none in the first step; two of refine measure
+        if settings.method == "admm":
+            inverses = inversions(admm.STEPS)
+            products = admm.STEPS - 1 + admm.REFINING_STEPS + 2  # none in the first step; two of refine measure
             flops = sum(2.0 * rows * n * n * products + n**3 * inverses for n, rows in stages)
             work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
         elif settings.method == "alps":

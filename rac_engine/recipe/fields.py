@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.sizes import parse_size
+from rac_engine.solve import why_unknown
 
 TEXT_PREFIX = "text:"
 
@@ -57,6 +58,12 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _method(value: str) -> str:
+    if why := why_unknown(value):
+        raise ValueError(why)
+    return value
+
+
 def _regex(value: str) -> str:
     try:
         re.compile(value)
@@ -98,6 +105,8 @@ FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_t
 Source = Annotated[str, AfterValidator(_source)]
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
+
+MethodName = Annotated[str, AfterValidator(_method)]
 
 ModuleName = Annotated[str, AfterValidator(_regex)]
 

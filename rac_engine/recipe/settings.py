@@ -17,6 +17,7 @@ from rac_engine.recipe.fields import (
     Count,
     FilePath,
     JobName,
+    MethodName,
     ModuleName,
     Pattern,
     Positions,
@@ -25,6 +26,7 @@ from rac_engine.recipe.fields import (
     Source,
     parse_pattern,
 )
+from rac_engine.solve import DEFAULT_METHOD, method_names
 
 RESERVED_NAMES = ("dense", "pruned")
 
@@ -116,8 +118,8 @@ class Override(Settings):
 class PruneSettings(Settings):
     """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
 
-    method: Literal["rac", "sparsegpt", "alps", "wanda", "magnitude"] = Field(
-        default="rac", description="how weights are chosen and corrected"
+    method: MethodName = Field(
+        default=DEFAULT_METHOD, description=f"how weights are chosen and corrected: {', '.join(method_names())}"
     )
     sparsity: float = Field(
         default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix, from 0 up to but not 1"
@@ -134,15 +136,15 @@ class PruneSettings(Settings):
         default="auto",
         description="what pruned matrices should give: the dense model's outputs (dense), those and hidden states "
         "(residual), or what dense matrices would make of the pruned model's inputs (layer, as published); "
-        "auto is residual for rac, layer for the others",
+        "auto is residual for admm, layer for the others",
     )
     tune: int | None = Field(
         default=None,
         ge=0,
         le=1000,
         description="epochs over the tokens in which a block's kept weights are moved together, so that its hidden "
-        f"states come nearer to the dense model's; 0 for none (by default {EPOCHS} for rac and patterns that keep less "
-        f"than {TUNED_BELOW:.0%}, else none)",
+        f"states come nearer to the dense model's; 0 for none (by default {EPOCHS} for admm and patterns that keep "
+        f"less than {TUNED_BELOW:.0%}, else none)",
     )
     reorder: Literal["auto", "none", "mlp"] = Field(
         default="auto",
@@ -254,7 +256,7 @@ class PruneSettings(Settings):
     def reconstructs(self) -> Literal["residual", "dense", "layer"]:
         """What `reconstruct` comes to."""
         if self.reconstruct == "auto":
-            return "residual" if self.method == "rac" and self.order == "staged" else "layer"
+            return "residual" if self.method == "admm" and self.order == "staged" else "layer"
         return self.reconstruct
 
     @property
@@ -270,7 +272,7 @@ class PruneSettings(Settings):
     @property
     def _keeps_little(self) -> bool:
         """Whether it is the default method with a pattern for which more effort pays."""
-        if self.method != "rac" or self.reconstructs == "layer" or self.pattern is None:
+        if self.method != "admm" or self.reconstructs == "layer" or self.pattern is None:
             return False
         n, m = parse_pattern(self.pattern)
         return n / m < TUNED_BELOW

@@ -18,6 +18,11 @@ class Row:
 
     name: str
     calibration: str
+    """What it was calibrated on, in a word ("traces"); empty where it was not."""
+    method: str
+    """How it was pruned; empty where it was not."""
+    description: str
+    """The calibration in words."""
     sparsity: float | None
     """None for a model of which only answers are known."""
     accuracy: float
@@ -28,13 +33,27 @@ class Row:
     problems: int
     main: bool = False
 
+    @property
+    def label(self) -> str:
+        """Calibration and method apart: `traces · sparsegpt`."""
+        return " · ".join(filter(None, [self.calibration, self.method]))
+
 
 def table(rows: list[Row]) -> str:
     """`rows` as aligned text for a terminal."""
-    head = ("name", "sparsity", "accuracy [95% interval]", "mean decode", "p95 decode", "cut off")
+    head = (
+        "name",
+        "calibration · method",
+        "sparsity",
+        "accuracy [95% interval]",
+        "mean decode",
+        "p95 decode",
+        "cut off",
+    )
     body = [
         (
             row.name,
+            row.label,
             percent(row.sparsity),
             f"{row.accuracy:.3f} [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]",
             f"{row.mean_tokens:.0f}",
@@ -46,7 +65,8 @@ def table(rows: list[Row]) -> str:
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     aligned = [
         "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in [head, *body]
     ]
@@ -64,11 +84,14 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
         of = metrics if name == "pruned" else None
         if (out / RAC / "variants" / name).is_dir():
             of = load_metrics(out / RAC / "variants" / name)
-        figures = evaluation["summary"]
+        figures, run = evaluation["summary"], of.run if of else {}
+        calibration = run.get("calibration") or {}
         rows.append(
             Row(
                 name=label,
-                calibration=((of.run.get("calibration") or {}).get("description", "none") if of else ""),
+                calibration=calibration.get("label", ""),
+                method=run.get("settings", {}).get("method", ""),
+                description=calibration.get("description", "none" if of else ""),
                 sparsity=of.sparsity if of else 0.0 if name == "dense" else None,
                 accuracy=float(figures["accuracy"]),
                 ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),

@@ -33,7 +33,7 @@ from rac_engine.plan import not_finite, skipped_matrices
 from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import MAIN, Limits, Run, models_of
-from rac_engine.solve import METHODS
+from rac_engine.solve import find_method
 from rac_engine.traces import TOKEN_BYTES, load_prompts
 
 
@@ -118,7 +118,7 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             require_memory(model, settings, **vars(limits))
         except BadInput as error:
             raise BadInput(f"{label}: {error}") from None
-        if METHODS[settings.method].needs == "nothing":
+        if find_method(settings.method).needs == "nothing":
             continue
         if calibration.source is None and recipe.trace is None:
             raise BadInput(f"{label}: give the recipe a `trace` section, or `calibration` a source")

@@ -22,7 +22,7 @@ from rac_engine.jobs.layout import JOURNAL, MANIFEST, METRICS, RAC, REPORT, TRAC
 from rac_engine.jobs.publish import write_manifest
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
 from rac_engine.report import Row, comparison, write_report
-from rac_engine.solve import METHODS
+from rac_engine.solve import find_method
 from rac_engine.traces import Calibration, generate
 
 _WORK = "work"
@@ -195,7 +195,7 @@ class Run:
                 shutil.rmtree(earlier)  # a variant's weights, which have answered
         if not made.exists() and not (self._home(name) / METRICS).exists():
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
-            tokens = None if METHODS[settings.method].needs == "nothing" else self._tokens(recipe)
+            tokens = None if find_method(settings.method).needs == "nothing" else self._tokens(recipe)
             prune(recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress)
         if name == MAIN:
             _move_up(made, self.folder)

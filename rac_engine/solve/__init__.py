@@ -1,48 +1,66 @@
 """From a weight matrix and what is known of its input to the pruned matrix.
 
-A method is a file in `methods` with one function (docs/methods.md shows how to add one). The arithmetic is
-rac_kernels'.
+A method is a file in `methods` (docs/methods.md shows how to add one). The arithmetic is rac_kernels'. Names of methods
+are known without torch; all else is imported when it is asked for, so that `rac prune --help` is instant.
 """
 
 from __future__ import annotations
 
-from rac_engine.solve.allocation import levelled, owl, settled, zeros_at
-from rac_engine.solve.matrices import (
-    TOGETHER,
-    WHOLE,
-    MatrixResult,
-    Outputs,
-    joined,
-    left_dense,
-    prune_matrices,
-    prune_matrix,
-    prune_table,
-    split_rows,
-)
-from rac_engine.solve.method import METHODS, Gram, Method, Problem, Solution, Target, find_method, register
-from rac_engine.solve.methods import admm, alps, magnitude, sparsegpt, wanda  # noqa: F401 - this order registers them
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rac_engine.solve.methods import DEFAULT_METHOD, find_method, method_names, why_unknown
+
+if TYPE_CHECKING:
+    from rac_engine.solve.allocation import levelled, owl, settled, zeros_at
+    from rac_engine.solve.matrices import (
+        TOGETHER,
+        WHOLE,
+        MatrixResult,
+        Outputs,
+        joined,
+        left_dense,
+        prune_matrices,
+        prune_matrix,
+        prune_table,
+        split_rows,
+    )
+    from rac_engine.solve.method import Gram, LayerProblem, Method, Solution, Target
 
 __all__ = [
-    "METHODS",
+    "DEFAULT_METHOD",
     "TOGETHER",
     "WHOLE",
     "Gram",
+    "LayerProblem",
     "MatrixResult",
     "Method",
     "Outputs",
-    "Problem",
     "Solution",
     "Target",
     "find_method",
     "joined",
     "left_dense",
     "levelled",
+    "method_names",
     "owl",
     "prune_matrices",
     "prune_matrix",
     "prune_table",
-    "register",
     "settled",
     "split_rows",
+    "why_unknown",
     "zeros_at",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What `__all__` names, from the module that has it."""
+        if name in __all__:
+            for module in ("method", "matrices", "allocation"):
+                found = vars(importlib.import_module(f"{__name__}.{module}"))
+                if name in found:
+                    return globals().setdefault(name, found[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rac_engine.checkpoint import all_finite
-from rac_engine.solve.method import Gram, Problem, Target, find_method, stack
+from rac_engine.solve.method import Gram, LayerProblem, Target, stack
+from rac_engine.solve.methods import find_method
 from rac_kernels import mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
@@ -134,7 +135,7 @@ def prune_matrices(
         stacked = stack([weights[number] for number in group])
         if outputs is not None and gram is not None:
             stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
-        solution = solve(Problem(stacked, rows, wanted, gram, norms))
+        solution = solve(LayerProblem(stacked, rows, wanted, gram, norms))
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
         told = [*notes, *(gram.notes if gram else []), *solution.notes]
         seconds = time.monotonic() - began
@@ -253,7 +254,7 @@ def _says_nothing(statistic: Tensor) -> str | None:
 
 def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
     """What magnitude pruning makes of one matrix."""
-    return find_method("magnitude").solve(Problem(weight, [len(weight)], target)).weight.add(0.0)
+    return find_method("magnitude").solve(LayerProblem(weight, [len(weight)], target)).weight.add(0.0)
 
 
 def left_dense(weight: Tensor, why: str) -> MatrixResult:

@@ -1,4 +1,4 @@
-"""What a method is: one function that is given a `Problem` and returns a `Solution`, registered under a name."""
+"""A method's parts: a function that is given a `LayerProblem` and returns a `Solution`, and what is known of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rac_engine.base.errors import BadInput
 from rac_kernels import Factor, factor_, symmetrize_
 
 Needs = Literal["hessian", "norms", "nothing"]
@@ -100,7 +99,7 @@ class Gram:
 
 
 @dataclass(frozen=True)
-class Problem:
+class LayerProblem:
     """Matrices that share their input, stacked, and what is known of it."""
 
     weights: Tensor
@@ -130,35 +129,15 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to prune, its name in tables, and what it needs to know of an input."""
+    """A way to prune. Its file in `methods` is the one place that knows it."""
 
+    name: str
+    """In recipes, that of its file."""
     title: str
+    """In sentences."""
     needs: Needs
-    solve: Callable[[Problem], Solution]
-
-
-METHODS: dict[str, Method] = {}
-
-"""Every method by its name in recipes."""
-
-
-def register(
-    name: str, title: str, needs: Needs
-) -> Callable[[Callable[[Problem], Solution]], Callable[[Problem], Solution]]:
-    """Enter a function as the method `name`."""
-
-    def enter(solve: Callable[[Problem], Solution]) -> Callable[[Problem], Solution]:
-        METHODS[name] = Method(title, needs, solve)
-        return solve
-
-    return enter
-
-
-def find_method(name: str) -> Method:
-    """The method of that name; `BadInput` if there is none."""
-    if name not in METHODS:
-        raise BadInput(f"method {name!r} is not known; known are {', '.join(METHODS)}")
-    return METHODS[name]
+    """What of an input is gathered for it."""
+    solve: Callable[[LayerProblem], Solution]
 
 
 def stack(weights: list[Tensor]) -> Tensor:

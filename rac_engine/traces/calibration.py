@@ -95,6 +95,13 @@ class Calibration:
                 digest.update(sequence.weights.astype("<f4").tobytes())
         return digest.hexdigest()
 
+    @property
+    def label(self) -> str:
+        """A word for tables: "traces" (prompts with completions), "prompt", "completion" or "text"."""
+        if self.part != "all":
+            return self.part
+        return {"pieces of text": "text", "prompts": "prompt"}.get(self.kind, "traces")
+
     def describe(self) -> str:
         what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
         weighted = f", {self.weighting}" if self.weighting else ""

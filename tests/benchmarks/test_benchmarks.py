@@ -66,8 +66,8 @@ def test_solvers_in_one_record_that_goes_on(tmp_path: Path) -> None:
     assert rows[0] == {**first, "seconds": 5.0} and len(rows) == 6
     errors = {(row["method"], row["sparsity"]): row["error"] for row in rows}
     for sparsity in ("0.6", "2:4"):
-        assert 0 < errors["rac", sparsity] < errors["sparsegpt", sparsity] < 1
-        by_alps = errors["rac", sparsity] / errors["alps", sparsity]
+        assert 0 < errors["admm", sparsity] < errors["sparsegpt", sparsity] < 1
+        by_alps = errors["admm", sparsity] / errors["alps", sparsity]
         assert f"| {by_alps:.3f}, {by_alps:.3f} |" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -90,7 +90,7 @@ class ALPS_prune:
 def test_the_published_code_of_alps_runs_beside(tmp_path: Path) -> None:
     """A stand-in with its names, which prunes by magnitude on a GPU; one that prunes too much is found out."""
     clone, record = tmp_path / "ALPS", tmp_path / "record.json"
-    command = ["benchmarks/solvers.py", "--shapes", "24x32", "--methods", "rac", "--sparsities", "0.6", "2:4"]
+    command = ["benchmarks/solvers.py", "--shapes", "24x32", "--methods", "admm", "--sparsities", "0.6", "2:4"]
     command += ["--out", str(record), "--alps-code", str(clone)]
     refused = run(*command)
     assert refused.returncode == 2 and "no alps.py there" in refused.stderr and not record.exists()
@@ -104,7 +104,7 @@ def test_the_published_code_of_alps_runs_beside(tmp_path: Path) -> None:
     assert found["alps_code"] == {"url": "https://github.com/mazumder-lab/ALPS", "commit": None}
     errors = {(row["method"], row["sparsity"]): row["error"] for row in found["rows"]}
     for sparsity in ("0.6", "2:4"):
-        by_code = errors["rac", sparsity] / errors["alps-code", sparsity]
+        by_code = errors["admm", sparsity] / errors["alps-code", sparsity]
         assert by_code < 1 and f"| {by_code:.3f}, {by_code:.3f} |" in done.stdout
 
 
@@ -113,12 +113,12 @@ def test_cells_of_the_quality_record_keep_their_names(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
     options = ["--token-counts", "5k", "200k", "--dampings", "0.003", "--without", "sort", "--reconstruct", "auto"]
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--work", "x", "--methods", "rac", "magnitude", *options])
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--work", "x", "--methods", "admm", "magnitude", *options])
     names = [cell.name for cell in quality._cells(quality._arguments())]
     assert len(names) == len(set(names)) == 2 * 6 * 4
-    assert "rac-text-1of4-damping0.003-tokens5000-without-sort" in names
-    assert quality.Cell("rac", "rac", "2:4").name == "rac-rac-2of4"
-    assert quality.Cell("alps", "rac", "0.8", "dense").name == "alps-rac-0.8-dense"
+    assert "admm-text-1of4-damping0.003-tokens5000-without-sort" in names
+    assert quality.Cell("admm", "traces", "2:4").name == "admm-traces-2of4"
+    assert quality.Cell("alps", "traces", "0.8", "dense").name == "alps-traces-0.8-dense"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

@@ -23,7 +23,12 @@ MODULES = {
 
 
 def metrics_lines(
-    sparsity: float = 0.5, layers: int = 6, description: str = "traces", seed: int = 0, **run: Any
+    sparsity: float = 0.5,
+    layers: int = 6,
+    description: str = "traces",
+    seed: int = 0,
+    label: str = "traces",
+    **run: Any,
 ) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl."""
     draw = random.Random(seed)
@@ -34,6 +39,7 @@ def metrics_lines(
             "machine": {"cpu": "Zen 4", "threads": 2, "memory": 24 << 30, "device": "cpu"},
             "model": {"path": "/models/abacus", "sha256": "a1" * 32, "model_type": "qwen2", "parameters": 2_300_000},
             "calibration": {
+                "label": label,
                 "description": description,
                 "source": "rac/traces",
                 "sha256": "b2" * 32,
@@ -131,7 +137,10 @@ def write_run(out: Path, recipe: Recipe, layers: int = 6) -> Path:
     for seed, (variant, (accuracy, mean, cut_off)) in enumerate(zip(recipe.compare, figures, strict=False), 2):
         result = evaluation(accuracy, mean, cut_off, seed=seed)
         (rac / "eval" / f"{variant.name}.json").write_text(json.dumps(result))
-        lines = metrics_lines(variant.settings(recipe.prune).sparsity, description=f"as {variant.name}", seed=seed)
+        label = variant.name.partition("-")[0]
+        lines = metrics_lines(
+            variant.settings(recipe.prune).sparsity, description=f"as {variant.name}", seed=seed, label=label
+        )
         write_lines(rac / "variants" / variant.name / "metrics.jsonl", lines)
     steps = [("traces", 41.0), ("dense answers", 22.0), ("prune", 18.2), ("pruned answers", 23.0), ("variants", 96.0)]
     journal = Journal(rac / "steps.jsonl")

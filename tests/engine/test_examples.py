@@ -73,7 +73,10 @@ def test_the_demos_recipe_loads_and_compares_like_with_like() -> None:
     assert recipe.trace.prompts == PROBLEMS["calibration"] and recipe.evaluate.problems == PROBLEMS["evaluation"]
     assert recipe.prune.sparsity == 0.5 and recipe.prune.method == "sparsegpt"
     names = {variant.name: variant for variant in recipe.compare}
-    assert {"text-50", "prompt-50", "text-60", "prompt-60", "rac-60"} <= names.keys()
+    assert {f"{calibration}-sparsegpt-{sparsity}" for calibration in ("text", "prompt") for sparsity in (50, 60)} | {
+        "traces-sparsegpt-60",
+        "traces-admm-50",
+    } <= names.keys()
     for variant in recipe.compare:
         tokens = (variant.calibration or recipe.calibration).tokens or recipe.trace.tokens
         assert tokens == recipe.trace.tokens, variant.name

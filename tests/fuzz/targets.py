@@ -205,7 +205,7 @@ _PROBLEMS = """\
 """
 _RECIPE = """\
 model: model
-name: rac-50
+name: traces-50
 trace: {prompts: prompts.jsonl, tokens: 1M, samples: 2, temperature: 0.6}
 calibration:
   source: "text:file.txt"   # a comment

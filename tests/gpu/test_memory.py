@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("share", [1.0, 0.8])
 @pytest.mark.parametrize(
-    ("method", "reconstruct"), [("sparsegpt", "layer"), ("rac", "residual"), ("wanda", "layer"), ("alps", "layer")]
+    ("method", "reconstruct"), [("sparsegpt", "layer"), ("admm", "residual"), ("wanda", "layer"), ("alps", "layer")]
 )
 def test_a_job_allocates_no_more_than_planned_and_allowed(
     source: Path, tmp_path: Path, method: str, reconstruct: str, share: float

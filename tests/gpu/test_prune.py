@@ -19,7 +19,7 @@ from rac_engine.recipe.settings import PruneSettings
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-METHODS = [("rac", None), ("sparsegpt", "2:4"), ("alps", None), ("wanda", None), ("magnitude", None)]
+METHODS = [("admm", None), ("sparsegpt", "2:4"), ("alps", None), ("wanda", None), ("magnitude", None)]
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def run(source: Path, out: Path, device: str, method: str = "rac", pattern: str | None = None) -> PruneReport:
+def run(source: Path, out: Path, device: str, method: str = "admm", pattern: str | None = None) -> PruneReport:
     chosen: dict[str, Any] = {"method": method, "pattern": pattern}
     settings = PruneSettings(**chosen, chunk_tokens=64, block_size=16)
     return prune(source, out, settings, tiny.calibration(), device=device)
@@ -63,7 +63,7 @@ def test_the_same_bytes_again_and_after_a_stop(tmp_path: Path) -> None:
         if line.startswith("layer 2"):
             raise Interrupted("stopped by the test")
 
-    settings = PruneSettings(method="rac", chunk_tokens=64, block_size=16)
+    settings = PruneSettings(method="admm", chunk_tokens=64, block_size=16)
     with pytest.raises(Interrupted):
         prune(source, tmp_path / "three", settings, tiny.calibration(), device="cuda", progress=stop)
     run(source, tmp_path / "three", "cuda")

@@ -8,7 +8,7 @@ the same λ holds in the target and in the solver.
 
 from __future__ import annotations
 
-from rac_engine.solve.method import Problem, Solution, register
+from rac_engine.solve.method import LayerProblem, Method, Solution
 from rac_kernels import admm_short_, refine, symmetrize_
 
 STEPS = 36
@@ -18,8 +18,7 @@ REFINING_STEPS = 7
 TOLERANCE = 1e-2
 
 
-@register("rac", "RAC Engine", needs="hessian")
-def rac(problem: Problem) -> Solution:
+def solve(problem: LayerProblem) -> Solution:
     assert problem.gram is not None
     target = problem.target
     factor = problem.gram.borrow(target.damping)
@@ -30,3 +29,6 @@ def rac(problem: Problem) -> Solution:
     H.diagonal().copy_(factor.damped)
     refined, how = refine(masked, H, goal, iterations=REFINING_STEPS, tolerance=TOLERANCE)
     return Solution(refined, factor.damping, STEPS + how.iterations)
+
+
+METHOD = Method(name="admm", title="ADMM and masked least squares", needs="hessian", solve=solve)

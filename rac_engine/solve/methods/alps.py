@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from rac_engine.solve.method import Problem, Solution, register
+from rac_engine.solve.method import LayerProblem, Method, Solution
 from rac_kernels import admm, refine
 
 STEPS = 300
@@ -16,8 +16,7 @@ STEPS = 300
 REFINING_STEPS = 10
 
 
-@register("alps", "ALPS", needs="hessian")
-def alps(problem: Problem) -> Solution:
+def solve(problem: LayerProblem) -> Solution:
     assert problem.gram is not None
     target, H = problem.target, problem.gram.full()
     ridge = problem.gram.ridge  # of the factor, where outputs were matched under it
@@ -34,3 +33,6 @@ def alps(problem: Problem) -> Solution:
         pruned.append(refined)
         most = max(most, steps)
     return Solution(torch.cat(pruned), target.damping, most + REFINING_STEPS, ridge=ridge)
+
+
+METHOD = Method(name="alps", title="ALPS", needs="hessian", solve=solve)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from rac_engine.solve.method import Problem, Solution, register
+from rac_engine.solve.method import LayerProblem, Method, Solution
 from rac_kernels import mask_by_score
 
 
-@register("magnitude", "magnitude pruning", needs="nothing")
-def magnitude(problem: Problem) -> Solution:
+def solve(problem: LayerProblem) -> Solution:
     target = problem.target
     masks = [
         mask_by_score(weight.float().abs(), target.sparsity, target.pattern, per="matrix")
         for weight in problem.weights.split(problem.rows)
     ]
     return Solution(problem.weights.masked_fill(torch.cat(masks), 0))
+
+
+METHOD = Method(name="magnitude", title="magnitude pruning", needs="nothing", solve=solve)

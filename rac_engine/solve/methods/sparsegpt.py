@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rac_engine.solve.method import Problem, Solution, register
+from rac_engine.solve.method import LayerProblem, Method, Solution
 from rac_kernels import sweep
 
 
-@register("sparsegpt", "SparseGPT", needs="hessian")
-def sparsegpt(problem: Problem) -> Solution:
+def solve(problem: LayerProblem) -> Solution:
     assert problem.gram is not None
     target = problem.target
     factor = problem.gram.factor(target.damping)
@@ -15,3 +14,6 @@ def sparsegpt(problem: Problem) -> Solution:
         problem.weights, factor.U, target.sparsity, target.pattern, target.block_size, factor.dead, problem.rows
     )
     return Solution(pruned, factor.damping)
+
+
+METHOD = Method(name="sparsegpt", title="SparseGPT", needs="hessian", solve=solve)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from rac_engine.solve.method import Problem, Solution, register
+from rac_engine.solve.method import LayerProblem, Method, Solution
 from rac_kernels import mask_by_score
 
 
-@register("wanda", "Wanda", needs="norms")
-def wanda(problem: Problem) -> Solution:
+def solve(problem: LayerProblem) -> Solution:
     assert problem.norms is not None
     scores = problem.weights.float().abs() * problem.norms.sqrt()
     mask = mask_by_score(scores, problem.target.sparsity, problem.target.pattern, per="row")
     return Solution(problem.weights.masked_fill(mask, 0))
+
+
+METHOD = Method(name="wanda", title="Wanda", needs="norms", solve=solve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.models.model import Model
 from rac_engine.recipe.settings import EPOCHS, PruneSettings
-from rac_engine.solve.method import METHODS, Method, Solution
+from rac_engine.solve.method import Solution
+from rac_engine.solve.methods import wanda
 from rac_engine.traces.calibration import Calibration
 from tests import tiny
 
@@ -183,7 +185,8 @@ def test_in_another_order_the_model_is_the_same(
 ) -> None:
     """By a method that changes no weight: what is left is the order."""
     source, out = checkpoint("qwen2", dtype=torch.float32), tmp_path / "out"
-    monkeypatch.setitem(METHODS, "wanda", Method("nothing", "norms", lambda problem: Solution(problem.weights)))
+    nothing = dataclasses.replace(wanda.METHOD, solve=lambda problem: Solution(problem.weights))
+    monkeypatch.setattr(wanda, "METHOD", nothing)
     monkeypatch.setattr("rac_engine.engine.pruning._read_back", lambda *_: None)  # which would miss the zeros
     report = prune(source, out, settings(method="wanda", reorder="mlp"), tiny.calibration())
     assert reordered(report.matrices) == {row["name"] for row in report.matrices if "mlp" in row["module"]}

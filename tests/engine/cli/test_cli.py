@@ -89,6 +89,19 @@ def test_help_is_instant_and_imports_nothing_heavy():
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
 
 
+def test_help_on_pruning_names_the_methods_and_imports_no_torch():
+    program = (
+        "import sys\n"
+        "from rac_engine.cli import main\n"
+        "main(['prune', '--help'])\n"
+        "heavy = {'torch', 'transformers', 'triton'} & set(sys.modules)\n"
+        "print(heavy, file=sys.stderr); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "admm, alps, magnitude, sparsegpt, wanda" in " ".join(done.stdout.split())
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_is_explained(command, rac):
     page = rac(command, "--help").out
@@ -119,7 +132,13 @@ def test_the_version(rac):
         (["prune", "m", "o", "--pattern", "2:4", "--sparsity", "0.7"], "pattern 2:4 means sparsity 0.5, not 0.7"),
         (["prune", "m", "o", "--block-size", "0"], "--block-size: should be greater than 0"),
         (["prune", "m", "o", "--tokens", "many"], "'many' is not a size"),
-        (["prune", "m", "o", "--method", "guess"], "invalid choice: 'guess'"),
+        (["prune", "m", "o", "--method", "guess"], "--method: 'guess' is not known; known are admm, alps, "),
+        (["prune", "m", "o", "--method", "wnada"], "--method: 'wnada' is not known; did you mean 'wanda'?"),
+        (
+            ["prune", "m", "o", "--method", "rac"],
+            "--method: 'rac' is called admm now (rac is the calibration on the model's own traces)",
+        ),
+        (["plan", "m", "--method", "rac"], "--method: 'rac' is called admm now"),
         (["prune", "m", "o", "--dense", "("], "not a valid regular expression"),
         (["prune", "m", "o", "--spars", "0.5"], "--spars"),
         (["prune", "m", "o", "--device", "tpu", "--method", "magnitude"], "--device tpu"),

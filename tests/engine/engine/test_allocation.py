@@ -81,7 +81,7 @@ def test_no_matrix_is_dense_below_nothing_or_all_gone(sparsity: float, most: flo
     assert high - sparsity <= most + 1e-12
 
 
-@pytest.mark.parametrize("method", ["rac", "sparsegpt", "wanda", "alps"])
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "wanda", "alps"])
 @pytest.mark.parametrize("sparsity", [0.29, 0.5, 0.7])
 def test_zeros_add_up_to_the_models_sparsity(method: str, sparsity: float) -> None:
     """Within 0.01% of the weights, though every method rounds down by matrix, block or row."""
@@ -105,7 +105,7 @@ def larger(checkpoint: Make) -> Path:
 
 
 @pytest.mark.parametrize("allocation", ["owl", "error"])
-@pytest.mark.parametrize("method", ["rac", "sparsegpt", "wanda"])
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "wanda"])
 def test_an_allocated_model_is_as_sparse_as_asked_for_and_verifies(
     checkpoint: Make, tmp_path: Path, allocation: str, method: str
 ) -> None:

@@ -187,7 +187,7 @@ def test_what_is_reconstructed_is_what_the_dense_model_gives(
     source, out = checkpoint(family, dtype=torch.float32), tmp_path / "out"
     calibration = tiny.calibration()
     report = prune(
-        source, out, settings(method="rac", sparsity=0.6, chunk_tokens=24, reconstruct=reconstruct), calibration
+        source, out, settings(method="admm", sparsity=0.6, chunk_tokens=24, reconstruct=reconstruct), calibration
     )
     ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
     given, dense = inputs_of(out, ids), inputs_of(source, ids)
@@ -213,7 +213,7 @@ def test_what_is_reconstructed_is_what_the_dense_model_gives(
 def test_weights_count_in_what_is_reconstructed_too(checkpoint: Make, tmp_path: Path) -> None:
     """Shared inputs (DenseInputs) and a matrix's own outputs (DenseOutputs)."""
     source, out, calibration = checkpoint("qwen2", dtype=torch.float32), tmp_path / "out", tiny.weighted()
-    report = prune(source, out, settings(method="rac", sparsity=0.6, reconstruct="dense"), calibration)
+    report = prune(source, out, settings(method="admm", sparsity=0.6, reconstruct="dense"), calibration)
     ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
     weights = torch.cat([torch.as_tensor(s.weights).double() for s in calibration.sequences if s.weights is not None])
     given, dense = inputs_of(out, ids), inputs_of(source, ids)
@@ -232,7 +232,7 @@ def test_matching_outputs_brings_the_model_nearer_to_the_dense_one(checkpoint: M
     far = {}
     for reconstruct in ("layer", "dense", "residual"):
         out = tmp_path / reconstruct
-        prune(source, out, settings(method="rac", reconstruct=reconstruct), calibration)
+        prune(source, out, settings(method="admm", reconstruct=reconstruct), calibration)
         far[reconstruct] = float((inputs_of(out, ids)[last] - wanted).square().sum() / wanted.square().sum())
     assert far["dense"] < 0.9 * far["layer"]
     assert far["residual"] < 0.9 * far["layer"]
@@ -277,7 +277,7 @@ def test_sparsity_zero_gives_the_same_files(checkpoint: Make, tmp_path: Path, fa
     assert {row["skipped"] for row in report.matrices} == {"sparsity 0"}
 
 
-@pytest.mark.parametrize("method", ["rac", "sparsegpt", "alps", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "alps", "wanda", "magnitude"])
 def test_patterns(checkpoint: Make, tmp_path: Path, method: str) -> None:
     out = tmp_path / "out"
     report = prune(checkpoint("llama"), out, settings(method=method, pattern="2:4"), tiny.calibration())
@@ -328,7 +328,7 @@ def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
     ("changes", "inner", "hidden"),
     [
         ({"method": "sparsegpt"}, 2, 1 + 5 + 3),  # embeddings; all blocks but the last; every attention's kept input
-        ({"method": "rac", "reconstruct": "residual"}, 2, (1 + 5) * 2 + 3),  # the dense model's beside
+        ({"method": "admm", "reconstruct": "residual"}, 2, (1 + 5) * 2 + 3),  # the dense model's beside
         ({"method": "sparsegpt", "order": "layer"}, 0, 1 + 4),
         ({"method": "sparsegpt", "allocation": "owl"}, 2 * 2, (1 + 5 + 3) * 2),
     ],
@@ -377,7 +377,7 @@ def test_settings_that_do_not_fit_the_model(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("method", ["rac", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "wanda", "magnitude"])
 def test_overrides_prune_some_matrices_otherwise(checkpoint: Make, tmp_path: Path, method: str) -> None:
     """Of those that share an input too; the last that fits a matrix wins."""
     overrides = [
@@ -398,7 +398,7 @@ def test_overrides_prune_some_matrices_otherwise(checkpoint: Make, tmp_path: Pat
             share = 0.25
         assert row["sparsity"] == pytest.approx(share, abs=0.01)
         assert row["target"] == {"sparsity": share, "pattern": "2:4" if module == "self_attn.v_proj" else None}
-        if method in ("rac", "sparsegpt"):
+        if method in ("admm", "sparsegpt"):
             assert row["damping"] == (0.1 if share == 0.25 else 0.01)
     assert verify(tmp_path / "out", checkpoint("qwen2")).problems == []
     card = (tmp_path / "out" / "README.md").read_text()
@@ -410,7 +410,7 @@ UNTIED = [family for family, config in tiny.FAMILIES.items() if not config["tie_
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [*((family, "rac") for family in UNTIED), *(("llama", other) for other in ("sparsegpt", "wanda", "magnitude"))],
+    [*((family, "admm") for family in UNTIED), *(("llama", other) for other in ("sparsegpt", "wanda", "magnitude"))],
 )
 def test_lm_head_and_embeddings_are_pruned_if_asked_for(
     checkpoint: Make, tmp_path: Path, family: str, method: str
@@ -437,17 +437,17 @@ def test_lm_head_and_embeddings_are_pruned_if_asked_for(
     assert bool((dense.abs().masked_fill(~gone, 0).amax(1) <= dense.abs().masked_fill(gone, torch.inf).amin(1)).all())
     assert rows["lm_head"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert rows["lm_head"]["sparsity"] == float((after["lm_head.weight"] == 0).float().mean())
-    if method in ("rac", "sparsegpt"):
+    if method in ("admm", "sparsegpt"):
         ids = [torch.as_tensor(sequence.token_ids) for sequence in calibration.sequences]
         given, own = inputs_of(out, ids)["lm_head"], inputs_of(source, ids)["lm_head"]
-        goal = (own if method == "rac" else given) @ before["lm_head.weight"].double().T
+        goal = (own if method == "admm" else given) @ before["lm_head.weight"].double().T
         objective = float((given @ after["lm_head.weight"].double().T - goal).square().sum())
         assert rows["lm_head"]["objective"] == pytest.approx(objective, rel=1e-3)
 
 
 def test_lm_head_alone_is_calibrated_on_the_whole_model(checkpoint: Make, tmp_path: Path) -> None:
     """Nothing else pruned: every layer is gone through all the same. By order: layer too."""
-    for order, method in (("staged", "rac"), ("layer", "sparsegpt")):
+    for order, method in (("staged", "admm"), ("layer", "sparsegpt")):
         source, out = checkpoint("llama", dtype=torch.float32), tmp_path / order
         wanted = settings(method=method, order=order, also=["lm_head"], dense=[r"model\.layers.*"])
         report = prune(source, out, wanted, tiny.calibration())
@@ -863,7 +863,7 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
     assert record["chunk_tokens"] == 64 and record["activations"].startswith("replay: ")
 
 
-@pytest.mark.parametrize("changes", [{"method": "sparsegpt"}, {"method": "rac", "reconstruct": "residual"}])
+@pytest.mark.parametrize("changes", [{"method": "sparsegpt"}, {"method": "admm", "reconstruct": "residual"}])
 def test_a_job_with_activations_on_disk_goes_on_to_the_same_bytes_within_any_limit(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:

@@ -21,12 +21,13 @@ from rac_engine.engine.verify import verify
 from rac_engine.recipe.settings import PruneSettings
 from rac_engine.solve import MatrixResult, Target, prune_matrices, prune_matrix
 from rac_engine.solve.matrices import Outputs
-from rac_engine.solve.method import Solution, find_method
+from rac_engine.solve.method import Solution
+from rac_engine.solve.methods import find_method
 from rac_engine.traces.calibration import Sequence
 from tests import tiny
 
 COLUMNS = 32
-METHODS = ("sparsegpt", "rac", "alps")
+METHODS = ("sparsegpt", "admm", "alps")
 
 
 def solve(inputs: Tensor, method: str = "sparsegpt", weight: Tensor | None = None, **options: Any) -> MatrixResult:
@@ -87,7 +88,7 @@ def test_a_column_whose_squares_underflow_counts_as_dead(method: str) -> None:
 
 
 def test_rank_deficient_hessians_are_better_than_magnitude_all_the_same() -> None:
-    result = solve(tokens(COLUMNS // 2), "rac")
+    result = solve(tokens(COLUMNS // 2), "admm")
     assert result.relative_error is not None and result.magnitude_error is not None
     assert result.relative_error < 0.5 * result.magnitude_error
 
@@ -120,9 +121,9 @@ def test_tokens_with_nan_or_inf_are_left_out_and_counted() -> None:
 
 def test_dense_outputs_that_are_not_finite_are_not_matched() -> None:
     cross = torch.full((COLUMNS, 24), torch.inf)
-    result = solve(tokens(), "rac", outputs=Outputs(cross, [torch.inf], [1.0]))
+    result = solve(tokens(), "admm", outputs=Outputs(cross, [torch.inf], [1.0]))
     assert is_pruned(result) and result.notes == ["the dense model's outputs are not finite: not matched"]
-    assert result.relative_error == solve(tokens(), "rac").relative_error
+    assert result.relative_error == solve(tokens(), "admm").relative_error
 
 
 def test_damping_is_raised_by_the_stated_schedule_and_never_to_the_identity() -> None:
@@ -211,7 +212,7 @@ def test_a_token_that_is_not_finite_counts_nowhere(
             save_file(tensors, file, {"format": "pt"})
     clean = tiny.calibration((40, 30, 22))
     ids = [np.where(sequence.token_ids == 7, 8, sequence.token_ids) for sequence in clean.sequences]
-    settings = PruneSettings(method="rac", reconstruct=reconstruct, nonfinite="dense", chunk_tokens=64)
+    settings = PruneSettings(method="admm", reconstruct=reconstruct, nonfinite="dense", chunk_tokens=64)
     found = {}
     for name in ("without", "counted", "weightless"):
         weights = np.zeros(1, np.float32) if name == "weightless" else None

@@ -215,8 +215,8 @@ print(report.end["memory"]["host_planned"], report.end["memory"]["host_measured"
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
 JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "sparsegpt": ("qwen2", {}, {"method": "sparsegpt"}),
-    "rac": ("qwen2", {}, {"method": "rac", "overrides": [{"modules": ".*up_proj", "damping": 0.1}]}),
-    "tuned": ("qwen2", {}, {"method": "rac", "pattern": "1:4", "tune": 1}),
+    "admm": ("qwen2", {}, {"method": "admm", "overrides": [{"modules": ".*up_proj", "damping": 0.1}]}),
+    "tuned": ("qwen2", {}, {"method": "admm", "pattern": "1:4", "tune": 1}),
     "wanda": ("qwen2", {}, {"method": "wanda"}),
     "layer": ("qwen2", {}, {"method": "sparsegpt", "order": "layer"}),
     "experts": ("mixtral", {"intermediate_size": 1024, "num_local_experts": 8}, {"method": "sparsegpt"}),

@@ -56,7 +56,7 @@ def test_the_arithmetic_is_that_of_the_kernels_limits(qwen2_7b):
     assert work["factor"] == pytest.approx(28 * (3 * 3584**3 + 18944**3) / 3)
     assert work["sweep"] == 28 * ((4608 + 3584 + 37888) * 3584**2 + 3584 * 18944**2)
     assert work["forward"] == pytest.approx(1.305e16, rel=1e-3)
-    matched = make_plan(qwen2_7b, PruneSettings(method="rac"), tokens=1_000_000)
+    matched = make_plan(qwen2_7b, PruneSettings(method="admm"), tokens=1_000_000)
     both = {work.name: work.flops for work in matched.work}
     assert both["forward"] == 2 * work["forward"]
     assert both["outputs to match"] == 28 * 4e6 * (3 * 3584**2 + 18944 * 3584)
@@ -68,7 +68,7 @@ def test_experts_outputs_are_matched_by_the_routers_share(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = {"model_type": "mixtral", **sizes, "num_hidden_layers": 2, "num_local_experts": 8, "vocab_size": 100}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    work = {work.name: work.flops for work in make_plan(tmp_path, PruneSettings(method="rac"), tokens=1000).work}
+    work = {work.name: work.flops for work in make_plan(tmp_path, PruneSettings(method="admm"), tokens=1000).work}
     experts = 2 * (64 * 64 + 64 * 96)  # gate and up, then down, of 2 experts a token
     assert work["outputs to match"] == 2 * 1000 * 4 * (64 * 64 + 64 * 64 + experts)  # q k v, and o
 
@@ -95,7 +95,7 @@ LLAMA_70B = {
 }
 
 
-@pytest.mark.parametrize("method", ["sparsegpt", "rac"])
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
 @pytest.mark.parametrize(
     ("config", "device", "host"), [(QWEN2_7B, 6, 16), (QWEN2_7B, 6, 64), (LLAMA_70B, 14, 24), (LLAMA_70B, 14, 128)]
 )
@@ -110,7 +110,7 @@ def test_real_shapes_with_long_traces_fit_a_small_gpu(tmp_path, config, device, 
     assert memory.choice.chunk_tokens >= 1024
     assert memory.choice.place == ("disk" if host < 40 else "host")
     hidden, width = config["hidden_size"], config["hidden_size"]
-    streams = 2 if method == "rac" else 1  # the dense model's beside the pruned one's
+    streams = 2 if method == "admm" else 1  # the dense model's beside the pruned one's
     assert memory.disk == (1_000_000 * (streams * hidden + width) * 2 if host < 40 else 0)
     by_phase = {phase.name: phase for phase in memory.phases}
     assert by_phase["solve mlp.down_proj"].device["Hessian"] == 4 * config["intermediate_size"] ** 2

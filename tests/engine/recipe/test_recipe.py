@@ -15,7 +15,7 @@ from rac_engine.recipe.settings import CalibrationSettings, PruneSettings, Recip
 
 FULL = """\
 model: model
-name: rac-50
+name: traces-50
 trace:
   prompts: prompts.jsonl
   tokens: 50k
@@ -88,6 +88,12 @@ def test_a_pattern_sets_the_sparsity(pattern):
         ("model: m\nprune:\n  sparsity: 1.5\n", "3:13", "prune.sparsity: should be less than 1, got 1.5"),
         ("model: m\nprune:\n  sparsity: .nan\n", "3:13", "should be a number"),
         ("model: m\nprune:\n  patern: 2:4\n", "3:3", "did you mean 'pattern'?"),
+        (
+            "model: m\nprune: {method: rac}\n",
+            "2:17",
+            "prune.method: 'rac' is called admm now (rac is the",
+        ),
+        ("model: m\nprune: {method: spargpt}\n", "2:17", "'spargpt' is not known; did you mean 'sparsegpt'?"),
         ("model: m\nprune:\n  pattern: 5:4\n", "3:12", "0 < N < M"),
         ("model: m\nprune:\n  pattern: '2:4 '\n", "3:12", "not N:M"),
         ("model: m\nprune:\n  pattern: 1:4\n  sparsity: 0.5\n", "3:3", "pattern 1:4 means sparsity 0.75"),

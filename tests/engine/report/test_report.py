@@ -30,13 +30,13 @@ HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.
 def _recipe(**changes: object) -> Recipe:
     sections = {
         "model": "/models/abacus",
-        "name": "rac-50",
+        "name": "traces-50",
         "trace": {"prompts": "p.jsonl", "tokens": "50k"},
         "evaluate": {"problems": "q.jsonl", "max_new_tokens": 330},
         "compare": [
             {"name": "text-50", "calibration": {"source": "text:english.txt"}},
             {"name": "prompt-50", "calibration": {"part": "prompt"}},
-            {"name": "rac-60", "prune": {"sparsity": 0.6}},
+            {"name": "traces-60", "prune": {"sparsity": 0.6}},
         ],
         **changes,
     }
@@ -97,11 +97,18 @@ def test_the_page_needs_nothing_from_outside_and_runs_no_script(out):
 def test_the_page_says_the_figures(out):
     page = _write(out)
     rows = {row.name: row for row in comparison(out)}
-    assert list(rows) == ["dense", "rac-50", "text-50", "prompt-50", "rac-60"]
+    assert list(rows) == ["dense", "traces-50", "text-50", "prompt-50", "traces-60"]
     for row in rows.values():
-        assert row.name in page.text
+        assert row.name in page.text and row.label in page.text
         assert percent(row.accuracy, strip=False) in page.text
-    assert rows["rac-60"].sparsity == pytest.approx(0.6, abs=1e-3)
+    assert rows["traces-60"].sparsity == pytest.approx(0.6, abs=1e-3)
+    assert [row.label for row in rows.values()] == [
+        "",
+        "traces · sparsegpt",
+        "text · sparsegpt",
+        "prompt · sparsegpt",
+        "traces · sparsegpt",
+    ]
     assert "200 problems" in page.text and "49,152 tokens" in page.text
     assert "no fallback was taken" in page.text
 
@@ -267,6 +274,9 @@ def test_the_table_is_aligned(out):
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == [
         "name",
+        "calibration",
+        "·",
+        "method",
         "sparsity",
         "accuracy",
         "[95%",
@@ -311,6 +321,6 @@ def test_the_card_has_the_figures_and_survives_odd_names(out):
     rows = [row.__dict__ for row in comparison(out)]
     card = model_card({**metrics.run, "matrices": metrics.matrices, "end": {"notes": ["x|y"]}, "evaluation": rows})
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "| rac-50 | 50% | " in card
+    assert "| traces-50 | traces | sparsegpt | 50% | " in card and "| text-50 | text | sparsegpt | 50% | " in card
     assert f"{metrics.zeros / 2_300_000:.1%}" in card
     assert "# a|b `c` d, pruned (50% unstructured)" in card

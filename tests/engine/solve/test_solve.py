@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from rac_engine.base.errors import BadInput
-from rac_engine.solve import METHODS, Gram, Outputs, Target, matrices, prune_matrices, prune_matrix
+from rac_engine.solve import matrices
+from rac_engine.solve.matrices import Outputs, prune_matrices, prune_matrix
+from rac_engine.solve.method import Gram, Target
+from rac_engine.solve.methods import find_method, method_names
 from rac_kernels.measure.published import sparsegpt
 from tests.kernels.gram import KINDS, gram
 
@@ -27,7 +30,7 @@ def true_objective(W: Tensor, Q: Tensor, H: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, None), (0.7, None), (0.5, "2:4"), (0.75, "1:4"), (0.5, "4:8")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_prunes_to_the_target(
     problem: tuple[Tensor, Tensor], method: str, sparsity: float, pattern: str | None, dtype: torch.dtype
 ) -> None:
@@ -73,25 +76,25 @@ def test_magnitude_compares_within_the_whole_matrix(problem: tuple[Tensor, Tenso
     assert torch.equal(Q.flatten(), W.flatten().index_fill(0, gone, 0))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 def test_stacking_changes_nothing(problem: tuple[Tensor, Tensor], method: str, pattern: str | None) -> None:
     """Each of the matrices that share an input has its own thresholds."""
     W, H = problem
     parts = [3.0 * W[:10], W[10:14], W[14:]]
-    statistic = {"hessian": H.clone(), "norms": H.diagonal().clone(), "nothing": None}[METHODS[method].needs]
+    statistic = {"hessian": H.clone(), "norms": H.diagonal().clone(), "nothing": None}[find_method(method).needs]
     together = prune_matrices(parts, statistic, method, Target(0.6, pattern))
     for part, result in zip(parts, together, strict=True):
         alone = prune_matrix(part, H, method, 0.6, pattern)
         assert result.zeros == alone.zeros
         torch.testing.assert_close(result.weight, alone.weight)
-        if METHODS[method].needs == "hessian":
+        if find_method(method).needs == "hessian":
             assert result.objective == pytest.approx(alone.objective, rel=1e-4)
         else:
             assert result.objective is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 def test_no_negative_zero_is_left_by_rounding(method: str) -> None:
     """Corrections can leave less of a weight than fp16 can hold, and sources may hold −0.0 themselves."""
     W = torch.tensor([[0.0, -0.0, 1.0, 2.0], [-6e-8, -6e-8, 1.0, 2.0]]).half()
@@ -123,7 +126,7 @@ def test_raised_damping_is_noted() -> None:
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_input_that_no_token_reached(problem: tuple[Tensor, Tensor], method: str) -> None:
     W, H = problem
-    statistic = torch.zeros_like(H) if METHODS[method].needs == "hessian" else torch.zeros(64)
+    statistic = torch.zeros_like(H) if find_method(method).needs == "hessian" else torch.zeros(64)
     left, also = prune_matrices([W, W[:3]], statistic, method, Target())
     assert torch.equal(left.weight, W)
     assert also.skipped == left.skipped == "no calibration token reached it"
@@ -160,7 +163,7 @@ def test_sparsegpt_is_as_good_as_the_published_loop(
     assert true_objective(W, result.weight, H) <= 1.001 * true_objective(W, published, H)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_names())
 @pytest.mark.parametrize("damping", [0.01, 0.2])
 def test_matrices_of_one_input_may_each_have_a_target_of_their_own(
     problem: tuple[Tensor, Tensor], method: str, damping: float
@@ -168,7 +171,7 @@ def test_matrices_of_one_input_may_each_have_a_target_of_their_own(
     W, H = problem
     parts = [W[:10], W[10:14], W[14:]]
     targets = [Target(0.6), Target(0.5, "2:4", damping), Target(0.6)]
-    statistic = {"hessian": H.clone(), "norms": H.diagonal().clone(), "nothing": None}[METHODS[method].needs]
+    statistic = {"hessian": H.clone(), "norms": H.diagonal().clone(), "nothing": None}[find_method(method).needs]
     together = prune_matrices(parts, statistic, method, targets)
     for part, target, result in zip(parts, targets, together, strict=True):
         alone = prune_matrix(part, H, method, target.sparsity, target.pattern, target.damping)
