@@ -117,7 +117,7 @@ def test_the_table_has_the_dense_model_the_main_one_and_the_variants(finished):
     text = load_metrics(finished.out / "rac" / "variants" / "text")
     assert text.end["notes"] == []
     card = (finished.out / "README.md").read_text()
-    assert "| light | 25% |" in card and "Accuracy over 3 problems" in card
+    assert "| light | – | magnitude | 25% |" in card and "Accuracy over 3 problems" in card
 
 
 def test_every_model_is_calibrated_on_what_its_recipe_says(finished):
