@@ -37,6 +37,7 @@ from rac_engine import prune
 from rac_engine.base.sizes import parse_size
 from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
 from rac_engine.calibrate.stream import _keeping
+from rac_engine.engine import stages
 from rac_engine.engine.layer import Layer
 from rac_engine.evaluation import evaluate, wilson
 from rac_engine.models import Block
@@ -79,12 +80,12 @@ def way(name: str) -> Iterator[None]:
         with patch.object(Stream, "observe_experts", at_the_dense_routers_tokens):
             yield
     elif name == "none":
-        matched = Layer._prune_experts
+        matched = stages.prune_experts
 
-        def alone(self: Any, stream: Stream, block: Block, groups: Any, beside: Any) -> None:
-            matched(self, stream, block, groups, None)
+        def alone(layer: Layer, stream: Stream, block: Block, groups: Any, beside: Any) -> None:
+            matched(layer, stream, block, groups, None)
 
-        with patch.object(Layer, "_prune_experts", alone):
+        with patch.object(stages, "prune_experts", alone):
             yield
     else:
         yield

@@ -17,8 +17,9 @@ from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error
 from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
 from rac_kernels.ops.select import kth_smallest, mask_by_score
-from rac_kernels.ops.spread import spread_columns
+from rac_kernels.ops.spread import pattern_order, spread_columns
 from rac_kernels.ops.sweep import sweep
+from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
 from rac_kernels.solvers.admm import admm_short_
 from rac_kernels.solvers.alps import admm
@@ -35,6 +36,7 @@ __all__ = [
     "admm_short_",
     "column_norm_accumulate_",
     "count_above",
+    "count_zeros",
     "cross_accumulate_",
     "factor_",
     "factor_batch_",
@@ -46,6 +48,7 @@ __all__ = [
     "native",
     "objective",
     "output_cross",
+    "pattern_order",
     "reconstruction_error",
     "refactor_",
     "refine",

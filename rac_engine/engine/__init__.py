@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from rac_engine.engine.card import environment, model_card
-from rac_engine.engine.context import PruneReport
+from rac_engine.engine.closing import PruneReport
 from rac_engine.engine.limits import require_memory
 from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of
-from rac_engine.engine.pruning import calibration_of, prune
+from rac_engine.engine.pruning import prune
+from rac_engine.engine.setup import calibration_of
 from rac_engine.engine.verify import verify
 
 __all__ = [

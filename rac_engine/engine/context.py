@@ -1,19 +1,97 @@
-"""What the job and its layers share."""
+"""The job as its layers see it: the model, the settings, the machine, and how far the calibration tokens have come."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from rac_engine.base.sizes import format_seconds
+from rac_engine.calibrate import Stream
+from rac_engine.engine.layer_files import LayerFiles
+from rac_engine.engine.survey import Allocation
+from rac_engine.jobs.clock import Clock
+from rac_engine.jobs.timeline import Timeline
+from rac_engine.models import EMBEDDINGS, Matrix, Model
+from rac_engine.plan import MemoryPlan, dtype_of, target_of
+from rac_engine.recipe import PruneSettings
+from rac_engine.solve import Target
 
 
-@dataclass(frozen=True)
-class PruneReport:
-    """What a job made. `run`, `matrices` and `end` are the lines of `out`/rac/metrics.jsonl."""
+@dataclass
+class Context:
+    """Everything that the layers of one pruning job share."""
 
-    out: Path
-    run: dict[str, Any]
-    matrices: list[dict[str, Any]]
-    end: dict[str, Any]
-    resumed: int
+    model: Model
+    settings: PruneSettings
+    skipped: Mapping[str, str]
+    """Matrices that stay dense: the reason, by on-disk name."""
+    device: str
+    memory: MemoryPlan
+    hessians: int | None
+    """Hessians that may be gathered in one pass over the tokens; None: all of a stage."""
+    allocation: Allocation | None
+    """The sparsity of each matrix, where it is not the same for all."""
+    files: LayerFiles
+    clock: Clock
+    timeline: Timeline
+    progress: Callable[[str], None]
+    stream: Stream | None = field(default=None, init=False)
+    """Hidden states of the pruned model; None where nothing is calibrated."""
+    dense: Stream | None = field(default=None, init=False)
+    """Hidden states of the dense model, where its outputs are to be reconstructed."""
+    resumed: int = field(default=0, init=False)
     """Layers that were found finished by an earlier, interrupted job."""
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Number format of the activations."""
+        return dtype_of(self.model, self.settings, self.memory.on_gpu)
+
+    @cached_property
+    def parts(self) -> list[int]:
+        """Numbers of the parts that may be pruned: the embeddings, the decoder layers, lm_head."""
+        return list(self.model.parts(self.settings.also))
+
+    @property
+    def stages(self) -> int:
+        """Number of decoder layers, and of lm_head behind them if it is to be pruned."""
+        return self.parts[-1] + 1
+
+    @cached_property
+    def last(self) -> int:
+        """The last layer with a matrix to prune, -1 if there is none: the tokens need to come no further."""
+        wanted = (matrix.layer for matrix in self.model.prunable(self.settings.also) if self.wants(matrix))
+        return max((layer for layer in wanted if layer != EMBEDDINGS), default=-1)
+
+    def wants(self, matrix: Matrix) -> bool:
+        """Whether a matrix is to be pruned."""
+        return matrix.name not in self.skipped
+
+    def groups(self, layer: int) -> list[list[Matrix]]:
+        """The matrices of a layer that are to be pruned, those that share an input together."""
+        wanted = filter(self.wants, self.model.matrices(layer))
+        return [list(group) for _, group in itertools.groupby(wanted, key=lambda matrix: matrix.group)]
+
+    def target(self, matrix: Matrix) -> Target:
+        """Sparsity or pattern, damping and block size of a matrix, with overrides and allocation applied."""
+        target = target_of(self.settings, matrix)
+        if self.allocation is None or matrix.name not in self.allocation.sparsities:
+            return target
+        return replace(target, sparsity=self.allocation.sparsities[matrix.name])
+
+    def make_room(self, matrix: Matrix) -> None:
+        """Wait until the layer before is written, if the matrix's stage needs the memory that it takes."""
+        within = matrix.layer < self.model.layers
+        if within and (self.model.is_mixture(matrix.layer), matrix.stage) in self.memory.alone:
+            with self.timeline.waiting():
+                self.files.settle()
+
+    def tell(self, layer: int, what: str) -> None:
+        """Report progress: the layer, what is done in it, and the time left at the pace of the layers so far."""
+        done, layers = layer - self.resumed, self.model.layers
+        left = f", {format_seconds(self.clock.seconds() / done * (layers - layer))} left" if 0 < done < layers else ""
+        self.progress(f"layer {layer + 1}/{layers}: {what}{left}" if layer < layers else f"behind the layers: {what}")

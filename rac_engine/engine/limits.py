@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -42,6 +44,22 @@ def machine_limits(device: str, device_memory: int | None, host_memory: int | No
         "spare": psutil.virtual_memory().available + begun,
         "program": program,
     }
+
+
+@contextmanager
+def limited_gpu(device: str, limit: int | None) -> Iterator[None]:
+    """Hold this process to `limit` bytes of a GPU for a while, and measure its peak from here; nothing on a CPU."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    _, total = torch.cuda.mem_get_info(device)
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction((limit or total) / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)  # what comes after is not this job's
 
 
 def require_memory(

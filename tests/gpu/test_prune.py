@@ -13,7 +13,7 @@ pytest.importorskip("tests.gpu.engine")  # skips where one of the engine's packa
 from safetensors.torch import load_file
 
 from rac_engine.base.errors import Interrupted
-from rac_engine.engine.context import PruneReport
+from rac_engine.engine.closing import PruneReport
 from rac_engine.engine.pruning import prune
 from rac_engine.recipe.settings import PruneSettings
 from tests import tiny

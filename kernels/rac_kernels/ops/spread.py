@@ -59,6 +59,14 @@ def spread_columns(scores: Tensor, pattern: str | Pattern) -> Tensor:
     return order
 
 
+def pattern_order(W: Tensor, norms: Tensor, pattern: str | Pattern) -> Tensor:
+    """Order [n] int64 of the columns of W [rows, n], any float dtype, in which the pattern N:M costs least.
+
+    norms [n] fp32 are Σ_t x_tj², finite and at least 0; a weight's score is w_ij² norms_j. See `spread_columns`.
+    """
+    return spread_columns(W.to(torch.float32).square().mul_(norms), pattern)
+
+
 def _exchange(scores: Tensor, order: Tensor, keep: int, size: int, least: float) -> int:
     """Exchange columns of `scores` [rows, n], in groups of `size`, in their `order`; returns how many pairs were."""
     rows, n = scores.shape

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.engine import survey
-from rac_engine.engine.layer import Layer
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.layout import ALLOCATION
@@ -177,7 +176,7 @@ def test_a_job_stopped_behind_the_first_pass_goes_on_without_another(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises((Interrupted, RuntimeError)):
-        patch.setattr(Layer, "prune", stopped)
+        patch.setattr("rac_engine.engine.job.prune_layer", stopped)
         prune(source, out, wanted, calibration)
     file = tmp_path / "out.partial" / ALLOCATION
     assert file.exists()

@@ -31,7 +31,6 @@ from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.checkpoint.writer import CheckpointWriter
 from rac_engine.engine import layer as layers
 from rac_engine.engine import limits as module
-from rac_engine.engine import pruning
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.journal import records_of
@@ -564,7 +563,7 @@ def test_memory_is_planned_for_all_tokens_those_that_do_not_count_too(
         planned.append(tokens)
         return plan(shape, settings, tokens, longest, **limits)
 
-    monkeypatch.setattr("rac_engine.engine.pruning.plan_memory", noted)
+    monkeypatch.setattr("rac_engine.engine.setup.plan_memory", noted)
     report = prune(checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion"))
     assert planned == [4 * (40 + 17 + 40 + 25 + 1 + 9)]
     assert report.run["calibration"]["tokens"] < planned[0]
@@ -828,7 +827,7 @@ def test_output_that_does_not_read_back_is_not_published(
         data[-1] ^= 1
         shard.write_bytes(data)
 
-    monkeypatch.setattr("rac_engine.engine.job.write_manifest", flip)
+    monkeypatch.setattr("rac_engine.engine.closing.write_manifest", flip)
     with pytest.raises(Damaged, match=r"damaged: .*safetensors"):
         prune(checkpoint("qwen2"), tmp_path / "out", PruneSettings(method="magnitude"))
     assert not (tmp_path / "out").exists()
@@ -845,7 +844,7 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
         if text.startswith("layer 3"):
             raise KeyboardInterrupt
 
-    planned = pruning.__dict__["plan_memory"]
+    planned = setup.__dict__["plan_memory"]
 
     def smaller(*args: Any, **options: Any) -> Any:
         plan = planned(*args, **options)
@@ -854,7 +853,7 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
         return plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pruning.__dict__, "plan_memory", smaller)
+        patch.setitem(setup.__dict__, "plan_memory", smaller)
         with pytest.raises(Interrupted):
             prune(source, tmp_path / "out", settings, tiny.calibration(), progress=begin)
         report = prune(source, tmp_path / "out", settings, tiny.calibration())
@@ -868,7 +867,7 @@ def test_a_job_with_activations_on_disk_goes_on_to_the_same_bytes_within_any_lim
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Stopped under a limit that sends activations to disk; gone on with under it, under a lower one, and without."""
-    monkeypatch.setattr(pruning, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
+    monkeypatch.setattr(setup, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
     source, rules = checkpoint("qwen2"), settings(dtype="bfloat16", **changes)
     calibration = tiny.calibration([40, 17, 40, 25, 1, 9] * 16)
     whole = prune(source, tmp_path / "whole", rules, calibration)
@@ -892,6 +891,13 @@ def test_what_decides_the_result_is_said_alike_by_a_larger_process(
     source, settings = checkpoint("qwen2"), PruneSettings(chunk_tokens=64, block_size=16)
     one = prune(source, tmp_path / "one", settings, tiny.calibration())
     resident = process.resident()
-    monkeypatch.setattr(pruning, "resident", lambda: resident + (1 << 30))
+    monkeypatch.setattr(setup, "resident", lambda: resident + (1 << 30))
     other = prune(source, tmp_path / "other", settings, tiny.calibration())
     assert other.run == one.run and other.end["plan"] != one.end["plan"]
+
+
+def test_lm_head_is_pruned_where_blocks_are_tuned_and_is_not_tuned_itself(checkpoint: Make, tmp_path: Path) -> None:
+    rules = settings(method="rac", also=["lm_head"], tune=1)
+    report = prune(checkpoint("llama"), tmp_path / "out", rules, tiny.calibration())
+    tuned = {row["module"]: "tuned" in row for row in report.matrices}
+    assert tuned.pop("lm_head") is False and set(tuned.values()) == {True}

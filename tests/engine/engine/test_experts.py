@@ -17,7 +17,7 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
 from rac_engine.calibrate.stream import Beside, Stream
 from rac_engine.checkpoint.reader import Checkpoint
-from rac_engine.engine import pruning
+from rac_engine.engine import job, setup
 from rac_engine.engine.layer import Layer
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
@@ -270,13 +270,14 @@ def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
 ) -> None:
     """gpt-oss has all experts in one tensor, which is pruned in place: not in the one that the dense model reads."""
     source, calibration, beside = checkpoint("gpt_oss"), tiny.calibration(), list[torch.Tensor]()
-    begin = Layer.prune
+    begin = job.prune_layer
 
-    def noted(self: Any) -> None:
-        beside.append(self.job.dense.hidden.read(0, TOKENS).clone())
-        begin(self)
+    def noted(layer: Layer) -> None:
+        assert layer.context.dense is not None
+        beside.append(layer.context.dense.hidden.read(0, TOKENS).clone())
+        begin(layer)
 
-    monkeypatch.setattr(Layer, "prune", noted)
+    monkeypatch.setattr(job, "prune_layer", noted)
     prune(source, tmp_path / "whole", settings(dtype="bfloat16"), calibration)
     model = Model.open(Checkpoint.open(source))
     stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
@@ -327,7 +328,7 @@ def test_a_limit_that_not_all_hessians_fit_in_means_more_passes_and_the_same_byt
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSeek's shape in small, in the host memory that a CPU's job may take: as many passes as the plan says."""
-    monkeypatch.setattr(pruning, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
+    monkeypatch.setattr(setup, "resident", lambda: 600 << 20)  # what of the tests' own is in memory is not the job's
     shape = {"hidden_size": 256, "n_routed_experts": 32, "n_group": 4, "num_experts_per_tok": 4, "num_hidden_layers": 2}
     source, rules = checkpoint("deepseek_v3", shard_size="1GB", **shape), settings(method="sparsegpt")
     calibration = tiny.calibration()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import spread_columns
+from rac_kernels import pattern_order, spread_columns
 from rac_kernels.ops import spread
 
 
@@ -56,3 +56,16 @@ def test_columns_that_stand_in_each_others_way_are_parted(monkeypatch: pytest.Mo
 def test_a_pattern_that_does_not_fit_is_refused(columns: int, pattern: str | None) -> None:
     with pytest.raises(ValueError, match="pattern"):
         spread_columns(torch.ones(3, columns), pattern)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 8), (33, 64), (5, 0)], ids=str)
+def test_weights_are_ordered_by_what_their_outputs_lose(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(2)
+    W, norms = torch.randn(shape, generator=draw).to(dtype), torch.rand(shape[1], generator=draw)
+    before, also = W.clone(), norms.clone()
+    order = pattern_order(W, norms, "2:4")
+    assert torch.equal(W, before) and torch.equal(norms, also)
+    assert torch.equal(order, spread_columns(W.float() * W.float() * norms, "2:4"))
+    if shape[0] > 1:
+        assert not torch.equal(order, pattern_order(W, torch.ones(shape[1]), "2:4"))

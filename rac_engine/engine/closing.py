@@ -1,0 +1,102 @@
+"""What goes beside the weights at the end of a job: model card, recipe, metrics and manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rac_engine.base.files import disk_errors, write_file
+from rac_engine.base.process import peak_memory
+from rac_engine.engine.card import model_card
+from rac_engine.engine.context import Context
+from rac_engine.jobs.publish import write_manifest
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The output of a job. `run`, `matrices` and `end` are the lines of `out`/rac/metrics.jsonl."""
+
+    out: Path
+    run: dict[str, Any]
+    matrices: list[dict[str, Any]]
+    end: dict[str, Any]
+    resumed: int
+    """Layers that were found finished by an earlier, interrupted job."""
+
+
+def close_job(
+    context: Context, out: Path, run: dict[str, Any], recipe: str, remarks: list[str], resident: int
+) -> PruneReport:
+    """Write what goes beside the weights of a finished job, in the folder that will be `out`.
+
+    `run` is its description, `recipe` its recipe as YAML; `remarks` go before all other notes; `resident` are the bytes
+    that the process had when the job began.
+    """
+    folder = context.files.writer.folder
+    rows = [row for record in context.files.journal.records[1:] for row in record["matrices"]]
+    allocation = context.allocation
+    notes = [
+        *remarks,
+        *context.model.notes(),
+        *([f"allocation {context.settings.allocation}: {allocation.describe()}"] if allocation else []),
+        *_reordering(rows),
+        *_tuning(rows, context.settings.epochs),
+        *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
+    ]
+    end = {
+        "type": "end",
+        "seconds": context.clock.seconds(),
+        "phases": context.clock.phases,
+        "timeline": context.timeline.rows(),
+        "busy": context.timeline.busy(),
+        "peak_memory": peak_memory(),
+        "plan": context.memory.summary(),
+        "memory": _memory(context, resident),
+        "notes": notes,
+    }
+    card = model_card({**run, "matrices": rows, "end": {"notes": notes}})  # no times: the same job, the same bytes
+    with disk_errors(folder):
+        write_file(folder / "README.md", card.encode())
+        write_file(folder / "rac/recipe.yaml", recipe.encode())
+        lines = "".join(json.dumps(line) + "\n" for line in [run, *rows, end])
+        write_file(folder / "rac/metrics.jsonl", lines.encode())
+    write_manifest(folder)
+    return PruneReport(out, run, rows, end, context.resumed)
+
+
+def _memory(context: Context, resident: int) -> dict[str, Any]:
+    """Planned and measured peaks in bytes: of the process beyond what it had before, and of the device."""
+    plan, program = context.memory, next(phase.host["program"] for phase in context.memory.phases)
+    peaks: dict[str, Any] = {
+        "baseline": resident,
+        "host_planned": plan.host_peak - program,
+        "host_measured": peak_memory() - resident,
+    }
+    if plan.on_gpu:
+        peaks |= {
+            "device_planned": plan.device_peak,
+            "device_measured": torch.cuda.max_memory_allocated(context.device),
+        }
+    return peaks
+
+
+def _reordering(rows: list[dict[str, Any]]) -> list[str]:
+    """A note on MLPs whose neurons are in another order."""
+    moved = {row["layer"] for row in rows if "reordered" in row}
+    return [f"{len(moved)} MLPs have their inner neurons in another order, for the pattern"] if moved else []
+
+
+def _tuning(rows: list[dict[str, Any]], epochs: int) -> list[str]:
+    """A note on the blocks that were tuned, with the mean of their errors before and after."""
+    blocks = {(row["layer"], row["tuned"]["before"], row["tuned"]["after"]) for row in rows if "tuned" in row}
+    if not blocks:
+        return []
+    before, after = (sum(block[place] for block in sorted(blocks)) / len(blocks) for place in (1, 2))
+    return [
+        f"{len(blocks)} blocks tuned for {epochs} epochs: of the hidden states that they give, "
+        f"{before:.3g} of the square was off before and {after:.3g} after, in the mean"
+    ]

@@ -1,0 +1,167 @@
+"""A pruning job before it begins: what was asked for, checked and planned, with nothing written yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import rac_engine
+from rac_engine.base.errors import BadInput
+from rac_engine.base.process import give_back_freed, resident
+from rac_engine.calibrate import Packing
+from rac_engine.checkpoint import Checkpoint
+from rac_engine.engine.limits import device_name, machine_limits
+from rac_engine.jobs.journal import records_of
+from rac_engine.jobs.layout import PRUNE_JOURNAL
+from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
+from rac_engine.models import Model
+from rac_engine.plan import MemoryPlan, Shape, not_finite, plan_memory, skipped_matrices
+from rac_engine.recipe import PruneSettings, Recipe
+from rac_engine.solve import find_method
+from rac_engine.traces import Calibration, Weighting, load_calibration, load_tokenizer
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """The arguments of `prune`, which explains them."""
+
+    out: Path
+    recipe: Recipe
+    """With the model's folder in it."""
+    calibration: Calibration | None
+    device: str
+    restart: bool
+    hessians: int | None
+    device_memory: int | None
+    host_memory: int | None
+    progress: Callable[[str], None]
+    finish: Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job that can begin."""
+
+    model: Model
+    settings: PruneSettings
+    skipped: dict[str, str]
+    """Matrices that stay dense: the reason, by on-disk name."""
+    device: str
+    """The device's full name, like "cuda:0"."""
+    calibration: Calibration | None
+    packing: Packing | None
+    """The calibration's tokens; both are None for methods that need none."""
+    memory: MemoryPlan
+    resident: int
+    """Bytes that the process has before the job begins."""
+
+
+def set_up(request: PruneRequest, partial: Path) -> Setup:
+    """Check what was asked for and plan the memory; `BadInput` for what cannot work.
+
+    A job that was begun in the folder `partial` keeps its chunks of tokens, unless it is to restart.
+    """
+    settings = request.recipe.prune
+    model = Model.open(Checkpoint.open(request.recipe.model))
+    skipped = {**skipped_matrices(model, settings), **not_finite(model, settings)}
+    device, begun = device_name(request.device), resident()
+    limits = machine_limits(device, request.device_memory, request.host_memory, begun)
+    shape = Shape.of(model, settings, limits["on_gpu"])
+    if request.host_memory is not None:
+        give_back_freed()
+    if find_method(settings.method).needs == "nothing":
+        memory = plan_memory(shape, settings, 0, 0, **limits)
+        return Setup(model, settings, skipped, device, None, None, memory, begun)
+    calibration = request.calibration or calibration_of(request.recipe)
+    lengths = [len(sequence.token_ids) for sequence in calibration.sequences]  # tokens that do not count too
+    chunk = None if request.restart else _begun_with(partial)
+    weighted = any(sequence.weights is not None for sequence in calibration.sequences)
+    longest = max(lengths, default=0)
+    memory = plan_memory(shape, settings, sum(lengths), longest, chunk=chunk, weighted=weighted, **limits)
+    packing = Packing.of(calibration, memory.choice.chunk_tokens)
+    return Setup(model, settings, skipped, device, calibration, packing, memory, begun)
+
+
+def calibration_of(recipe: Recipe) -> Calibration:
+    """The calibration that a recipe names, with its model's tokenizer; `BadInput` where it names none."""
+    wanted = recipe.calibration
+    if wanted.source is None:
+        raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
+    return load_calibration(
+        wanted.source,
+        part=wanted.part,
+        tokens=wanted.tokens,
+        tokenizer=load_tokenizer(recipe.model),
+        sequence_length=wanted.sequence_length,
+        weighting=Weighting(wanted.weight_completion, wanted.weight_positions, wanted.weight_column),
+    )
+
+
+def calibration_remarks(recipe: Recipe, calibration: Calibration | None) -> list[str]:
+    """A remark where the calibration has fewer tokens than were asked for."""
+    wanted = recipe.calibration.tokens
+    if calibration is None or wanted is None or calibration.tokens >= wanted:
+        return []
+    return [f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for"]
+
+
+def _begun_with(partial: Path) -> int | None:
+    """Tokens that go through a layer together in the job that was begun in a folder; None if there is none.
+
+    They decide the last bits of the result, and follow from what memory was free when it began.
+    """
+    records = records_of(partial / PRUNE_JOURNAL)
+    chunk = records[0].get("chunk_tokens") if records else None
+    return chunk if isinstance(chunk, int) and chunk > 0 else None
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """The "run" object of metrics.jsonl: what decides the result, and on what machine it was made."""
+    model, checkpoint = setup.model, setup.model.checkpoint
+    calibration, packing = setup.calibration, setup.packing
+    return {
+        "type": "run",
+        "versions": {"rac_engine": rac_engine.__version__, **versions()},
+        "machine": {
+            **machine(setup.device),
+            "cores": psutil.cpu_count(logical=False),
+            "memory": psutil.virtual_memory().total,
+        },
+        "model": {
+            "path": str(checkpoint.path),
+            "sha256": checkpoint.sha256(),
+            "model_type": model.family.model_type,
+            "layers": model.layers,
+            "parameters": sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+        },
+        "calibration": calibration
+        and packing
+        and {
+            "label": calibration.label,
+            "description": calibration.describe(),
+            "source": calibration.source,
+            "sha256": calibration.sha256,
+            "part": calibration.part,
+            "weighting": calibration.weighting,
+            "sequences": len(calibration.sequences),
+            "tokens": packing.counted,
+        },
+        "code": code_sha256(),
+        "settings": setup.settings.model_dump(mode="json"),
+    }
+
+
+def identity_of(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for an unfinished job to go on, by names a user understands."""
+    return {
+        "model": run["model"]["sha256"],
+        "calibration": run["calibration"] and run["calibration"]["sha256"],
+        **surroundings(setup.device),
+        **{f"settings.{name}": value for name, value in run["settings"].items()},
+        "chunk_tokens by the memory plan": setup.memory.choice.chunk_tokens,
+    }
