@@ -37,7 +37,7 @@ from rac_engine import prune
 from rac_engine.base.sizes import parse_size
 from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
 from rac_engine.calibrate.stream import _keeping
-from rac_engine.engine import stages
+from rac_engine.engine import experts, stages
 from rac_engine.engine.layer import Layer
 from rac_engine.evaluation import evaluate, wilson
 from rac_engine.models import Block
@@ -80,7 +80,7 @@ def way(name: str) -> Iterator[None]:
         with patch.object(Stream, "observe_experts", at_the_dense_routers_tokens):
             yield
     elif name == "none":
-        matched = stages.prune_experts
+        matched = experts.prune_experts
 
         def alone(layer: Layer, stream: Stream, block: Block, groups: Any, beside: Any) -> None:
             matched(layer, stream, block, groups, None)

@@ -25,7 +25,7 @@ import torch
 
 from rac_engine.base import faults
 from rac_engine.cli.app import main
-from rac_engine.engine import pruning
+from rac_engine.engine import setup
 from tests.faults.world import make_world
 
 LIMIT = 120.0
@@ -61,13 +61,13 @@ def _run(order: dict[str, Any]) -> int:
             if "free" in order:
                 vars(shutil)["disk_usage"] = lambda _: SimpleNamespace(free=order["free"])
             if order.get("disk"):
-                planned = vars(pruning)["plan_memory"]
+                planned = vars(setup)["plan_memory"]
 
                 def on_disk(*args: Any, **options: Any) -> Any:
                     plan = planned(*args, **options)
                     return replace(plan, choice=replace(plan.choice, place="disk"))
 
-                vars(pruning)["plan_memory"] = on_disk
+                vars(setup)["plan_memory"] = on_disk
             code = main(order["argv"])
             sys.stdout.flush()
             sys.stderr.flush()

@@ -29,8 +29,9 @@ from rac_engine.base.errors import BadInput, Damaged, Interrupted
 from rac_engine.calibrate.activations import _Resident
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.checkpoint.writer import CheckpointWriter
-from rac_engine.engine import layer as layers
 from rac_engine.engine import limits as module
+from rac_engine.engine import setup
+from rac_engine.engine import solving as solving_module
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.journal import records_of
@@ -602,7 +603,7 @@ def test_what_takes_most_memory_waits_for_the_layer_before_to_be_written(
         return solve(weights, *others)
 
     monkeypatch.setattr(CheckpointWriter, "sync", late)
-    monkeypatch.setattr(layers, "prune_matrices", solving)
+    monkeypatch.setattr(solving_module, "prune_matrices", solving)
     monkeypatch.setattr(MemoryPlan, "alone", {(False, 3): "mlp.down_proj"})
     prune(checkpoint("qwen2"), tmp_path / "out", settings(), tiny.calibration())
     stages = ["else", "else", "else"]

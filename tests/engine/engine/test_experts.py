@@ -17,7 +17,7 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
 from rac_engine.calibrate.stream import Beside, Stream
 from rac_engine.checkpoint.reader import Checkpoint
-from rac_engine.engine import job, setup
+from rac_engine.engine import job, setup, stages
 from rac_engine.engine.layer import Layer
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
@@ -270,7 +270,7 @@ def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
 ) -> None:
     """gpt-oss has all experts in one tensor, which is pruned in place: not in the one that the dense model reads."""
     source, calibration, beside = checkpoint("gpt_oss"), tiny.calibration(), list[torch.Tensor]()
-    begin = job.prune_layer
+    begin = stages.prune_layer
 
     def noted(layer: Layer) -> None:
         assert layer.context.dense is not None
