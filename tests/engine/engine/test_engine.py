@@ -898,7 +898,7 @@ def test_what_decides_the_result_is_said_alike_by_a_larger_process(
 
 
 def test_lm_head_is_pruned_where_blocks_are_tuned_and_is_not_tuned_itself(checkpoint: Make, tmp_path: Path) -> None:
-    rules = settings(method="rac", also=["lm_head"], tune=1)
+    rules = settings(method="admm", also=["lm_head"], tune=1)
     report = prune(checkpoint("llama"), tmp_path / "out", rules, tiny.calibration())
     tuned = {row["module"]: "tuned" in row for row in report.matrices}
     assert tuned.pop("lm_head") is False and set(tuned.values()) == {True}
