@@ -209,48 +209,48 @@ PYBIND11_MODULE(_native, m) {
                                pointer<const double>(begun), pointer<double>(found), rows, n, threads);
         },
         NoGil());
-    m.def("word_sizes", [](int64_t rows, int64_t n) {
-        const rac::WordSizes sizes = RAC_OP(word_sizes)(rows, n);
-        return py::make_tuple(sizes.words, sizes.scales, sizes.matrix);
+    m.def("int16_sizes", [](int64_t rows, int64_t n) {
+        const rac::Int16Sizes sizes = RAC_OP(int16_sizes)(rows, n);
+        return py::make_tuple(sizes.packed, sizes.scales, sizes.matrix);
     });
     m.def(
-        "word_matrix",
+        "int16_matrix",
         [](Address M, Address U, int64_t u_stride, Address scale, int64_t n, float share, int threads) {
-            RAC_OP(word_matrix)(pointer<int32_t>(M), pointer<const float>(U), u_stride, pointer<const float>(scale), n,
+            RAC_OP(int16_matrix)(pointer<int32_t>(M), pointer<const float>(U), u_stride, pointer<const float>(scale), n,
                                 share, threads);
         },
         NoGil());
     m.def(
-        "word_columns",
+        "int16_columns",
         [](Address M, Address norms, Address H, int64_t h_stride, Address scale, Address diagonal, int64_t n,
            int threads) {
-            RAC_OP(word_columns)(pointer<int32_t>(M), pointer<float>(norms), pointer<const float>(H), h_stride,
+            RAC_OP(int16_columns)(pointer<int32_t>(M), pointer<float>(norms), pointer<const float>(H), h_stride,
                                  pointer<const float>(scale), pointer<const float>(diagonal), n, threads);
         },
         NoGil());
     m.def(
-        "word_rows",
-        [](Address words, Address scales, Address P, Address scale, int64_t rows, int64_t n, int threads) {
-            if (!RAC_OP(word_rows)(pointer<int32_t>(words), pointer<float>(scales), pointer<const float>(P),
+        "int16_rows",
+        [](Address packed, Address scales, Address P, Address scale, int64_t rows, int64_t n, int threads) {
+            if (!RAC_OP(int16_rows)(pointer<int32_t>(packed), pointer<float>(scales), pointer<const float>(P),
                                    pointer<const float>(scale), rows, n, threads))
                 throw std::bad_alloc();
         },
         NoGil());
     m.def(
-        "word_product",
-        [](Address V, Address from, Address words, Address scales, Address M, Address norms, int64_t rows, int64_t n,
+        "int16_gemm",
+        [](Address V, Address from, Address packed, Address scales, Address M, Address norms, int64_t rows, int64_t n,
            int threads) {
-            RAC_OP(word_product)(pointer<float>(V), pointer<const float>(from), pointer<const int32_t>(words),
+            RAC_OP(int16_gemm)(pointer<float>(V), pointer<const float>(from), pointer<const int32_t>(packed),
                                  pointer<const float>(scales), pointer<const int32_t>(M), pointer<const float>(norms),
                                  rows, n, threads);
         },
         NoGil());
     m.def(
-        "settle",
-        [](Address T, Address V, Address kept, Address goal, Address words, Address scales, int64_t rows, int64_t n,
+        "admm_step",
+        [](Address T, Address V, Address kept, Address goal, Address packed, Address scales, int64_t rows, int64_t n,
            int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads) {
-            if (!RAC_OP(settle)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept), pointer<const float>(goal),
-                                pointer<int32_t>(words), pointer<float>(scales), rows, n, zeros, keep, group, relaxation,
+            if (!RAC_OP(admm_step)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept), pointer<const float>(goal),
+                                pointer<int32_t>(packed), pointer<float>(scales), rows, n, zeros, keep, group, relaxation,
                                 shrink, threads))
                 throw std::bad_alloc();
         },

@@ -1,6 +1,6 @@
 // What comes between two products of ADMM: two passes over memory around the selection.
 #include "cpu/select.h"
-#include "cpu/words.h"
+#include "cpu/int16_gemm.h"
 
 namespace {
 
@@ -46,7 +46,7 @@ inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict ke
 
 }  // namespace
 
-bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, int32_t* words, float* scales, int64_t rows,
+bool rac::RAC_ISA::admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows,
                           int64_t n, int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink,
                           int threads) {
     const int64_t count = rows * n;
@@ -74,7 +74,7 @@ bool rac::RAC_ISA::settle(float* T, float* V, uint8_t* kept, const float* goal, 
             t[j] = own + gone;
             v[j] = own - gone - aim[j];
         }
-        to_words(v, words_of(words, row, runs), scales + row * runs.count, n, runs);
+        pack_row(v, packed_row(packed, row, runs), scales + row * runs.count, n, runs);
     };
     if (group) {  // all of a row while it is in the cache
         for_each_range(rows, 1, threads, [&](int64_t begin, int64_t end) {

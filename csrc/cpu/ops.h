@@ -52,28 +52,28 @@ void refine_end(float* Q, const float* start, const float* E, const float* A, co
                 const float* first, const float* diagonal, const float* inverse, const double* begun, double* found,
                 int64_t rows, int64_t n, int threads);
 
-// Products of 16-bit integers, two to a word, laid out by words.cpp. Words that stand for no element must be 0 from the
+// Products of 16-bit integers, two to a word, laid out by int16_gemm.cpp. Words that stand for no element must be 0 from the
 // start.
-WordSizes word_sizes(int64_t rows, int64_t n);
+Int16Sizes int16_sizes(int64_t rows, int64_t n);
 
 // M goes by `share` towards diag(scale) S diag(scale), S the symmetric matrix [n, n] in the upper triangle of U; with 1
 // it need not hold anything. No eigenvalue of it may exceed 1 in size.
-void word_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share, int threads);
+void int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share, int threads);
 
 // M = diag(scale) H diag(1 / norms), H [n, n] with `diagonal` [n] in place of its own, scale [n] being diagonal^-1/2 or 0;
 // norms [n] are those of the columns of diag(scale) H.
-void word_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale, const float* diagonal,
+void int16_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale, const float* diagonal,
                   int64_t n, int threads);
 
-// words, scales = P diag(scale), P [rows, n].
-bool word_rows(int32_t* words, float* scales, const float* P, const float* scale, int64_t rows, int64_t n, int threads);
+// packed, scales = P diag(scale), P [rows, n].
+bool int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows, int64_t n, int threads);
 
-// V [rows, n] = from + words M diag(norms); from is V's like or null, as 0, norms [n] or null, as 1.
-void word_product(float* V, const float* from, const int32_t* words, const float* scales, const int32_t* M,
+// V [rows, n] = from + packed M diag(norms); from is V's like or null, as 0, norms [n] or null, as 1.
+void int16_gemm(float* V, const float* from, const int32_t* packed, const float* scales, const int32_t* M,
                   const float* norms, int64_t rows, int64_t n, int threads);
 
 // What ADMM does between two products: T = relaxation V + T, where a weight stays relaxation V + (1 - relaxation) T;
 // then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay; T of those that go is
-// multiplied by `shrink`; words, scales = T - goal, of those that go -T - goal. V is overwritten.
-bool settle(float* T, float* V, uint8_t* kept, const float* goal, int32_t* words, float* scales, int64_t rows, int64_t n,
+// multiplied by `shrink`; packed, scales = T - goal, of those that go -T - goal. V is overwritten.
+bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows, int64_t n,
             int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads);

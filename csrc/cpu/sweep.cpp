@@ -299,17 +299,17 @@ class Rounded {
     Scratch<double> tile_objective, objective, added;  // [tile] in the last block; [group] so far, what rounding added
     Scratch<double> costs;       // [group, panels] what rounding would add
     Scratch<uint8_t> chosen;     // [group, panels]
-    int64_t settled = 0;         // columns whose squares are in d_squares
+    int64_t accounted = 0;       // columns whose squares are in d_squares
 
     int64_t panel_size() const { return widest * (kPanel / 2); }
 
-    void settle(int64_t lo, const Tile* tiles) {
-        for (int64_t t = 0; settled < lo && t < count; ++t) {
+    void account(int64_t lo, const Tile* tiles) {
+        for (int64_t t = 0; accounted < lo && t < count; ++t) {
             const int64_t g = tiles[t].group;
             objective.data[g] += tile_objective.data[t];
-            for (int64_t k = settled; k < lo; ++k) d_squares.data[g * n + k] += tile_squares.data[t * widest + k - settled];
+            for (int64_t k = accounted; k < lo; ++k) d_squares.data[g * n + k] += tile_squares.data[t * widest + k - accounted];
         }
-        settled = lo;
+        accounted = lo;
     }
 
 public:
@@ -333,7 +333,7 @@ public:
     void choose(const float* from, int64_t u_stride, int64_t lo, int64_t hi, const Tile* tiles, const int64_t* row_groups,
                 int threads) {
         if (!on) return;
-        settle(lo, tiles);
+        account(lo, tiles);
         const int64_t done = ceil_div(lo, kPanel);
         for_each_range(done, 1, threads, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {

@@ -9,7 +9,8 @@ enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 // How an operation that can fail in more than one way ended; in step with rac_kernels/native.py.
 enum class Status : int { done = 0, no_memory = 1, not_finite = 2, not_positive_definite = 3 };
 
-// What words.cpp works in, for some rows of n columns: counts of int32, of float, and of int32 for the matrix [n, n].
-struct WordSizes { int64_t words, scales, matrix; };
+// The memory that int16_gemm.cpp works in, for rows of n columns: counts of int32 for the packed rows, of float for their
+// scales, and of int32 for the matrix [n, n].
+struct Int16Sizes { int64_t packed, scales, matrix; };
 
 }  // namespace rac

@@ -59,10 +59,10 @@ def admm_short_(
 
     H scaled. M does not exceed 1, as an operator or in any element, and what it is applied to is a difference that
     every step makes anew, so two bytes an element are enough: bf16 in torch and Triton, in native code 16-bit integers,
-    which any CPU multiplies faster than fp32 (csrc/cpu/words.cpp). Rounded to 5 bits, M and the difference leave the
-    objective as it is within 0.1%. A step takes 2·rows·n² FLOP. ρ rises every RENEW steps. H + λI and every INVERT-th
-    of its values are factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in equal
-    parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005.
+    which any CPU multiplies faster than fp32 (csrc/cpu/int16_gemm.cpp). Rounded to 5 bits, M and the difference leave
+    the objective as it is within 0.1%. A step takes 2·rows·n² FLOP. ρ rises every RENEW steps. H + λI and every
+    INVERT-th of its values are factored and inverted, n³ FLOP in the memory that U has; from one to the next M goes in
+    equal parts: an eigenvalue of M is a logistic curve over log ρ, which the chords follow within 0.005.
 
     Where H is far from even, V is taken beyond what a step makes it, over-relaxed (Boyd et al., "Distributed
     optimization and statistical learning via ADMM", 2011, 3.4.3): M's eigenvalues are ρ / (e + ρ) for H's e, and their
@@ -85,7 +85,7 @@ def admm_short_(
     goal = (W.to(U.dtype) * root).contiguous()
     groups = [len(W)] if row_groups is None else list(row_groups)
     is_native = choose(backend, U.device, triton=True) == "native"
-    run = _Words(goal, groups) if is_native else _Floats(goal, groups, backend)
+    run = _Int16(goal, groups) if is_native else _Floats(goal, groups, backend)
     growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
 
     def invert(index: int) -> Tensor:
@@ -109,7 +109,7 @@ def admm_short_(
                 run.scale(U, scale, 1 / (INVERT - (index - 1) % INVERT))
             run.multiply()
         shrink = 1 / growth if (step + 1) % RENEW == 0 and step + 1 < steps else 1.0
-        run.settle(1 + beyond * (1 - 0.5 * step / steps), shrink, sparsity, pattern)
+        run.step(1 + beyond * (1 - 0.5 * step / steps), shrink, sparsity, pattern)
     return run.T.mul_(run.kept).div_(root).add_(0.0)
 
 
@@ -169,7 +169,7 @@ class _Floats(_State):
         """V is what M makes of `gap`."""
         cross_accumulate_(self.V.copy_(self.goal), self.gap.T, self.M, backend=self.backend)
 
-    def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
+    def step(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
         """T relaxed towards V, the mask of its largest, and `gap`: Q − L/ρ − W.
 
         Where a weight goes, T is multiplied by ``shrink``: multipliers by a penalty that is raised. V is overwritten.
@@ -186,19 +186,19 @@ class _Floats(_State):
             out.copy_(torch.where(own, t, -t).sub_(aim))
 
 
-class _Words(_State):
-    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/words.h)."""
+class _Int16(_State):
+    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/int16_gemm.h)."""
 
     def __init__(self, goal: Tensor, groups: list[int]) -> None:
         super().__init__(goal, groups)
         n, library = goal.shape[1], native.library()
-        sizes = [library.word_sizes(rows, n) for rows in groups]
+        sizes = [library.int16_sizes(rows, n) for rows in groups]
         self.gap = torch.zeros(sum(size[0] for size in sizes), dtype=torch.int32)
         self.scales = torch.zeros(sum(size[1] for size in sizes))
-        self.M = torch.zeros(library.word_sizes(0, n)[2], dtype=torch.int32)
-        words, scales = ([size[part] for size in sizes] for part in (0, 1))
+        self.M = torch.zeros(library.int16_sizes(0, n)[2], dtype=torch.int32)
+        packed, scales = ([size[part] for size in sizes] for part in (0, 1))
         state = (self.T, self.V, self.kept, goal)
-        split = (*(whole.split(groups) for whole in state), self.gap.split(words), self.scales.split(scales))
+        split = (*(whole.split(groups) for whole in state), self.gap.split(packed), self.scales.split(scales))
         # A step of a small matrix is over in less time than it takes to ask tensors for these.
         self.parts = [(*(part.data_ptr() for part in one), len(one[0]), n) for one in zip(*split, strict=True)]
 
@@ -208,17 +208,17 @@ class _Words(_State):
         native.library().inverse(U.data_ptr(), len(U), U.stride(0), native.threads())
 
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
-        native.library().word_matrix(
+        native.library().int16_matrix(
             self.M.data_ptr(), U.data_ptr(), U.stride(0), scale.data_ptr(), len(U), share, native.threads()
         )
 
     def multiply(self) -> None:
-        product, M, threads = native.library().word_product, self.M.data_ptr(), native.threads()
+        product, M, threads = native.library().int16_gemm, self.M.data_ptr(), native.threads()
         for _, V, _, goal, gap, scales, rows, n in self.parts:
             product(V, goal, gap, scales, M, 0, rows, n, threads)
 
-    def settle(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
-        settle, threads = native.library().settle, native.threads()
+    def step(self, relaxation: float, shrink: float, sparsity: float, pattern: Pattern | None) -> None:
+        admm_step, threads = native.library().admm_step, native.threads()
         keep, group = pattern or (0, 0)
         for part in self.parts:
-            settle(*part, zeros_of(sparsity, part[-2] * part[-1]), keep, group, relaxation, shrink, threads)
+            admm_step(*part, zeros_of(sparsity, part[-2] * part[-1]), keep, group, relaxation, shrink, threads)

@@ -264,14 +264,16 @@ def symmetric_product(A: Tensor, system: System, out: Tensor) -> Tensor:
 
 
 class _Coarse:
-    """Products with H in 16-bit integers, laid out by csrc/cpu/words.h, for `rows` rows at most: of diag(H)^−½ H, each
-    column by its norm, with P diag(H)^½, so that no column of X counts for its size."""
+    """Products with H in 16-bit integers, laid out by csrc/cpu/int16_gemm.h, for `rows` rows at most.
+
+    They are of P diag(H)^½ with diag(H)^−½ H, each column of that by its norm: no column of X counts for its size.
+    """
 
     def __init__(self, system: System, rows: int) -> None:
         self.system = system
         self.root = system.diagonal.clamp_min(0).sqrt()
-        words, scales, self.size = native.library().word_sizes(rows, len(self.root))
-        self.words, self.scales = torch.zeros(words, dtype=torch.int32), torch.zeros(scales)
+        packed, scales, self.size = native.library().int16_sizes(rows, len(self.root))
+        self.packed, self.scales = torch.zeros(packed, dtype=torch.int32), torch.zeros(scales)
 
     @cached_property
     def matrix(self) -> tuple[Tensor, Tensor]:
@@ -280,14 +282,14 @@ class _Coarse:
         M, norms, scale = torch.zeros(self.size, dtype=torch.int32), torch.empty_like(diagonal), inverse.sqrt()
         to, by, of, *rest = (t.data_ptr() for t in (M, norms, H, scale, diagonal))
         stride = H.stride(0) if H.stride(1) == 1 else H.stride(1)
-        native.library().word_columns(to, by, of, stride, *rest, len(H), native.threads())
+        native.library().int16_columns(to, by, of, stride, *rest, len(H), native.threads())
         return M, norms
 
     def __call__(self, P: Tensor, out: Tensor) -> None:
         library, threads = native.library(), native.threads()
-        words, scales, M, norms = (t.data_ptr() for t in (self.words, self.scales, *self.matrix))
-        library.word_rows(words, scales, P.data_ptr(), self.root.data_ptr(), *P.shape, threads)
-        library.word_product(out.data_ptr(), 0, words, scales, M, norms, *P.shape, threads)
+        packed, scales, M, norms = (t.data_ptr() for t in (self.packed, self.scales, *self.matrix))
+        library.int16_rows(packed, scales, P.data_ptr(), self.root.data_ptr(), *P.shape, threads)
+        library.int16_gemm(out.data_ptr(), 0, packed, scales, M, norms, *P.shape, threads)
 
 
 def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import Factor, FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
-from rac_kernels.solvers.admm import _Floats, _Words, inversions
+from rac_kernels.solvers.admm import _Floats, _Int16, inversions
 from tests.kernels.running import CPU, running
 
 
@@ -71,9 +71,9 @@ def test_stacked_matrices_have_zeros_of_their_own() -> None:
         torch.testing.assert_close(part, admm_short_(whole, factor_(H.clone(), 0.0), 0.6), rtol=1e-3, atol=1e-3)
 
 
-def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Words | _Floats:
+def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Int16 | _Floats:
     groups = groups or [len(goal)]
-    return _Words(goal, groups) if kind == "words" else _Floats(goal, groups, "reference")
+    return _Int16(goal, groups) if kind == "int16" else _Floats(goal, groups, "reference")
 
 
 @pytest.fixture(params=CPU[1:])
@@ -92,11 +92,11 @@ def test_settling_in_native_code_is_the_reference_to_the_bit(pattern: tuple[int,
     T, V, goal = (torch.randint(-800, 801, shape, generator=generator) / 4 for _ in range(3))
     kept = torch.rand(shape, generator=generator) > 0.5
     found = []
-    for kind in ("words", "floats"):
+    for kind in ("int16", "floats"):
         run = run_of(kind, goal, [10, 27])
         for its, value in ((run.T, T), (run.V, V), (run.kept, kept)):
             its.copy_(value)
-        run.settle(1.5, 0.5, sparsity, pattern)
+        run.step(1.5, 0.5, sparsity, pattern)
         gap = torch.where(run.kept, run.T, -run.T) - goal
         run.scale(torch.eye(shape[1]), torch.ones(shape[1]))
         run.multiply()
@@ -115,12 +115,12 @@ def test_native_products_are_those_of_the_numbers_rounded_to_16_bits(rows: int, 
     turned = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
     M = (turned * torch.linspace(1, 0.05, n, dtype=torch.float64)) @ turned.T
     goal = torch.randn(rows, n, generator=generator)
-    run = _Words(goal, [rows])
+    run = _Int16(goal, [rows])
     run.scale(M.float(), torch.ones(n))
     run.V.mul_(3)
     run.V[0, n // 2] = 1e30
     run.V[rows // 2] *= 1e-30  # far from what fp32 can square
-    run.settle(1.0, 1.0, 0.5, None)
+    run.step(1.0, 1.0, 0.5, None)
     gap = (torch.where(run.kept, run.T, -run.T) - goal).double()
     run.multiply()
     far = (run.V.double() - goal - gap @ M).norm(dim=1)
@@ -136,16 +136,16 @@ def test_sums_of_native_products_do_not_overflow(width: int) -> None:
     row = torch.zeros(n, dtype=torch.float64)
     row[:width] = width**-0.5
     M = torch.outer(row, row)
-    run = _Words(torch.zeros(4, n), [4])
+    run = _Int16(torch.zeros(4, n), [4])
     run.scale(M.float(), torch.ones(n))
     run.V.copy_(row * torch.tensor([[1.0], [-1.0], [1e6], [1e-6]]))
     gap = run.V.double()
-    run.settle(1.0, 1.0, 0.0, None)
+    run.step(1.0, 1.0, 0.0, None)
     run.multiply()
     torch.testing.assert_close(run.V.double(), gap @ M, rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["words", "floats"])
+@pytest.mark.parametrize("kind", ["int16", "floats"])
 @pytest.mark.usefixtures("threads", "isa")
 def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
     n = 230
@@ -154,7 +154,7 @@ def test_a_step_multiplies_by_the_symmetric_matrix(kind: str) -> None:
     whole = (U.triu() + U.triu(1).T) * scale[:, None] * scale
     run = run_of(kind, torch.zeros(n, n))
     run.V.copy_(torch.eye(n))
-    run.settle(1.0, 1.0, 0.0, None)  # what the product is made of is the identity
+    run.step(1.0, 1.0, 0.0, None)  # what the product is made of is the identity
     run.scale(U, scale)
     run.multiply()
     torch.testing.assert_close(run.V, whole, rtol=2**-8, atol=2**-15)
@@ -169,9 +169,9 @@ def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -
     W, H = problem(192, 160)  # with fewer rows another mask, found by chance, makes one or two percent either way
     module, inverted = sys.modules["rac_kernels.solvers.admm"], []
 
-    for kind in (_Words, _Floats):
+    for kind in (_Int16, _Floats):
 
-        def count(run: _Words | _Floats, factor: Factor, added: Tensor, own: Callable[..., None] = kind.invert) -> None:
+        def count(run: _Int16 | _Floats, factor: Factor, added: Tensor, own: Callable[..., None] = kind.invert) -> None:
             inverted.append(factor)
             own(run, factor, added)
 
@@ -237,7 +237,7 @@ def test_products_of_two_bytes_cost_nothing_of_the_objective(
 
     rounded, module = cost(), sys.modules["rac_kernels.solvers.admm"]
     monkeypatch.setattr(module, "_Floats", Exact)
-    monkeypatch.setattr(module, "_Words", lambda goal, groups: Exact(goal, groups, backend))
+    monkeypatch.setattr(module, "_Int16", lambda goal, groups: Exact(goal, groups, backend))
     assert rounded == pytest.approx(cost(), rel=0.02)
 
 

@@ -1,4 +1,4 @@
-// Rows of fp32 numbers as 16-bit integers for words.cpp's product with a matrix of them.
+// Rows of fp32 numbers as 16-bit integers for int16_gemm.cpp's product with a matrix of them.
 //
 // An element is half of a 32-bit word, beside the next one of its row of the left or its column of the right operand. The
 // sums of a run of words stay in 31 bits by Cauchy and Schwarz: as integers, a run of a row of the left operand has a norm
@@ -51,8 +51,8 @@ struct Runs {
     int64_t of(int64_t run) const { return min_of(length, steps - run * length); }
 };
 
-inline int32_t* words_of(int32_t* words, int64_t row, Runs runs) {
-    return words + row / kGroup * kGroup * runs.steps + row % kGroup * kApart;
+inline int32_t* packed_row(int32_t* packed, int64_t row, Runs runs) {
+    return packed + row / kGroup * kGroup * runs.steps + row % kGroup * kApart;
 }
 
 #if defined(__AMX_INT8__)
@@ -63,8 +63,8 @@ inline Bytes bytes_of(IntVec x) {
     return {high, x - (high << 8)};
 }
 
-// A row of `n` numbers becomes bytes, from words_of on, and a scale for each run.
-inline void to_words(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
+// A row of `n` numbers is packed as bytes, from packed_row on, and a scale for each run.
+inline void pack_row(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
     for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kGroup) {
         const float* const own = row + first;
         const int64_t length = min_of(2 * runs.length, n - first);
@@ -100,8 +100,8 @@ inline uint32_t rounded(float x) {
     return bits & 0xffff;
 }
 
-// A row of `n` numbers becomes words, kGroup apart from words_of on, and a scale for each run.
-inline void to_words(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
+// A row of `n` numbers is packed as words, kGroup apart from packed_row on, and a scale for each run.
+inline void pack_row(const float* __restrict row, int32_t* __restrict to, float* scales, int64_t n, Runs runs) {
     for (int64_t first = 0; first < n; first += 2 * runs.length, to += runs.length * kGroup) {
         const float* const own = row + first;
         const int64_t length = min_of(2 * runs.length, n - first);

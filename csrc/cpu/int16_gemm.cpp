@@ -1,6 +1,6 @@
 // Products of 16-bit integers, which any CPU multiplies faster than fp32: with a matrix that does not exceed 1 as an
 // operator, nor therefore in the norm of a column (ADMM), or whose columns were scaled to a norm of 1 (refinement).
-#include "cpu/words.h"
+#include "cpu/int16_gemm.h"
 
 #if !defined(__AVX2__) && defined(__SSE2__)
 #include <emmintrin.h>
@@ -139,12 +139,12 @@ inline IntVec nearest(Vec x) { return (IntVec)(x + kRounding) << 16 >> 16; }
 
 }  // namespace
 
-rac::WordSizes rac::RAC_ISA::word_sizes(int64_t rows, int64_t n) {
+rac::Int16Sizes rac::RAC_ISA::int16_sizes(int64_t rows, int64_t n) {
     const Runs runs(n);
     return {round_up(rows, kRows) * runs.steps, rows * runs.count, round_up(n, kPanel) * runs.steps};
 }
 
-void rac::RAC_ISA::word_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
+void rac::RAC_ISA::int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
                                int threads) {
     constexpr int64_t kBlock = 64;  // rows of M, taken together so that U is read line by line
     const int64_t steps = Runs(n).steps;
@@ -180,7 +180,7 @@ void rac::RAC_ISA::word_matrix(int32_t* M, const float* U, int64_t u_stride, con
     });
 }
 
-void rac::RAC_ISA::word_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale,
+void rac::RAC_ISA::int16_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale,
                                 const float* diagonal, int64_t n, int threads) {
     const int64_t steps = Runs(n).steps;
     for_each_dynamic(ceil_div(n, kPanel), threads, [&](int64_t p) {
@@ -210,7 +210,7 @@ void rac::RAC_ISA::word_columns(int32_t* M, float* norms, const float* H, int64_
     });
 }
 
-bool rac::RAC_ISA::word_rows(int32_t* words, float* scales, const float* P, const float* scale, int64_t rows, int64_t n,
+bool rac::RAC_ISA::int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows, int64_t n,
                              int threads) {
     const Runs runs(n);
     Scratch<float> scratch(threads * n);
@@ -218,13 +218,13 @@ bool rac::RAC_ISA::word_rows(int32_t* words, float* scales, const float* P, cons
     for_each_dynamic(ceil_div(rows, kRows), threads, scratch.data, n, [&](int64_t group, float* own) {
         for (int64_t row = group * kRows; row < min_of(rows, (group + 1) * kRows); ++row) {
             for (int64_t j = 0; j < n; ++j) own[j] = scale[j] * P[row * n + j];
-            to_words(own, words_of(words, row, runs), scales + row * runs.count, n, runs);
+            pack_row(own, packed_row(packed, row, runs), scales + row * runs.count, n, runs);
         }
     });
     return true;
 }
 
-void rac::RAC_ISA::word_product(float* V, const float* from, const int32_t* words, const float* scales, const int32_t* M,
+void rac::RAC_ISA::int16_gemm(float* V, const float* from, const int32_t* packed, const float* scales, const int32_t* M,
                                 const float* norms, int64_t rows, int64_t n, int threads) {
     const Runs runs(n);
     const int64_t steps = runs.steps;
@@ -242,7 +242,7 @@ void rac::RAC_ISA::word_product(float* V, const float* from, const int32_t* word
                 // The larger of two operands stays in the first-level cache, where the smaller ones pass by.
                 const int64_t row = top + (kRows > kPanel ? i / width : i % height) * kRows;
                 const int64_t column = left + (kRows > kPanel ? i % width : i / height) * kPanel, at = row * n + column;
-                micro_tile(words + row * steps + begin * kGroup, kGroup * steps, M + column * steps + begin * kPanel,
+                micro_tile(packed + row * steps + begin * kGroup, kGroup * steps, M + column * steps + begin * kPanel,
                            runs.of(run), run ? V + at : from ? from + at : nullptr, V + at, n,
                            scales + row * runs.count + run, runs.count, norms ? norms + column : nullptr, rows - row,
                            n - column);
