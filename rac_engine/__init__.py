@@ -43,8 +43,8 @@ def trace(
         restart: Start afresh where an unfinished sampling in OUT.partial would go on.
         progress: Called with what is being done; its `str` is for people.
 
-    Returns the counts of traces and tokens. Raises `rac_engine.errors.BadInput` for what cannot work, and
-    `rac_engine.errors.Interrupted` on SIGINT, after which the same call goes on to the same traces.
+    Returns the counts of traces and tokens. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
+    `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on to the same traces.
     """
     from rac_engine.traces import generate
 
@@ -76,8 +76,8 @@ def prune(
         host_memory: Bytes of this machine that the job keeps to, the whole process included.
         progress: Called with what is being done, in words.
 
-    Returns what was made, with a row a matrix. Raises `rac_engine.errors.BadInput` for what cannot work, and
-    `rac_engine.errors.Interrupted` on SIGINT, after which the same call goes on to the same bytes.
+    Returns what was made, with a row a matrix. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
+    `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on to the same bytes.
     """
     from rac_engine.engine import prune as run
     from rac_engine.report import write_report
@@ -117,8 +117,8 @@ def evaluate(
         restart: Start afresh where an unfinished evaluation in OUT.partial would go on.
         progress: Called with what is being done; its `str` is for people.
 
-    Returns the results. Raises `rac_engine.errors.BadInput` for what cannot work, and `rac_engine.errors.Interrupted`
-    on SIGINT, after which the same call goes on.
+    Returns the results. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
+    `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on.
     """
     from rac_engine.evaluation import evaluate as run
 

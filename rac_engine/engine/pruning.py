@@ -7,15 +7,13 @@ them once more, and goes on, to the same bytes as if it had never stopped.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rac_engine.base.errors import BadInput, Damaged, Interrupted
+from rac_engine.base.errors import Damaged
 from rac_engine.base.process import peak_memory
 from rac_engine.checkpoint import CheckpointWriter
 from rac_engine.engine.closing import PruneReport, close_job
@@ -27,11 +25,10 @@ from rac_engine.engine.setup import PruneRequest, Setup, calibration_remarks, de
 from rac_engine.engine.streams import open_streams
 from rac_engine.engine.survey import Allocation, allocate, allocated
 from rac_engine.engine.verify import verify
-from rac_engine.jobs.claim import claimed
 from rac_engine.jobs.clock import Clock
-from rac_engine.jobs.journal import Journal, open_journal
+from rac_engine.jobs.job import FolderJob
+from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.layout import ALLOCATION, PRUNE_JOURNAL
-from rac_engine.jobs.publish import publish
 from rac_engine.jobs.timeline import Timeline
 from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe
@@ -80,44 +77,38 @@ def prune(
         progress=progress,
         finish=finish,
     )
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists; choose another output folder, or remove it")
-    with claimed(out) as partial:  # before anything is read: a second process is refused at once
-        return _prune(request, partial)
+    with FolderJob(out) as job:  # before anything is read: a second process is refused at once
+        report = _prune(request, job)
+        job.publish()
+    return report
 
 
-def _prune(request: PruneRequest, partial: Path) -> PruneReport:
-    """Prune in the folder `partial`, which is this process's alone, and publish it."""
+def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
+    """Prune in the folder that `job` has claimed, until it can be published."""
+    partial = job.partial
     setup = set_up(request, partial)
-    model, out, chunk = setup.model, request.out, setup.memory.choice.chunk_tokens
+    model, chunk = setup.model, setup.memory.choice.chunk_tokens
     run = describe(setup)
     identity = identity_of(setup, run)
     peak_memory(reset=True)
-    with limited_gpu(setup.device, request.device_memory):
-        journal = open_journal(
-            partial, PRUNE_JOURNAL, identity, request.restart, chunk_tokens=chunk, activations=REPLAY
+    with limited_gpu(setup.device, request.device_memory), torch.inference_mode():
+        journal = job.open_journal(
+            PRUNE_JOURNAL,
+            identity,
+            restart=request.restart,
+            beside={"chunk_tokens": chunk, "activations": REPLAY},
+            stopped=lambda: f"stopped with {min(job.done, model.layers)} of {model.layers} layers done",
+            worthwhile=lambda: bool(job.done) or (partial / ALLOCATION).exists(),  # that of a first pass
         )
-        try:
-            with torch.inference_mode():
-                clock = Clock()
-                allocation = _allocation(setup, partial, identity, clock, request.progress)
-                context = _begin(setup, request, partial, journal, clock, allocation)
-                prune_layers(context)
-                remarks = calibration_remarks(request.recipe, setup.calibration)
-                recipe = dump(absolute(request.recipe))
-                report = close_job(context, out, run, recipe, remarks, setup.resident)
-                request.finish(partial)
-                _read_back(partial, model, request.progress)
-            publish(partial, out)
-        except KeyboardInterrupt:
-            if out.exists() and not partial.exists():
-                return report  # too late: it is published
-            done = min(len(journal.records) - 1, model.layers)
-            raise Interrupted(f"stopped with {done} of {model.layers} layers done") from None
-        finally:
-            # Nothing worth going on with, unless a first pass was made.
-            if len(journal.records) < 2 and partial.exists() and not (partial / ALLOCATION).exists():
-                shutil.rmtree(partial)
+        clock = Clock()
+        allocation = _allocation(setup, partial, identity, clock, request.progress)
+        context = _begin(setup, request, partial, journal, clock, allocation)
+        prune_layers(context)
+        remarks = calibration_remarks(request.recipe, setup.calibration)
+        recipe = dump(absolute(request.recipe))
+        report = close_job(context, request.out, run, recipe, remarks, setup.resident)
+        request.finish(partial)
+        _read_back(partial, model, request.progress)
     return report
 
 

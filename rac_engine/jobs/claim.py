@@ -5,28 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.files import disk_errors
-
-
-@contextmanager
-def claimed(out: Path) -> Iterator[Path]:
-    """The folder OUT.partial, made if need be, for this process alone while it works there; removed if left empty."""
-    partial = out.with_name(out.name + ".partial")
-    if not partial.parent.is_dir():
-        raise BadInput(f"{partial.parent}: no such folder; make it first")
-    with disk_errors(partial):
-        partial.mkdir(exist_ok=True)
-    with held(partial, out):
-        try:
-            yield partial
-        except BaseException:
-            with suppress(OSError):
-                partial.rmdir()  # if nothing came of it
-            raise
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The journal of a job: what is done, in a file that is only ever added to; and the place where only one job works."""
+"""The journal of a job: what is done, in a file that is only ever added to."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Journal:
             finally:
                 os.close(fd)
 
-    def identify(self, identity: Mapping[str, Any], **beside: Any) -> None:
-        """Enter what decides the result as the first record, or hold it against the one there.
+    def identify(self, identity: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+        """Enter what decides the result as the first record, or compare it with the one there.
 
         `beside` is entered with it and never compared: what the first start decided, or a later one wants to know.
 
@@ -98,17 +98,35 @@ class Journal:
             )
 
 
-def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: bool = False, **beside: Any) -> Journal:
+def open_journal(
+    folder: Path,
+    name: str,
+    identity: Mapping[str, Any],
+    restart: bool = False,
+    beside: Mapping[str, Any] | None = None,
+) -> Journal:
     """The journal `folder`/`name` of a new job, or of one that was interrupted and has the same identity.
 
     Where it says nothing (or is not to, by `restart`), everything else in the folder is removed. Raises `BadInput` for
     a folder with files in it but no journal, for a journal whose first record is damaged, since nobody knows whose it
     is, and for a job with another identity. A first record that was never written to its end is none: nothing is done
-    before it is on the disk.
+    before it is on the disk. `beside` is entered with the identity and never compared.
     """
     path = folder / name
     if not path.exists() and any(not entry.is_dir() for entry in folder.rglob("*")):
         raise BadInput(f"{folder}: not empty, and no unfinished job; remove it or choose another output folder")
+    return _identified(path, folder, identity, restart, beside or {})
+
+
+def open_journal_file(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Journal:
+    """The journal at `path`, with nothing else to the job, as `open_journal` has it."""
+    return _identified(path, path, identity, restart, {})
+
+
+def _identified(
+    path: Path, folder: Path, identity: Mapping[str, Any], restart: bool, beside: Mapping[str, Any]
+) -> Journal:
+    """The journal at `path`, of a job that has all of `folder`, with its identity entered or compared."""
     if not restart:
         refuse_unknown(path)
     try:
@@ -117,9 +135,9 @@ def open_journal(folder: Path, name: str, identity: Mapping[str, Any], restart: 
             journal = Journal(path)
             if restart:
                 journal.cut(0)
-            if not journal.records:
+            if not journal.records and folder != path:
                 _clear(folder, path)
-        journal.identify(identity, **beside)
+        journal.identify(identity, beside)
     except BaseException:
         if not records_of(path):  # a disk may be full at the first record
             remove_empty(path, folder)

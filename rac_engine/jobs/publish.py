@@ -24,6 +24,11 @@ def write_manifest(folder: Path) -> None:
         write_file(folder / MANIFEST_PATH, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
+def is_published(partial: Path, out: Path) -> bool:
+    """Whether the folder `partial` has become `out`."""
+    return out.exists() and not partial.exists()
+
+
 def publish(partial: Path, out: Path) -> None:
     """Let the finished folder `partial` appear as `out`, by one rename, once all its bytes are on the disk.
 
@@ -32,7 +37,7 @@ def publish(partial: Path, out: Path) -> None:
     try:
         _publish(partial, out)
     except KeyboardInterrupt:
-        if partial.exists() or not out.exists():
+        if not is_published(partial, out):
             raise
         sync(out.absolute().parent)
 

@@ -7,8 +7,6 @@ once more, and the step at hand goes on where it stopped as far as it can (see t
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +15,13 @@ from typing import Any
 import yaml
 
 from rac_engine.base.console import Console
-from rac_engine.base.errors import BadInput, Damaged, Interrupted
+from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import disk_errors, require_space, sha256_files
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import calibration_of, require_memory, verify
 from rac_engine.evaluation import load_problems
-from rac_engine.jobs.claim import claimed
-from rac_engine.jobs.journal import open_journal
-from rac_engine.jobs.layout import RAC, REPORT, STEPS, TRACES
-from rac_engine.jobs.publish import publish
-from rac_engine.jobs.steps import step_times
+from rac_engine.jobs.job import FolderJob
+from rac_engine.jobs.layout import RAC, REPORT, STEPS
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.models import Model
 from rac_engine.plan import not_finite, skipped_matrices
@@ -34,7 +29,7 @@ from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import MAIN, Limits, Run, models_of
 from rac_engine.solve import find_method
-from rac_engine.traces import TOKEN_BYTES, load_prompts
+from rac_engine.traces import TRACE_TOKEN_BYTES, load_prompts
 
 
 @dataclass(frozen=True)
@@ -64,29 +59,24 @@ def run(
     after which the same call goes on.
     """
     out, console = Path(out), console or Console(-1)
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists; choose another output folder, or remove it")
     limits = Limits(device, device_memory, host_memory)
-    with claimed(out) as folder:  # before anything is read: a second process is refused at once
-        fresh = not any(folder.iterdir())
+    with FolderJob(out) as job:  # before anything is read: a second process is refused at once
+        folder = job.partial
         identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
-        journal = open_journal(folder, f"{RAC}/{STEPS}", identity, restart)
-        rows: list[Row] = []
-        try:
-            _require_space(recipe, folder)
-            job = Run(recipe, folder, journal, limits, console)
-            job.do()
-            rows = job.finish()
-            if problems := verify(folder, recipe.model, console.progress).problems:
-                raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this again")
-            publish(folder, out)
-        except KeyboardInterrupt:
-            if folder.exists() or not out.exists():
-                raise Interrupted("stopped between two steps") from None
-        except (BadInput, OSError):
-            if fresh and not _worth_keeping(folder):
-                shutil.rmtree(folder)
-            raise
+        journal = job.open_journal(
+            f"{RAC}/{STEPS}",
+            identity,
+            restart=restart,
+            stopped=lambda: "stopped between two steps",
+            worthwhile=lambda: _worth_keeping(job),
+        )
+        _require_space(recipe, folder)
+        steps = Run(recipe, folder, journal, limits, console)
+        steps.do()
+        rows = steps.finish()
+        if problems := verify(folder, recipe.model, console.progress).problems:
+            raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this again")
+        job.publish()
     return RunResult(out, rows, out / RAC / REPORT)
 
 
@@ -95,15 +85,18 @@ def _require_space(recipe: Recipe, folder: Path) -> None:
     model = Checkpoint.open(recipe.model)
     copies = 2 if recipe.compare else 1
     wanted = copies * sum(info.nbytes for info in model.tensors.values())
-    wanted += TOKEN_BYTES * recipe.trace.tokens if recipe.trace else 0
+    wanted += TRACE_TOKEN_BYTES * recipe.trace.tokens if recipe.trace else 0
     taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
     with disk_errors(folder):
         require_space(folder, max(wanted - taken, 0))
 
 
-def _worth_keeping(folder: Path) -> bool:
-    """Whether a run that cannot go on has something that took time: traces, or a finished step."""
-    return any((folder / RAC).glob(f"{TRACES}*/*.parquet")) or bool(step_times(folder))
+def _worth_keeping(job: FolderJob) -> bool:
+    """Whether a run has something that took time: a finished step, or what an unfinished one has left.
+
+    The jobs within it remove what is not worth going on with themselves.
+    """
+    return bool(job.done) or any(file.is_file() and file != job.journal.path for file in job.partial.rglob("*"))
 
 
 def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rac_engine.traces.calibration import Calibration, Sequence, Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
-from rac_engine.traces.generation import TOKEN_BYTES, TraceReport, generate, load_prompts
+from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.records import Messages, question_of, read_jsonl
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render
 
 __all__ = [
-    "TOKEN_BYTES",
+    "TRACE_TOKEN_BYTES",
     "Calibration",
     "Decoder",
     "Messages",

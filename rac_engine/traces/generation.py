@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rac_engine.base import faults
-from rac_engine.base.errors import BadInput, Interrupted
+from rac_engine.base.errors import BadInput
 from rac_engine.base.files import disk_errors, replace_file, require_space, sha256_files, write_file
 from rac_engine.base.sizes import format_count
-from rac_engine.jobs.claim import claimed
-from rac_engine.jobs.journal import Journal, open_journal
+from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
-from rac_engine.jobs.publish import publish
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces.decoder import Decoder
@@ -29,7 +25,7 @@ from rac_engine.traces.records import Messages, question_of, read_jsonl
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
 
-TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
+TRACE_TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
 
 SCHEMA = pa.schema(
     [
@@ -110,116 +106,108 @@ def generate(
     out = Path(out)
     if (out / TRACES_SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: exists; choose another folder, or remove it")
-    with claimed(out) as partial:  # before anything is read: a second process is refused at once
-        return _generate_in(partial, str(model), settings, out, device, restart, progress)
-
-
-def _generate_in(
-    partial: Path,
-    model: str,
-    settings: TraceSettings,
-    out: Path,
-    device: str,
-    restart: bool,
-    progress: Callable[[Any], None],
-) -> TraceReport:
-    """`generate`, in the folder `partial`, which is this process's alone."""
-    prompts = load_prompts(settings.prompts)
-    decoder = Decoder(model, device)
-    identity = {
-        "model": decoder.sha256,
-        "template": template_sha256(decoder.tokenizer),
-        "tokenizer": tokenizer_sha256(decoder.tokenizer),
-        "prompts": hashlib.sha256(
-            json.dumps([[prompt.id, prompt.messages] for prompt in prompts]).encode()
-        ).hexdigest(),
-        **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts"}).items()},
-        **surroundings(device),
-    }
-    journal = open_journal(partial, TRACES_JOURNAL, identity, restart)
-    try:
-        report = _generate(decoder, model, prompts, settings, identity, out, partial, journal, progress)
-        publish(partial, out)
-    finally:
-        if len(journal.records) < 2 and partial.exists():  # nothing worth going on with
-            shutil.rmtree(partial)
+    with FolderJob(out) as job:  # before anything is read: a second process is refused at once
+        prompts = load_prompts(settings.prompts)
+        decoder = Decoder(str(model), device)
+        identity = _identity(decoder, prompts, settings, device)
+        counts = _Counts(settings.tokens)
+        job.open_journal(
+            TRACES_JOURNAL,
+            identity,
+            restart=restart,
+            stopped=lambda: f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens",
+        )
+        _keep_whole_files(job, counts)
+        with disk_errors(job.partial):
+            require_space(job.partial, TRACE_TOKEN_BYTES * max(counts.left, 0))
+        common = _common_columns(str(model), settings, identity)
+        _sample_all(job, decoder, prompts, settings, common, counts, progress)
+        report = TraceReport(out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget)
+        _summarize(job, report, settings, identity)
+        job.publish()
     return report
 
 
-def _generate(
-    decoder: Decoder,
-    model: str,
-    prompts: list[Prompt],
-    settings: TraceSettings,
-    identity: dict[str, Any],
-    out: Path,
-    partial: Path,
-    journal: Journal,
-    progress: Callable[[Any], None],
-) -> TraceReport:
-    """Sample into `partial`, of which `journal` says what is there."""
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
-    common = {
+def _identity(decoder: Decoder, prompts: list[Prompt], settings: TraceSettings, device: str) -> dict[str, Any]:
+    """What has to be the same for an unfinished sampling to go on."""
+    asked = json.dumps([[prompt.id, prompt.messages] for prompt in prompts])
+    return {
+        "model": decoder.sha256,
+        "template": template_sha256(decoder.tokenizer),
+        "tokenizer": tokenizer_sha256(decoder.tokenizer),
+        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
+        **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts"}).items()},
+        **surroundings(device),
+    }
+
+
+def _common_columns(model: str, settings: TraceSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    """What every row says of the sampling as a whole."""
+    return {
         "seed": settings.seed,
         "sampling": json.dumps(settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})),
         "model": model,
         "model_sha256": identity["model"],
         "template_sha256": identity["template"],
     }
-    counts = _Counts(settings.tokens)
-    for number, record in enumerate(journal.records[1:], 1):
-        file = partial / record["file"]
-        if not file.exists() or sha256_files(partial, [file.name])[file.name] != record["sha256"]:
-            journal.cut(number)
+
+
+def _keep_whole_files(job: FolderJob, counts: _Counts) -> None:
+    """Count what the journal's files hold, up to the first that is not as it was written."""
+    for number, record in enumerate(job.journal.records[1:], 1):
+        file = job.partial / record["file"]
+        if not file.exists() or sha256_files(job.partial, [file.name])[file.name] != record["sha256"]:
+            job.journal.cut(number)
             break
         counts.add(record["counts"])
-    with disk_errors(partial):
-        require_space(partial, TOKEN_BYTES * max(settings.tokens - counts.tokens, 0))
+
+
+def _sample_all(
+    job: FolderJob,
+    decoder: Decoder,
+    prompts: list[Prompt],
+    settings: TraceSettings,
+    common: dict[str, Any],
+    counts: _Counts,
+    progress: Callable[[Any], None],
+) -> None:
+    """Sample batch by batch, behind those in the journal, until the budget is spent or the prompts have ended."""
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    try:
-        for number, first in enumerate(range(0, len(asked), settings.batch_size)):
-            if number < len(journal.records) - 1:
-                continue
-            if counts.tokens >= settings.tokens:
-                break
-            part = asked[first : first + settings.batch_size]
-            rows = _sample(decoder, part, settings, sampling, counts, progress)
-            file = f"part-{number:05d}.parquet"
-            table = pa.BufferOutputStream()
-            pq.write_table(
-                pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA), table, compression="zstd"
-            )
-            data = table.getvalue().to_pybytes()
-            with disk_errors(partial):
-                require_space(partial, len(data))
-                replace_file(partial / file, data)
-            journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens"
-        ) from None
-    report = TraceReport(out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget)
-    files = {record["file"]: record["sha256"] for record in journal.records[1:]}
-    with disk_errors(partial):
-        for stray in partial.glob("*.parquet"):
+    batches = range(0, len(asked), settings.batch_size)
+    for number, first in list(enumerate(batches))[job.done :]:
+        if not counts.left:
+            break
+        rows = _sample(decoder, asked[first : first + settings.batch_size], settings, counts, progress)
+        file = f"part-{number:05d}.parquet"
+        table = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA), table, compression="zstd")
+        data = table.getvalue().to_pybytes()
+        with disk_errors(job.partial):
+            require_space(job.partial, len(data))
+            replace_file(job.partial / file, data)
+        job.journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
+
+
+def _summarize(job: FolderJob, report: TraceReport, settings: TraceSettings, identity: dict[str, Any]) -> None:
+    """Write the summary beside the files of the journal, and remove any others."""
+    files = {record["file"]: record["sha256"] for record in job.journal.records[1:]}
+    summary = {
+        "traces": report.traces,
+        "tokens": report.tokens,
+        "prompt_tokens": report.prompt_tokens,
+        "budget": report.budget,
+        "finish_reasons": report.finish_reasons,
+        "prompts_file": str(settings.prompts),
+        "model_sha256": identity["model"],
+        "template_sha256": identity["template"],
+        "settings": settings.model_dump(mode="json", exclude={"prompts"}),
+        "files": files,
+    }
+    with disk_errors(job.partial):
+        for stray in job.partial.glob("*.parquet"):
             if stray.name not in files:
                 faults.unlink(stray)
-        summary = {
-            "traces": report.traces,
-            "tokens": report.tokens,
-            "prompt_tokens": report.prompt_tokens,
-            "budget": report.budget,
-            "finish_reasons": report.finish_reasons,
-            "prompts_file": str(settings.prompts),
-            "model_sha256": identity["model"],
-            "template_sha256": identity["template"],
-            "settings": settings.model_dump(mode="json", exclude={"prompts"}),
-            "files": files,
-        }
-        write_file(partial / TRACES_SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
-    return report
+        write_file(job.partial / TRACES_SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
 
 
 class _Counts:
@@ -230,6 +218,11 @@ class _Counts:
         self.traces = self.tokens = self.prompt_tokens = 0
         self.reasons: dict[str, int] = {}
         self.last: dict[str, Any] = {}
+
+    @property
+    def left(self) -> int:
+        """Tokens that the budget still has."""
+        return self.budget - self.tokens
 
     def add(self, counts: dict[str, Any]) -> None:
         self.traces += counts["traces"]
@@ -244,11 +237,11 @@ def _sample(
     decoder: Decoder,
     part: list[tuple[Prompt, int]],
     settings: TraceSettings,
-    sampling: Sampling,
     counts: _Counts,
     progress: Callable[[Any], None],
 ) -> list[dict[str, Any]]:
     """Rows of the traces of `part`, as many as the budget takes."""
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     requests = [
         Request(
             render(decoder.tokenizer, prompt.messages, f"{settings.prompts}: prompt {prompt.id}"),
@@ -260,7 +253,7 @@ def _sample(
     rows_at_once = at_a_time(settings.batch_size)
     completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(f"{before} · {at}"))
     rows: list[dict[str, Any]] = []
-    left, reasons, given = counts.budget - counts.tokens, dict[str, int](), 0
+    left, reasons, given = counts.left, dict[str, int](), 0
     spent = 0
     for (prompt, sample), request, completion in zip(part, requests, completions, strict=True):
         if not left:

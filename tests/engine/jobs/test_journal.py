@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from rac_engine.base.errors import BadInput
-from rac_engine.jobs.claim import claimed
 from rac_engine.jobs.journal import Journal, open_journal
 
 
@@ -75,20 +74,14 @@ def test_a_first_record_cut_off_in_its_writing_is_none(tmp_path: Path) -> None:
 
 def test_all_that_differs_is_named(tmp_path: Path) -> None:
     identity = {"model": "a", "settings.sparsity": 0.5, "code.native": "1"}
-    assert open_journal(tmp_path, "journal.jsonl", identity, rule="x").records == [{"job": identity, "rule": "x"}]
+    assert open_journal(tmp_path, "journal.jsonl", identity, beside={"rule": "x"}).records == [
+        {"job": identity, "rule": "x"}
+    ]
     with pytest.raises(BadInput) as refused:
-        open_journal(tmp_path, "journal.jsonl", {"model": "a", "settings.sparsity": 0.25, "extra": 7}, rule="y")
+        open_journal(
+            tmp_path, "journal.jsonl", {"model": "a", "settings.sparsity": 0.25, "extra": 7}, beside={"rule": "y"}
+        )
     said = str(refused.value)
     for part in ("settings.sparsity: 0.5, now 0.25", "another code.native: 1, now None", "another extra: None, now 7"):
         assert part in said
     assert "model" not in said.partition("holds")[2] and "\n" not in said
-
-
-def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(BadInput), claimed(tmp_path / "out"):
-        raise BadInput("no such model")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(BadInput), claimed(tmp_path / "out") as partial:
-        (partial / "work").touch()
-        raise BadInput("disk full")
-    assert (tmp_path / "out.partial" / "work").exists()

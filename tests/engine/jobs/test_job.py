@@ -1,0 +1,181 @@
+"""The protocol of long jobs: OUT is absent or whole, and OUT.partial holds what is worth going on with, or is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rac_engine.base import faults
+from rac_engine.base.errors import BadInput, Interrupted
+from rac_engine.jobs.claim import held
+from rac_engine.jobs.job import FileJob, FolderJob, LongJob
+
+JOURNAL = "rac/journal.jsonl"
+
+
+def begin(job: LongJob, model: str = "a", restart: bool = False) -> None:
+    if isinstance(job, FolderJob):
+        job.open_journal(JOURNAL, {"model": model}, restart=restart, stopped=lambda: f"stopped with {job.done} done")
+    elif isinstance(job, FileJob):
+        job.open_journal({"model": model}, restart=restart, stopped=lambda: f"stopped with {job.done} done")
+
+
+def finish(job: LongJob) -> None:
+    if isinstance(job, FolderJob):
+        (job.partial / "result").write_text("whole")
+        job.publish()
+    elif isinstance(job, FileJob):
+        job.publish(b"whole")
+
+
+KINDS = pytest.mark.parametrize("kind", [FolderJob, FileJob])
+
+
+@KINDS
+def test_a_job_is_published_and_leaves_nothing_else(tmp_path: Path, kind: type[LongJob]) -> None:
+    out = tmp_path / "out"
+    with kind(out) as job:
+        assert job.partial.exists() and not out.exists()
+        begin(job)
+        finish(job)
+    assert [*tmp_path.iterdir()] == [out]
+    assert (out / "result" if out.is_dir() else out).read_text() == "whole"
+    with pytest.raises(BadInput, match=f"exists; choose another {job.kind}, or remove it"), kind(out):
+        pass
+
+
+@KINDS
+def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path, kind: type[LongJob]) -> None:
+    with pytest.raises(BadInput), kind(tmp_path / "out"):
+        raise BadInput("no such model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(BadInput), FolderJob(tmp_path / "out") as job:
+        (job.partial / "work").touch()
+        raise BadInput("disk full")
+    assert (tmp_path / "out.partial" / "work").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_folders_made_for_a_file_go_with_it(tmp_path: Path, begun: bool) -> None:
+    with pytest.raises(BadInput), FileJob(tmp_path / "a/b/out.json") as job:
+        if begun:
+            begin(job)
+        raise BadInput("no such model")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(BadInput), FileJob(tmp_path / "a/b/out.json"):
+        raise BadInput("no such model")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "a"]
+
+
+@KINDS
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BadInput, OSError, RuntimeError])
+def test_what_is_done_stays_and_is_gone_on_with(
+    tmp_path: Path, kind: type[LongJob], error: type[BaseException]
+) -> None:
+    raised = Interrupted if error is KeyboardInterrupt else error
+    with pytest.raises(raised), kind(tmp_path / "out") as job:
+        begin(job)
+        raise error
+    assert list(tmp_path.iterdir()) == []  # an identity alone is nothing to go on with
+    with pytest.raises(raised) as caught, kind(tmp_path / "out") as job:
+        begin(job)
+        job.journal.append({"piece": 1})
+        raise error
+    assert error is not KeyboardInterrupt or str(caught.value) == "stopped with 1 done"
+    with pytest.raises(BadInput, match="another model: a, now b"), kind(tmp_path / "out") as job:
+        begin(job, "b")
+    with kind(tmp_path / "out") as job:
+        begin(job)
+        assert job.journal.records[1:] == [{"piece": 1}]
+        finish(job)
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+@KINDS
+def test_restart_drops_what_was_done(tmp_path: Path, kind: type[LongJob]) -> None:
+    with pytest.raises(RuntimeError), kind(tmp_path / "out") as job:
+        begin(job)
+        job.journal.append({"piece": 1})
+        raise RuntimeError
+    with kind(tmp_path / "out") as job:
+        begin(job, "b", restart=True)
+        assert job.done == 0
+        finish(job)
+
+
+@pytest.mark.parametrize("worthwhile", [True, False])
+def test_a_job_says_itself_what_is_worth_going_on_with(tmp_path: Path, worthwhile: bool) -> None:
+    with pytest.raises(Interrupted, match=r"^words$"), FolderJob(tmp_path / "out") as job:
+        job.open_journal(JOURNAL, {}, stopped=lambda: "words", worthwhile=lambda: worthwhile)
+        raise KeyboardInterrupt
+    assert job.partial.exists() is worthwhile
+
+
+@KINDS
+def test_an_interruption_before_the_journal_is_open_is_a_stop_too(tmp_path: Path, kind: type[LongJob]) -> None:
+    with pytest.raises(Interrupted, match=r"^stopped$"), kind(tmp_path / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+@KINDS
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interruption_of_publishing_counts_until_out_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LongJob], late: bool
+) -> None:
+    def rename(source: Path, target: Path) -> None:
+        if late:
+            os.rename(source, target)
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        with kind(tmp_path / "out") as job:
+            begin(job)
+            job.journal.append({"piece": 1})
+            finish(job)
+
+    monkeypatch.setattr(faults, "rename", rename)
+    if late:
+        run()
+    else:
+        with pytest.raises(Interrupted, match="stopped with 1 done"):
+            run()
+        monkeypatch.undo()
+        run()
+    left = {path.name for path in tmp_path.iterdir()} - {"out.tmp"}
+    assert left == {"out"}
+
+
+@KINDS
+def test_one_process_works_at_a_time(tmp_path: Path, kind: type[LongJob]) -> None:
+    with pytest.raises(RuntimeError), kind(tmp_path / "out") as job:
+        begin(job)
+        job.journal.append({"piece": 1})
+        raise RuntimeError
+    with held(job.partial, job.out), pytest.raises(BadInput, match="another process is working there"):
+        kind(tmp_path / "out").__enter__()
+    assert job.partial.exists()
+
+
+@KINDS
+def test_what_another_process_finished_between_two_looks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LongJob]
+) -> None:
+    make: Callable[[LongJob], None] = kind._make
+
+    def late(job: LongJob) -> None:
+        make(job)
+        job.out.write_text(json.dumps({}))
+
+    monkeypatch.setattr(kind, "_make", late)
+    with pytest.raises(BadInput, match="another process has just finished it"), kind(tmp_path / "out"):
+        pass
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
