@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from rac_kernels.backends import native
 from rac_kernels.measure import roofline
+from rac_kernels.ops.attention import Scoring, decode_attention, packed_attention
+from rac_kernels.ops.blend import blend_
 from rac_kernels.ops.column_norm import column_norm_accumulate_
 from rac_kernels.ops.cross import cross_accumulate_
 from rac_kernels.ops.factor import Factor, FactorError, factor_, factor_batch_, refactor_
+from rac_kernels.ops.finite import all_finite, finite_tokens
+from rac_kernels.ops.fp8 import dequantize_blocks
 from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
@@ -18,6 +22,7 @@ from rac_kernels.ops.objective import objective, reconstruction_error
 from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
 from rac_kernels.ops.select import kth_smallest, mask_by_score
 from rac_kernels.ops.spread import pattern_order, spread_columns
+from rac_kernels.ops.squared_norm import squared_norm_accumulate_
 from rac_kernels.ops.sweep import sweep
 from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
@@ -25,6 +30,7 @@ from rac_kernels.solvers.admm import admm_short_
 from rac_kernels.solvers.alps import admm
 from rac_kernels.solvers.matching import matched_target, output_cross
 from rac_kernels.solvers.refine import RefineResult, refine
+from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_error
 
 __all__ = [
     "Factor",
@@ -32,14 +38,21 @@ __all__ = [
     "MaskedAdam",
     "RefineResult",
     "ScoreProfile",
+    "Scoring",
+    "Tuning",
     "admm",
     "admm_short_",
+    "all_finite",
+    "blend_",
     "column_norm_accumulate_",
     "count_above",
     "count_zeros",
     "cross_accumulate_",
+    "decode_attention",
+    "dequantize_blocks",
     "factor_",
     "factor_batch_",
+    "finite_tokens",
     "hessian_accumulate_",
     "inverse_",
     "kth_smallest",
@@ -48,13 +61,18 @@ __all__ = [
     "native",
     "objective",
     "output_cross",
+    "packed_attention",
     "pattern_order",
     "reconstruction_error",
     "refactor_",
     "refine",
+    "relative_error",
     "roofline",
+    "rounded",
     "score_profile",
     "spread_columns",
+    "squared_error",
+    "squared_norm_accumulate_",
     "sweep",
     "symmetrize_",
 ]

@@ -7,29 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rac_engine.checkpoint import all_finite
-from rac_kernels import column_norm_accumulate_, cross_accumulate_, hessian_accumulate_
-
-
-def usable(weights: Tensor | None, *parts: Tensor) -> tuple[list[Tensor], Tensor | None, int]:
-    """The tokens, rows of all `parts` [tokens, …], that count and are finite in each of them.
-
-    Returns their rows of each part, their weights [tokens] fp32 (None: 1 each), and how many others would have counted
-    but hold NaN or Inf somewhere.
-    """
-    if weights is None and all(map(all_finite, parts)):
-        return list(parts), None, 0
-    good = torch.stack([edge.isfinite() for part in parts for edge in (part.amin(-1), part.amax(-1))]).all(0)
-    counted = torch.ones_like(good) if weights is None else weights > 0
-    good &= counted
-    count = int(good.sum())
-    dropped = int(counted.sum()) - count
-    if count < len(good):
-        parts = tuple(part[good] for part in parts)
-        weights = None if weights is None else weights[good]
-    if weights is not None and bool((weights == 1).all()):
-        weights = None
-    return list(parts), weights, dropped
+from rac_kernels import (
+    blend_,
+    column_norm_accumulate_,
+    cross_accumulate_,
+    finite_tokens,
+    hessian_accumulate_,
+    squared_norm_accumulate_,
+)
 
 
 class Statistic:
@@ -48,7 +33,7 @@ class Statistic:
 
     def add(self, x: Tensor, weights: Tensor | None) -> None:
         """Count tokens x [tokens, columns], with weights [tokens] fp32 or 1 each."""
-        self._count(*usable(weights, x))
+        self._count(*finite_tokens(weights, x))
 
     def add_beside(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
         """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
@@ -56,7 +41,7 @@ class Statistic:
         What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either
         model counts in neither.
         """
-        (given, *others), weights, dropped = usable(weights, given, *others)
+        (given, *others), weights, dropped = finite_tokens(weights, given, *others)
         self._count([given], weights, dropped)
         assert self.match is not None
         self.match.add(given, *others, weights=weights)
@@ -70,7 +55,7 @@ class Statistic:
 
     def blend(self, other: Statistic, weight: float) -> None:
         """Add `weight` times what was gathered by another, which stays as it is."""
-        self.value.add_(other.value, alpha=weight)
+        blend_(self.value, other.value, weight)
         if isinstance(self.match, DenseInputs) and isinstance(other.match, DenseInputs):
             self.match.blend(other.match, weight)
 
@@ -86,14 +71,14 @@ class DenseInputs:
         self.gram = torch.zeros_like(self.cross)
 
     def add(self, given: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
-        """Count tokens, all of them `usable`: inputs [tokens, columns] of the pruned model and of the dense one."""
+        """Count tokens, all of them finite: inputs [tokens, columns] of the pruned model and of the dense one."""
         cross_accumulate_(self.cross, given, dense, weights)
         hessian_accumulate_(self.gram, dense, weights)
 
     def blend(self, other: DenseInputs, weight: float) -> None:
         """Add `weight` times what was gathered by another, which stays as it is."""
-        self.cross.add_(other.cross, alpha=weight)
-        self.gram.add_(other.gram, alpha=weight)
+        blend_(self.cross, other.cross, weight)
+        blend_(self.gram, other.gram, weight)
 
 
 class DenseOutputs:
@@ -115,8 +100,7 @@ class DenseOutputs:
         return float(self._squares[1])
 
     def add(self, given: Tensor, wanted: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
-        """Count tokens, all of them `usable`: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
+        """Count tokens, all of them finite: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
         cross_accumulate_(self.cross, given, wanted, weights)
         for place, outputs in enumerate((wanted, dense)):
-            squares = torch.linalg.vector_norm(outputs, dim=1, dtype=torch.float32).square().double()
-            self._squares[place] += (squares if weights is None else squares * weights).sum()
+            squared_norm_accumulate_(self._squares[place], outputs, weights)

@@ -21,15 +21,11 @@ from torch import Tensor
 
 from rac_engine.calibrate.stream import Stream
 from rac_engine.models import Block, Chunk
-from rac_kernels import MaskedAdam
+from rac_kernels import Tuning, relative_error, rounded, squared_error
 
 BATCH = 256  # tokens in a step at least, and
 
 STEPS = 150  # steps in an epoch at most, whole sequences and chunks permitting
-
-RATE = 0.03  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
-
-WARMING = 0.05  # share of the steps in which the rate rises
 
 
 @dataclass(frozen=True)
@@ -64,25 +60,16 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
             return None
         for weight in tuned:
             weight.requires_grad_(True)
-        adam = MaskedAdam([weight.detach() for weight in tuned])
+        tuning = Tuning(tuned, epochs * sum(length for _, length in every))
         order = torch.Generator().manual_seed(0)
-        seen, total = 0, epochs * sum(length for _, length in every)
         for _ in range(epochs):
             shuffled = [every[at] for at in torch.randperm(len(every), generator=order).tolist()]
             for some in _batches(shuffled, size):
                 with torch.enable_grad():
                     missed, whole = _missed(stream, wanted, block, some)
-                    gradients = torch.autograd.grad(missed / whole.clamp(min=torch.finfo(whole.dtype).tiny), tuned)
-                seen += sum(length for _, length in some)
-                share = seen / total
-                with torch.no_grad():
-                    adam.step(gradients, RATE * min(share / WARMING, 1) * (1 + math.cos(math.pi * share)) / 2)
-        del adam
-        # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
-        found = {
-            name: weight.detach().to(old.dtype, copy=True).add_(0.0)
-            for (name, old), weight in zip(weights.items(), tuned, strict=True)
-        }
+                    tuning.step(missed, whole, sum(length for _, length in some))
+        del tuning
+        found = {name: rounded(weight, old.dtype) for (name, old), weight in zip(weights.items(), tuned, strict=True)}
         for weight, new in zip(tuned, found.values(), strict=True):
             weight.requires_grad_(False).copy_(new)
         after = _error(stream, wanted, block, every, size)
@@ -119,11 +106,8 @@ def _batches(sequences: Sequence[tuple[int, int]], size: int) -> Iterator[list[t
 
 def _error(stream: Stream, wanted: Stream, block: Block, every: Sequence[tuple[int, int]], size: int) -> float:
     """‖hidden′ − hidden‖² / ‖hidden‖² over all sequences."""
-    sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for some in _batches(every, size):
-            sums += torch.stack(_missed(stream, wanted, block, some)).double().cpu()
-    return float(sums[0] / sums[1]) if sums[1] else float(sums[0])
+        return relative_error(_missed(stream, wanted, block, some) for some in _batches(every, size))
 
 
 def _missed(
@@ -135,12 +119,9 @@ def _missed(
         torch.cat([part.to(torch.float32, copy=True) for part in each.hidden.each(spans)]) for each in (stream, wanted)
     )
     chunk = Chunk(0, len(given), tuple(length for _, length in sequences))
-    error = block.leave(given, block.inner(block.norm(given), chunk)).float() - aim
-    weights = stream.packing.weights
-    if weights is None:
-        return error.square().sum(), aim.square().sum()
-    own = torch.cat([weights[start:stop] for start, stop in spans]).to(error.device)
-    return error.square().sum(1) @ own, aim.square().sum(1) @ own
+    found, weights = block.leave(given, block.inner(block.norm(given), chunk)), stream.packing.weights
+    own = None if weights is None else torch.cat([weights[start:stop] for start, stop in spans]).to(found.device)
+    return squared_error(found, aim, own)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rac_engine.checkpoint.fp8 import fp8_block
 from rac_engine.checkpoint.header import TensorInfo, read_json
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, other_files
-from rac_engine.checkpoint.tensors import all_finite, bytes_of, is_finite
+from rac_engine.checkpoint.tensors import bytes_of, is_finite
 from rac_engine.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorInfo",
-    "all_finite",
     "bytes_of",
     "fp8_block",
     "is_finite",

@@ -54,17 +54,3 @@ def _as_bf16(
         del made[name]
     kept = {file: [made[info.name] for info in infos if info.name in made] for file, infos in shards.items()}
     return made, {file: infos for file, infos in kept.items() if infos}
-
-
-def _multiply(
-    values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], first: int, out: torch.Tensor
-) -> torch.Tensor:
-    """`out` [rows, columns] = FP8 values, row `first` of a tensor and those behind it, times their blocks' scales."""
-    rows, columns = min(block[0], first + len(values)), max(min(block[1], values.shape[1]), 1)
-    wide = scales.float().repeat_interleave(columns, dim=1)[:, : values.shape[1]]
-    at = 0
-    while at < len(values):
-        to = min((first + at) // rows * rows + rows - first, len(values))
-        out[at:to] = values[at:to].float() * wide[(first + at) // rows]
-        at = to
-    return out

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from rac_engine.base.files import PIECE, opened, pages, pieces, read_into
-from rac_engine.checkpoint.fp8 import _multiply
 from rac_engine.checkpoint.header import TensorInfo
+from rac_kernels import all_finite, dequantize_blocks
 
 
 def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
@@ -29,7 +29,7 @@ def read_tensor(info: TensorInfo, rows: tuple[int, int] | None = None, pin: bool
     if info.scaled is None:
         return tensor
     made = torch.frombuffer(pages(math.prod(shape) * info.dtype.itemsize, pin), dtype=info.dtype).view(shape)
-    return _multiply(tensor, read_tensor(info.scaled.scales), info.scaled.block, first, made)
+    return dequantize_blocks(tensor, read_tensor(info.scaled.scales), info.scaled.block, made, first)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -55,11 +55,3 @@ def is_finite(data: memoryview, dtype: torch.dtype) -> bool:
     if not len(data):
         return True
     return all_finite(torch.frombuffer(data, dtype=dtype))
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds no NaN and no Inf, by its smallest and largest values: nothing of its size is made."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.bfloat16)
-    return bool(torch.stack(wide.aminmax()).isfinite().all())

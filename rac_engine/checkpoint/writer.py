@@ -13,7 +13,8 @@ from rac_engine.base import faults
 from rac_engine.base.files import copy_file, disk_errors, opened, require_space, sync, write_at, write_file
 from rac_engine.checkpoint.header import TensorInfo, file_layout
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, inside, other_files
-from rac_engine.checkpoint.tensors import all_finite, bytes_of, pieces_of, read_tensor
+from rac_engine.checkpoint.tensors import bytes_of, pieces_of, read_tensor
+from rac_kernels import all_finite
 
 
 class CheckpointWriter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rac_engine.models.attention import attend_in_the_open, attention_bytes, is_fused, packed_attention
+from rac_engine.models.attention import scoring_of
 from rac_engine.models.block import Block
 from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
@@ -16,9 +16,6 @@ __all__ = [
     "Matrix",
     "Model",
     "Tap",
-    "attend_in_the_open",
-    "attention_bytes",
-    "is_fused",
-    "packed_attention",
+    "scoring_of",
     "working_dtype",
 ]

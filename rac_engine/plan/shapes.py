@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from rac_engine.checkpoint import fp8_block
-from rac_engine.models import Model, attention_bytes, is_fused, working_dtype
+from rac_engine.models import Model, working_dtype
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import TOGETHER, WHOLE, find_method
+from rac_kernels.ops import attention
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class Attention:
         most = 0
         for window in {None, self.window if self.window is not None and self.window < longest else None}:
             device, dtype = torch.device("cuda" if on_gpu else "cpu"), {2: torch.bfloat16, 4: torch.float32}[size]
-            fused = not self.open and is_fused(device, dtype, self.head, window)
+            fused = not self.open and attention.is_fused(device, dtype, self.head, window)
             masked = not on_gpu and (window is not None or longest > chunk)
-            shares = attention_bytes(fused, self.group, self.widths, chunk, longest, window, masked, size)
-            most = max(most, shares)
+            sizes = attention.AttentionShape(chunk, longest, self.group, self.widths, window)
+            most = max(most, attention.workspace(sizes, fused, size if masked else 0))
         attending = chunk * size * (shape.hidden + 3 * self.queries + self.key_values) + most
         return max(chunk * rotating * size, chunk * normed, attending)
 

@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rac_engine.checkpoint import all_finite
 from rac_engine.solve.method import Gram, LayerProblem, Target, stack
 from rac_engine.solve.methods import find_method
-from rac_kernels import mask_by_score, matched_target, objective, output_cross, reconstruction_error
+from rac_kernels import all_finite, mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
 

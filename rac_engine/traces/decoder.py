@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, bytes_of
-from rac_engine.models import Model, attend_in_the_open, packed_attention, working_dtype
+from rac_engine.models import Model, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
+from rac_kernels import Scoring, decode_attention, packed_attention
 
 ATTENTION = "rac_decode"
 
@@ -38,7 +38,7 @@ _SMALL = 50_000_000  # parameters
 
 
 @dataclass(eq=False)
-class _Sequence:
+class _InFlight:
     """A request in flight: the first `prompt` of its `tokens` were given, the others sampled."""
 
     index: int
@@ -86,10 +86,10 @@ class _Cache:
         return grown
 
 
-class _Step:
+class _DecodeStep:
     """One forward pass: rows below `old` get one token each, those behind them a whole prompt of `lengths` tokens."""
 
-    def __init__(self, cache: _Cache, sequences: list[_Sequence], old: int, device: torch.device) -> None:
+    def __init__(self, cache: _Cache, sequences: list[_InFlight], old: int, device: torch.device) -> None:
         self.cache, self.old, self.device = cache, old, device
         self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
         ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
@@ -106,70 +106,42 @@ class _Step:
         self.last = self._tensor(last)
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Attention of q [1, heads, tokens, d] on k and v [1, key-value heads, tokens, d] and what is in the cache."""
-        layer: int = module.layer_idx  # type: ignore[assignment]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of q [1, heads, tokens, d] on k and v [1, key-value heads, tokens, d] and what is in the cache.
+
+        Returns [1, tokens, heads, d].
+        """
         keys, values = self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
         parts = []
         if self.old:
-            heads, old = k.shape[1], slice(0, self.old)
-            held, worth = (x[old, : self.span].transpose(1, 2) for x in (keys, values))
-            queries, seen = q[0, :, old].transpose(0, 1), self._mask(window)
-            if softcap is None and sinks is None:
-                # Query heads that share a key are the rows of one small matrix.
-                grouped = queries.unflatten(1, (heads, -1))
-                attended = F.scaled_dot_product_attention(grouped, held, worth, attn_mask=seen, scale=scaling)
-                attended = attended.flatten(1, 2)
-            else:
-                one = queries[:, :, None]
-                attended = attend_in_the_open(one, held, worth, seen[:, None], scaling, softcap, sinks)[:, :, 0]
-            parts.append(attended[None])
+            held, worth = (x[: self.old, : self.span].transpose(1, 2) for x in (keys, values))
+            queries = q[0, :, : self.old].transpose(0, 1)
+            parts.append(decode_attention(queries, held, worth, self._mask(scoring.window), scoring))
         if self.lengths:
-            new = q[:, :, self.old :], k[:, :, self.old :], v[:, :, self.old :]
-            options: dict[str, Any] = {"sliding_window": window, "softcap": softcap, "s_aux": sinks}
-            parts.append(packed_attention(module, *new, None, scaling=scaling, lengths=self.lengths, **options)[0])
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            parts.append(packed_attention(*(x[0, :, self.old :] for x in (q, k, v)), self.lengths, scoring))
+        return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
 
     def _mask(self, window: int | None) -> Tensor:
-        """[old, 1, 1, span] bool: which positions of the cache each row sees."""
+        """[old, span] bool: which positions of the cache each row sees."""
         if window not in self._masks:
             at, end = torch.arange(self.span, device=self.device), self.positions[: self.old, None]
-            seen = at <= end if window is None else (at <= end) & (at > end - window)
-            self._masks[window] = seen[:, None, None]
+            self._masks[window] = at <= end if window is None else (at <= end) & (at > end - window)
         return self._masks[window]
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
-    step: _Step,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    return step.attend(module, query, key, value, scaling, sliding_window, softcap, s_aux), None
+    """`_DecodeStep.attend` as one of transformers' attention functions, the `step` being one of its options."""
+    step: _DecodeStep = options["step"]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return step.attend(layer, query, key, value, scoring_of(options)), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(ATTENTION, _attend)
 
 
 class Decoder:
@@ -246,7 +218,7 @@ class Decoder:
     ) -> list[Completion]:
         began, sampled, waiting = time.monotonic(), 0, 0
         cache = _Cache(min(rows, len(requests)))
-        flying: list[_Sequence] = []
+        flying: list[_InFlight] = []
         completions: dict[int, Completion] = {}
         while len(completions) < len(requests):
             old, room = len(flying), PROMPT_TOKENS
@@ -255,7 +227,7 @@ class Decoder:
                 if len(request.prompt) > room and len(flying) > old:
                     break
                 room -= len(request.prompt)
-                flying.append(_Sequence(waiting, request.key, len(request.prompt), list(request.prompt)))
+                flying.append(_InFlight(waiting, request.key, len(request.prompt), list(request.prompt)))
                 waiting += 1
             self._extend(cache, flying, old, sampling)
             sampled += len(flying)
@@ -275,10 +247,10 @@ class Decoder:
             progress(Progress(len(completions), len(requests), sampled, sampled / (time.monotonic() - began)))
         return [completions[index] for index in range(len(requests))]
 
-    def _extend(self, cache: _Cache, flying: list[_Sequence], old: int, sampling: Sampling) -> None:
+    def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
         cache.reserve(max(len(sequence.tokens) for sequence in flying))
-        step = _Step(cache, flying, old, self.device)
+        step = _DecodeStep(cache, flying, old, self.device)
         logits = self.model(
             input_ids=step.tokens[None],
             position_ids=step.positions[None],

@@ -26,6 +26,7 @@ from rac_engine.recipe.settings import EPOCHS, PruneSettings
 from rac_engine.solve.method import Solution
 from rac_engine.solve.methods import wanda
 from rac_engine.traces.calibration import Calibration
+from rac_kernels.solvers import tuning as steps
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -93,7 +94,7 @@ def test_the_error_is_that_of_transformers_hidden_states(checkpoint: Make, tmp_p
 def test_what_tuning_makes_worse_is_not_kept(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint("qwen2")
     prune(source, tmp_path / "plain", settings(tune=0), tiny.calibration())
-    monkeypatch.setattr(tuning, "RATE", 50.0)
+    monkeypatch.setattr(steps, "RATE", 50.0)
     report = prune(source, tmp_path / "spoilt", settings(tune=1), tiny.calibration())
     assert all(row["tuned"]["before"] == row["tuned"]["after"] for row in report.matrices)
     plain, spoilt = load(tmp_path / "plain"), load(tmp_path / "spoilt")

@@ -19,8 +19,8 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import INDEX, Checkpoint
 from rac_engine.models import attention, dtypes
-from rac_engine.models.attention import packed_attention
 from rac_engine.models.model import Model
+from rac_kernels.ops import attention as ops
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -98,62 +98,21 @@ def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, vari
         assert 1e-4 < bound < 0.1
 
 
-@pytest.mark.parametrize("width", [16, 10])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 5, 100])
-def test_packed_attention_is_attention_of_each_sequence(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, sinks: bool, softcap: float | None, width: int
-) -> None:
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 8)
-    monkeypatch.setattr(attention, "_SCORE_BYTES", 8 * 6 * 33 * 8)
-    lengths = [33, 33, 20, 7, 7, 7, 1, 1]
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(1, heads, sum(lengths), d, dtype=torch.float64) for heads, d in ((6, 16), (2, 16), (2, width))
-    )
-    extra = torch.randn(6, dtype=torch.float64) if sinks else None
-    out, _ = packed_attention(
-        torch.nn.Module(),
-        *(q, k, v, None),
-        scaling=0.3,
-        lengths=lengths,
-        sliding_window=window,
-        softcap=softcap,
-        s_aux=extra,
-    )
-    start = 0
-    for length in lengths:
-        part = slice(start, start + length)
-        keys, values = (x[0, :, part].repeat_interleave(3, 0) for x in (k, v))
-        distance = torch.arange(length)[:, None] - torch.arange(length)
-        seen = (distance >= 0) & (distance < (window or length))
-        scores = 0.3 * q[0, :, part] @ keys.mT
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~seen, -torch.inf)
-        if extra is not None:
-            scores = torch.cat([scores, extra[:, None, None].expand(-1, length, 1)], dim=2)
-        expected = (scores.softmax(-1)[:, :, :length] @ values).transpose(0, 1)
-        torch.testing.assert_close(out[0, part], expected, rtol=1e-12, atol=1e-12)
-        start += length
-
-
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 5, 100])
 def test_attention_in_parts_is_attention_at_once(
     monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None
 ) -> None:
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 8)
+    monkeypatch.setattr(ops, "QUERY_BLOCK", 8)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 50, 16, dtype=torch.float64) for heads in (6, 2, 2))
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
-    whole, _ = packed_attention(torch.nn.Module(), q, k, v, None, lengths=[50], **options)
+    whole, _ = attention.attend(torch.nn.Module(), q, k, v, None, lengths=[50], **options)
     held = attention.KeyValues(50)
     for part in (slice(0, 20), slice(20, 21), slice(21, 50)):
         keys, values = held.update(k[:, :, part], v[:, :, part], 0)
         length = part.stop - part.start
-        out, _ = packed_attention(torch.nn.Module(), q[:, :, part], keys, values, None, lengths=[length], **options)
+        out, _ = attention.attend(torch.nn.Module(), q[:, :, part], keys, values, None, lengths=[length], **options)
         torch.testing.assert_close(out, whole[:, part], rtol=1e-12, atol=1e-12)
 
 
@@ -245,32 +204,6 @@ def test_weights_in_eight_bits_are_refused_by_name(checkpoint: Make, tmp_path: P
 def test_counts_beyond_any_model_are_refused_at_once(tmp_path: Path, key: str, count: int) -> None:
     with pytest.raises(BadInput, match=f"{key} is more than .*not to be trusted"):
         Model.of_config(tmp_path, {"model_type": "qwen2", key: count})
-
-
-@pytest.mark.parametrize("window", [None, 3, 40])
-def test_scores_of_all_queries_and_keys_never_exist_together(
-    monkeypatch: pytest.MonkeyPatch, window: int | None
-) -> None:
-    monkeypatch.setattr(attention, "_SCORE_BYTES", 4 * 4000)
-    made: list[int] = []
-    real = attention.attend_in_the_open
-
-    def noted(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
-        made.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
-        return real(q, k, *rest)
-
-    monkeypatch.setattr(attention, "attend_in_the_open", noted)
-    q, k, v = (torch.randn(1, heads, 500, 8) for heads in (6, 2, 2))
-    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": 2.0}
-    packed_attention(torch.nn.Module(), q, k, v, None, lengths=[300, 100, 100], **options)
-    assert 2000 < max(made) <= 4000
-
-
-def test_a_gpu_is_given_what_its_kernels_take_without_holding_scores() -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert attention.is_fused(gpu, torch.bfloat16, 128, None) and attention.is_fused(cpu, torch.float32, 300, 5)
-    for dtype, width, window in ((torch.float32, 128, None), (torch.bfloat16, 128, 4096), (torch.float16, 512, None)):
-        assert not attention.is_fused(gpu, dtype, width, window)
 
 
 def test_sixteen_bits_are_computed_in_fp32_where_a_processor_is_slow_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

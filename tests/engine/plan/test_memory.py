@@ -245,8 +245,9 @@ import sys, torch
 from pathlib import Path
 from rac_engine.base.process import peak_memory, resident
 from rac_engine.engine import prune
-from rac_engine.models.attention import attention_bytes, packed_attention
 from rac_engine.recipe import PruneSettings
+from rac_kernels import Scoring, packed_attention
+from rac_kernels.ops.attention import AttentionShape, workspace
 from tests import tiny
 
 torch.set_num_threads(1)
@@ -255,17 +256,17 @@ settings = PruneSettings(method="wanda", chunk_tokens=8192)
 memory = prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, tiny.calibration([tokens])).end["memory"]
 print(memory["host_planned"], memory["host_measured"])
 torch.manual_seed(0)
-q, k, v = (torch.randn(1, 1, tokens, 8) for _ in range(3))
+q, k, v = (torch.randn(1, tokens, 8) for _ in range(3))
 for seen in (window, None):
     peak_memory(reset=True)
     before = resident()
-    out, _ = packed_attention(None, q, k, v, None, scaling=0.4, lengths=[tokens], sliding_window=seen, softcap=2.0)
+    out = packed_attention(q, k, v, [tokens], Scoring(0.4, seen, 2.0))
     taken = peak_memory() - before
-    print(taken, attention_bytes(False, 1, 16, tokens, tokens, seen, False, 4) + 2 * out.nbytes)
+    print(taken, workspace(AttentionShape(tokens, tokens, 1, 16, seen), False) + 2 * out.nbytes)
     for row in (0, 1, window - 1, window, 12345, tokens - 1):
         first = max(row + 1 - (seen or tokens), 0)
-        scores = 2.0 * (0.4 * k[0, 0, first : row + 1].double() @ q[0, 0, row].double() / 2.0).tanh()
-        torch.testing.assert_close(out[0, row, 0].double(), scores.softmax(0) @ v[0, 0, first : row + 1].double())
+        scores = 2.0 * (0.4 * k[0, first : row + 1].double() @ q[0, row].double() / 2.0).tanh()
+        torch.testing.assert_close(out[row, 0].double(), scores.softmax(0) @ v[0, first : row + 1].double())
 """
 
 

@@ -1,0 +1,17 @@
+"""The squared norm of outputs, s += Σ_t w_t ‖x_t‖². Plain torch on any device is all there is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def squared_norm_accumulate_(s: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
+    """s += Σ_t weights_t ‖X_t‖² in place; returns s.
+
+    s: [] fp64. X: [tokens, n], any float dtype, on s's device. weights: [tokens] fp32; None means 1 each. A token's
+    norm is made in fp32, the sum over tokens in fp64.
+    """
+    squares = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).square().double()
+    s += (squares if weights is None else squares * weights).sum()
+    return s

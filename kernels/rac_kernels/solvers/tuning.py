@@ -1,0 +1,70 @@
+"""Kept weights moved together until a block's outputs come nearest to those wanted: gradient steps by `MaskedAdam`.
+
+The rate rises at first and falls to 0 along a cosine. Whoever tunes computes the outputs; here are the error, the
+schedule and the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rac_kernels.solvers.adam import MaskedAdam
+
+RATE = 0.03  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
+
+WARMING = 0.05  # share of the steps in which the rate rises
+
+
+def squared_error(found: Tensor, wanted: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """‖found − wanted‖² and ‖wanted‖², each token [tokens, n] with its weight [tokens] fp32 (None: 1 each).
+
+    Both [] fp32, found being widened and wanted fp32. Gradients go through the first.
+    """
+    error = found.float() - wanted
+    if weights is None:
+        return error.square().sum(), wanted.square().sum()
+    return error.square().sum(1) @ weights, wanted.square().sum(1) @ weights
+
+
+def relative_error(parts: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Σ ‖found − wanted‖² / Σ ‖wanted‖² over what `squared_error` gives for each of the parts, added up in fp64.
+
+    The numerator alone where the denominator is 0.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in parts:
+        sums += torch.stack(part).double().cpu()
+    return float(sums[0] / sums[1]) if sums[1] else float(sums[0])
+
+
+def rate_at(share: float) -> float:
+    """The rate when that share of all tokens, 0 to 1, has been gone through."""
+    return RATE * min(share / WARMING, 1) * (1 + math.cos(math.pi * share)) / 2
+
+
+class Tuning:
+    """Moves `weights`, fp32 matrices that require gradients, in place. What is zero at the start stays +0.0.
+
+    `tokens` are how many will be gone through in all steps together.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], tokens: int) -> None:
+        self._weights, self._tokens, self._seen = list(weights), tokens, 0
+        self._adam = MaskedAdam([weight.detach() for weight in weights])
+
+    def step(self, missed: Tensor, whole: Tensor, tokens: int) -> None:
+        """One step down the gradient of missed / whole (see `squared_error`), which came of so many tokens."""
+        share = missed / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+        gradients = torch.autograd.grad(share, self._weights)
+        self._seen += tokens
+        with torch.no_grad():
+            self._adam.step(gradients, rate_at(self._seen / self._tokens))
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of the weight in the dtype that it is stored in, zeros as +0.0 (rounding can leave −0.0)."""
+    return weight.detach().to(dtype, copy=True).add_(0.0)
