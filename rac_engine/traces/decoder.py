@@ -118,7 +118,8 @@ class _DecodeStep:
             queries = q[0, :, : self.old].transpose(0, 1)
             parts.append(decode_attention(queries, held, worth, self._mask(scoring.window), scoring))
         if self.lengths:
-            parts.append(packed_attention(*(x[0, :, self.old :] for x in (q, k, v)), self.lengths, scoring))
+            new = slice(self.old, None)
+            parts.append(packed_attention(q[0, :, new], k[0, :, new], v[0, :, new], self.lengths, scoring))
         return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
 
     def _mask(self, window: int | None) -> Tensor:

@@ -66,7 +66,7 @@ def test_decoding_gives_the_last_row_of_attention(window: int | None, sinks: boo
 def test_gradients_go_through() -> None:
     q, k, v = (torch.randn(heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     for scoring in (Scoring(0.5), Scoring(0.5, 3, 2.0)):
-        assert torch.autograd.gradcheck(lambda *x, s=scoring: packed_attention(*x, [4, 3], s), (q, k, v))
+        assert torch.autograd.gradcheck(lambda q, k, v, s=scoring: packed_attention(q, k, v, [4, 3], s), (q, k, v))
 
 
 def test_no_sequence_at_all() -> None:
