@@ -45,22 +45,22 @@ namespace amx {
 #if defined(RAC_HAVE_AVX2)
 #define RAC_AVX2(x) x
 #else
-#define RAC_AVX2(x) {}
+#define RAC_AVX2(x) 0
 #endif
 #if defined(RAC_HAVE_AVX512)
 #define RAC_AVX512(x) x
 #else
-#define RAC_AVX512(x) {}
+#define RAC_AVX512(x) 0
 #endif
 #if defined(RAC_HAVE_AVX512BF16)
 #define RAC_AVX512BF16(x) x
 #else
-#define RAC_AVX512BF16(x) {}
+#define RAC_AVX512BF16(x) 0
 #endif
 #if defined(RAC_HAVE_AMX)
 #define RAC_AMX(x) x
 #else
-#define RAC_AMX(x) {}
+#define RAC_AMX(x) 0
 #endif
 
 namespace {

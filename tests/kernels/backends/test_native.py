@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
@@ -103,6 +105,16 @@ def test_instruction_sets_share_no_code() -> None:
         for _, kind, name in defined:
             assert kind not in "WwVvu", f"{file.name}: {name} may be merged with another instruction set's"
             assert kind not in "TDBR" or name.startswith(f"rac::{isa}::"), f"{file.name}: {name} is visible to all"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_the_bindings_compile_where_no_instruction_set_but_the_first_was_built() -> None:
+    """As on processors that are not x86, and with compilers that know fewer of their instruction sets."""
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    told = ["-DRAC_HAVE_BASELINE", '-DRAC_BUILD="none"', '-DRAC_CUDA_MISSING="none"']
+    command = ["g++", "-std=c++17", "-fsyntax-only", *includes, *told, str(ROOT / "csrc/bindings.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
 
 
 @pytest.fixture
