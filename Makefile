@@ -15,7 +15,7 @@ help:
 	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
 	@echo "make test    lint, types and the test suite"
 	@echo "make soak    every kill point, random kills and 100,000 hostile inputs: an hour or so"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, clang-format and mypy alone"
 	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
 	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
 	@echo "make clean   remove .venv and everything built"
@@ -45,6 +45,7 @@ demo: $(VENV)/.runtime
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
 	$(BIN)/mypy
 
 test: lint

@@ -121,17 +121,21 @@ std::vector<std::string> usable_isas() {
 }
 
 template <class F>
-struct Versions { F of[kIsaCount]; };
+struct Versions {
+    F of[kIsaCount];
+};
 
 // The chosen instruction set's version of an operation.
-#define RAC_OP(op)                                                                                           \
-    (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                   \
+#define RAC_OP(op)                                                                                               \
+    (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                       \
                                              RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op), \
-                                             RAC_AMX(&rac::amx::op)}}                                        \
+                                             RAC_AMX(&rac::amx::op)}}                                            \
          .of[chosen_isa])
 
 template <class T>
-T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 // How an operation ended, as python has it; running out of memory is an exception.
 int status(rac::Status ended) {
@@ -217,7 +221,7 @@ PYBIND11_MODULE(_native, m) {
         "int16_matrix",
         [](Address M, Address U, int64_t u_stride, Address scale, int64_t n, float share, int threads) {
             RAC_OP(int16_matrix)(pointer<int32_t>(M), pointer<const float>(U), u_stride, pointer<const float>(scale), n,
-                                share, threads);
+                                 share, threads);
         },
         NoGil());
     m.def(
@@ -225,14 +229,14 @@ PYBIND11_MODULE(_native, m) {
         [](Address M, Address norms, Address H, int64_t h_stride, Address scale, Address diagonal, int64_t n,
            int threads) {
             RAC_OP(int16_columns)(pointer<int32_t>(M), pointer<float>(norms), pointer<const float>(H), h_stride,
-                                 pointer<const float>(scale), pointer<const float>(diagonal), n, threads);
+                                  pointer<const float>(scale), pointer<const float>(diagonal), n, threads);
         },
         NoGil());
     m.def(
         "int16_rows",
         [](Address packed, Address scales, Address P, Address scale, int64_t rows, int64_t n, int threads) {
             if (!RAC_OP(int16_rows)(pointer<int32_t>(packed), pointer<float>(scales), pointer<const float>(P),
-                                   pointer<const float>(scale), rows, n, threads))
+                                    pointer<const float>(scale), rows, n, threads))
                 throw std::bad_alloc();
         },
         NoGil());
@@ -241,17 +245,17 @@ PYBIND11_MODULE(_native, m) {
         [](Address V, Address from, Address packed, Address scales, Address M, Address norms, int64_t rows, int64_t n,
            int threads) {
             RAC_OP(int16_gemm)(pointer<float>(V), pointer<const float>(from), pointer<const int32_t>(packed),
-                                 pointer<const float>(scales), pointer<const int32_t>(M), pointer<const float>(norms),
-                                 rows, n, threads);
+                               pointer<const float>(scales), pointer<const int32_t>(M), pointer<const float>(norms),
+                               rows, n, threads);
         },
         NoGil());
     m.def(
         "admm_step",
         [](Address T, Address V, Address kept, Address goal, Address packed, Address scales, int64_t rows, int64_t n,
            int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads) {
-            if (!RAC_OP(admm_step)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept), pointer<const float>(goal),
-                                pointer<int32_t>(packed), pointer<float>(scales), rows, n, zeros, keep, group, relaxation,
-                                shrink, threads))
+            if (!RAC_OP(admm_step)(pointer<float>(T), pointer<float>(V), pointer<uint8_t>(kept),
+                                   pointer<const float>(goal), pointer<int32_t>(packed), pointer<float>(scales), rows,
+                                   n, zeros, keep, group, relaxation, shrink, threads))
                 throw std::bad_alloc();
         },
         NoGil());
@@ -313,9 +317,9 @@ PYBIND11_MODULE(_native, m) {
            int64_t part_stride, int64_t pull_stride, int64_t pull_matrix_stride, Address inverse,
            int64_t inverse_stride, int64_t inverse_matrix_stride, Address status, int64_t batch, Address stream) {
             check_cuda(rac_cuda_factor_corner(
-                pointer<float>(H), h_stride, matrix_stride, first, size, pointer<const float>(pulls), parts, part_stride,
-                pull_stride, pull_matrix_stride, pointer<float>(inverse), inverse_stride, inverse_matrix_stride,
-                pointer<int32_t>(status), batch, pointer<void>(stream)));
+                pointer<float>(H), h_stride, matrix_stride, first, size, pointer<const float>(pulls), parts,
+                part_stride, pull_stride, pull_matrix_stride, pointer<float>(inverse), inverse_stride,
+                inverse_matrix_stride, pointer<int32_t>(status), batch, pointer<void>(stream)));
         },
         NoGil());
     m.def(

@@ -46,9 +46,9 @@ inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict ke
 
 }  // namespace
 
-bool rac::RAC_ISA::admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows,
-                          int64_t n, int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink,
-                          int threads) {
+bool rac::RAC_ISA::admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales,
+                             int64_t rows, int64_t n, int64_t zeros, int64_t keep, int64_t group, float relaxation,
+                             float shrink, int threads) {
     const int64_t count = rows * n;
     const Runs runs(n);
     const bool selects = !group && zeros > 0;

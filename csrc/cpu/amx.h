@@ -58,7 +58,9 @@ inline void transpose_tile(void* to, const void* from, int64_t stride) {
     }
 }
 #else
-struct Tiles { Tiles() {} };
+struct Tiles {
+    Tiles() {}
+};
 #endif
 
 }  // namespace

@@ -38,9 +38,13 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T>
-constexpr T min_of(T a, T b) { return a < b ? a : b; }
+constexpr T min_of(T a, T b) {
+    return a < b ? a : b;
+}
 template <class T>
-constexpr T max_of(T a, T b) { return a > b ? a : b; }
+constexpr T max_of(T a, T b) {
+    return a > b ? a : b;
+}
 
 // Scratch memory on cache lines, or on huge pages where it is large; null data after a failed allocation of more than
 // nothing.

@@ -1,8 +1,8 @@
-// H = U U^T in place, and the inverse of U U^T; kernels/rac_kernels has the mathematics and references, in factor.py and
+// H = U U^T in place, and the inverse of U U^T; rac_kernels/ops has the mathematics and references, in factor.py and
 // inverse.py.
 //
-// The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time into
-// scratch, where the products of the columns to its right come off and the block's corner is solved for, both by
+// The factor is left-looking, from the last block of columns to the first. A block's rows are taken kRows at a time
+// into scratch, where the products of the columns to its right come off and the block's corner is solved for, both by
 // multiply_add with the block's columns across the lanes.
 #include "cpu/tile.h"
 
@@ -13,8 +13,8 @@ constexpr int64_t kRows = 96;    // rows a task
 constexpr int64_t kDepth = 128;  // columns to the right multiplied at a time
 static_assert(kBlock % kTile == 0 && kRows % kSteps == 0, "only whole tiles are multiplied");
 
-// The upper triangle of C [size, size] (row stride kBlock) -> U with C = U U^T. False: not positive definite. Some columns
-// at a time, each an array of its own, so that what is left of C is read and written once for all of them.
+// The upper triangle of C [size, size] (row stride kBlock) -> U with C = U U^T. False: not positive definite. Some
+// columns at a time, each an array of its own, so that what is left of C is read and written once for all of them.
 bool factor_corner(double* C, int64_t size) {
     constexpr int64_t kSome = 8;
     double columns[kSome][kBlock];
@@ -106,8 +106,8 @@ inline void copy_from(float* to, const float* from, int64_t first, int64_t count
     copy(to + zeros, from + zeros, count - zeros);
 }
 
-// U [kBlock, kBlock], upper triangular in its first `size` rows and columns and zero elsewhere -> its inverse. A tile of
-// columns after the other, from the first row down, those to its left being inverted.
+// U [kBlock, kBlock], upper triangular in its first `size` rows and columns and zero elsewhere -> its inverse. A tile
+// of columns after the other, from the first row down, those to its left being inverted.
 void invert_corner(float* U, int64_t size) {
     double exact[kTile * kTile];
     for (int64_t c = 0; c < size; c += kTile) {
@@ -157,7 +157,8 @@ rac::Status rac::RAC_ISA::factor(float* H, int64_t n, int64_t h_stride, int thre
                 for (int64_t i = first; i < last; ++i) {
                     const float* row = H + i * h_stride + hi + k;
                     copy(right + (i - first) * kDepth, row, depth);
-                    for (int64_t ahead = kDepth; ahead < min_of(2 * kDepth, done - k); ahead += kCacheLine / sizeof *row)
+                    for (int64_t ahead = kDepth; ahead < min_of(2 * kDepth, done - k);
+                         ahead += kCacheLine / sizeof *row)
                         __builtin_prefetch(row + ahead, 0, 2);
                 }
                 for (int64_t c = 0; c < width; c += kTile)
@@ -189,8 +190,7 @@ rac::Status rac::RAC_ISA::factor(float* H, int64_t n, int64_t h_stride, int thre
             const int64_t first = task * kRows, last = min_of(lo, first + kRows);
             update(first, last, C);
             solve(C, S.data, last - first, width);
-            for (int64_t i = first; i < last; ++i)
-                copy(H + i * h_stride + lo, C + (i - first) * kBlock, width);
+            for (int64_t i = first; i < last; ++i) copy(H + i * h_stride + lo, C + (i - first) * kBlock, width);
         });
     }
     return Status::done;

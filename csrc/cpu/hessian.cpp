@@ -3,11 +3,11 @@
 // Tokens are taken in chunks. A chunk is packed into panels of columns, step after step, where a step is one token in
 // fp32 or, with AVX512-BF16, a pair of tokens side by side as VDPBF16PS wants them; either way an element is four
 // bytes. The Hessian's operands are the same panels, so one packing serves both; AMX wants its left operand transposed
-// block by block, and gets a copy. The result is cut into macro tiles of 288 x 288; one stays in the second-level cache,
-// beside the parts of panels it needs, while runs of steps are summed in registers, micro tile by micro tile. Short runs
-// are no loss, and a gain in accuracy: fp32 sums of squares of 8-bit mantissas meet ties that all round one way, and
-// the error grows with the length of the chain. Every element of H is summed in the same order whatever the number of
-// threads.
+// block by block, and gets a copy. The result is cut into macro tiles of 288 x 288; one stays in the second-level
+// cache, beside the parts of panels it needs, while runs of steps are summed in registers, micro tile by micro tile.
+// Short runs are no loss, and a gain in accuracy: fp32 sums of squares of 8-bit mantissas meet ties that all round one
+// way, and the error grows with the length of the chain. Every element of H is summed in the same order whatever the
+// number of threads.
 //
 // VDPBF16PS and TDPBF16PS take products of bf16 numbers exactly, round sums to nearest even and treat subnormal inputs
 // and results as zero, so activations below 1.2e-38 count as nothing there.
@@ -141,8 +141,13 @@ using BestPairs = Pairs;
 #endif
 
 // Column strides; one known to be 1 lets the compiler vectorise.
-struct UnitStride { int64_t operator()() const { return 1; } };
-struct AnyStride { int64_t value; int64_t operator()() const { return value; } };
+struct UnitStride {
+    int64_t operator()() const { return 1; }
+};
+struct AnyStride {
+    int64_t value;
+    int64_t operator()() const { return value; }
+};
 
 // Pack `steps` steps from `first_step` on of one panel's columns; columns past n and steps past the last token become
 // zeros.
@@ -198,8 +203,8 @@ void micro_tile(const float* a, const float* b, int64_t steps, float* C, int64_t
 // C [rows, columns], of which no more than a panel's count, += a^T b over all steps; of a `diagonal` one only what lies
 // on or above its diagonal.
 template <class Dot>
-void panel_pair(float* C, int64_t c_stride, const float* a, const float* b, int64_t steps, int64_t rows, int64_t columns,
-                bool diagonal) {
+void panel_pair(float* C, int64_t c_stride, const float* a, const float* b, int64_t steps, int64_t rows,
+                int64_t columns, bool diagonal) {
     constexpr int64_t kPanel = Dot::kPanel;
 #if defined(__AMX_BF16__)
     if constexpr (Dot::kTurned) {
@@ -222,8 +227,8 @@ void panel_pair(float* C, int64_t c_stride, const float* a, const float* b, int6
         if (width <= 0) break;
         const bool whole = !diagonal && rows - r >= kRows && width == kPanel;
         const decltype(&micro_tile<Dot, kVectors>) run = skipped == 0   ? micro_tile<Dot, kVectors>
-                         : skipped == 1 ? micro_tile<Dot, kVectors - 1>
-                                        : micro_tile<Dot, max_of(kVectors - 2, 1)>;
+                                                         : skipped == 1 ? micro_tile<Dot, kVectors - 1>
+                                                                        : micro_tile<Dot, max_of(kVectors - 2, 1)>;
         run(a + r, b + column, steps, C + r * c_stride + column, c_stride, whole, rows - r, width,
             diagonal ? r - column : -kRows);
     }
@@ -246,7 +251,8 @@ void pack(float* to, [[maybe_unused]] float* left, const Tokens<T>& tokens, int6
                 if (tokens.column_stride == 1)
                     pack_panel<Dot>(own, tokens, first + run + s, count, p * kPanel, n, UnitStride{});
                 else
-                    pack_panel<Dot>(own, tokens, first + run + s, count, p * kPanel, n, AnyStride{tokens.column_stride});
+                    pack_panel<Dot>(own, tokens, first + run + s, count, p * kPanel, n,
+                                    AnyStride{tokens.column_stride});
                 if constexpr (Dot::kTurned)
                     if (left) Dot::turn(left + (own - to), own, count);
             }
@@ -254,7 +260,9 @@ void pack(float* to, [[maybe_unused]] float* left, const Tokens<T>& tokens, int6
 }
 
 template <class Dot>
-int64_t steps_of(int64_t tokens) { return round_up(ceil_div(tokens, Dot::kTokens), Dot::kSteps); }
+int64_t steps_of(int64_t tokens) {
+    return round_up(ceil_div(tokens, Dot::kTokens), Dot::kSteps);
+}
 
 // How many steps to pack at a time when that many columns are packed: whole runs, in equal shares.
 inline int64_t chunk_steps(int64_t all_steps, int64_t columns) {
@@ -289,8 +297,8 @@ Status accumulate(float* H, int64_t h_stride, int64_t n, const Tokens<T>& tokens
                     for (int64_t p = tile * side; p < min_of(q + 1, (tile + 1) * side); ++p)
                         panel_pair<Dot>(H + p * kPanel * h_stride + q * kPanel, h_stride,
                                         left + (run * panels + p * length) * kPanel,
-                                        packed.data + (run * panels + q * length) * kPanel,
-                                        length, n - p * kPanel, n - q * kPanel, p == q);
+                                        packed.data + (run * panels + q * length) * kPanel, length, n - p * kPanel,
+                                        n - q * kPanel, p == q);
             }
         });
     }
@@ -323,8 +331,8 @@ Status accumulate_cross(float* C, int64_t c_stride, int64_t n, int64_t m, const 
                     for (int64_t p = band * side; p < min_of(down, (band + 1) * side); ++p)
                         panel_pair<Dot>(C + p * kPanel * c_stride + q * kPanel, c_stride,
                                         left.data + (run * down + p * length) * kPanel,
-                                        right.data + (run * across + q * length) * kPanel,
-                                        length, n - p * kPanel, m - q * kPanel, false);
+                                        right.data + (run * across + q * length) * kPanel, length, n - p * kPanel,
+                                        m - q * kPanel, false);
             }
         });
     }
@@ -333,7 +341,9 @@ Status accumulate_cross(float* C, int64_t c_stride, int64_t n, int64_t m, const 
 
 constexpr bool is_bf16(bf16) { return true; }
 template <class T>
-constexpr bool is_bf16(T) { return false; }
+constexpr bool is_bf16(T) {
+    return false;
+}
 
 // Which tokens count. Those of weight 0 are left out, which makes masks exact; other weights need fp32 products.
 struct Kept {
@@ -363,8 +373,8 @@ struct Kept {
     const int64_t* selected = nullptr;
 };
 
-// Calls run(zero, products) with a zero of the tokens' type and the products that suit them: pairs of bf16 where the CPU
-// multiplies those and every token counts 1, else fp32.
+// Calls run(zero, products) with a zero of the tokens' type and the products that suit them: pairs of bf16 where the
+// CPU multiplies those and every token counts 1, else fp32.
 template <class Run>
 Status with_products(DType dtype, [[maybe_unused]] const Kept& kept, Run run) {
     Status ended = Status::done;

@@ -28,8 +28,8 @@ inline void get(const int32_t* panel, int64_t k, int64_t j, IntVec (&x)[kBeside]
     for (int b = 0; b < kBeside; ++b) x[b] = (high << (24 - 8 * b) >> 24) * 256 + (low << (24 - 8 * b) >> 24);
 }
 
-// to = from (or 0) + scale a b columns (or 1) over `steps` words, kRows x kPanel, or the rows and columns of it that there
-// are; the lower half of `a` is `apart` words behind the upper one.
+// to = from (or 0) + scale a b columns (or 1) over `steps` words, kRows x kPanel, or the rows and columns of it that
+// there are; the lower half of `a` is `apart` words behind the upper one.
 void micro_tile(const int32_t* a, int64_t apart, const int32_t* b, int64_t steps, const float* from, float* to,
                 int64_t stride, const float* scales, int64_t runs, const float* norms, int64_t rows, int64_t columns) {
     _tile_zero(0);
@@ -93,8 +93,8 @@ inline IntVec multiply_add(IntVec sum, IntVec a, IntVec b) {
 
 // to = from (or 0) + scale a^T b columns (or 1) over `steps` words, kRows x kPanel, or the rows and columns of it that
 // there are.
-void micro_tile(const int32_t* a, int64_t, const int32_t* b, int64_t steps, const float* from, float* to, int64_t stride,
-                const float* scales, int64_t runs, const float* norms, int64_t rows, int64_t columns) {
+void micro_tile(const int32_t* a, int64_t, const int32_t* b, int64_t steps, const float* from, float* to,
+                int64_t stride, const float* scales, int64_t runs, const float* norms, int64_t rows, int64_t columns) {
     // What is added to at the end, which no loop runs far enough ahead of to have it in time.
     for (int64_t i = 0; i < min_of(kRows, rows); ++i) {
         if (from) __builtin_prefetch(from + i * stride, 0);
@@ -144,8 +144,8 @@ rac::Int16Sizes rac::RAC_ISA::int16_sizes(int64_t rows, int64_t n) {
     return {round_up(rows, kRows) * runs.steps, rows * runs.count, round_up(n, kPanel) * runs.steps};
 }
 
-void rac::RAC_ISA::int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
-                               int threads) {
+void rac::RAC_ISA::int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n,
+                                float share, int threads) {
     constexpr int64_t kBlock = 64;  // rows of M, taken together so that U is read line by line
     const int64_t steps = Runs(n).steps;
     for_each_dynamic(ceil_div(n, kPanel), threads, [&](int64_t p) {
@@ -155,7 +155,8 @@ void rac::RAC_ISA::int16_matrix(int32_t* M, const float* U, int64_t u_stride, co
         for (int64_t top = 0; top < n; top += kBlock) {
             const int64_t height = min_of(kBlock, n - top);
             const int64_t above = min_of(max_of<int64_t>(first - top, 0), height);  // of U and left of the diagonal
-            for (int64_t i = 0; i < above; ++i) memcpy(block[i], U + (top + i) * u_stride + first, width * sizeof(float));
+            for (int64_t i = 0; i < above; ++i)
+                memcpy(block[i], U + (top + i) * u_stride + first, width * sizeof(float));
             for (int64_t j = 0; j < width; ++j)
                 for (int64_t i = above; i < height; ++i) {
                     const int64_t k = top + i, column = first + j;
@@ -181,7 +182,7 @@ void rac::RAC_ISA::int16_matrix(int32_t* M, const float* U, int64_t u_stride, co
 }
 
 void rac::RAC_ISA::int16_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale,
-                                const float* diagonal, int64_t n, int threads) {
+                                 const float* diagonal, int64_t n, int threads) {
     const int64_t steps = Runs(n).steps;
     for_each_dynamic(ceil_div(n, kPanel), threads, [&](int64_t p) {
         const int64_t first = p * kPanel, width = min_of(kPanel, n - first);
@@ -210,8 +211,8 @@ void rac::RAC_ISA::int16_columns(int32_t* M, float* norms, const float* H, int64
     });
 }
 
-bool rac::RAC_ISA::int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows, int64_t n,
-                             int threads) {
+bool rac::RAC_ISA::int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows,
+                              int64_t n, int threads) {
     const Runs runs(n);
     Scratch<float> scratch(threads * n);
     if (!scratch.data) return false;
@@ -225,7 +226,7 @@ bool rac::RAC_ISA::int16_rows(int32_t* packed, float* scales, const float* P, co
 }
 
 void rac::RAC_ISA::int16_gemm(float* V, const float* from, const int32_t* packed, const float* scales, const int32_t* M,
-                                const float* norms, int64_t rows, int64_t n, int threads) {
+                              const float* norms, int64_t rows, int64_t n, int threads) {
     const Runs runs(n);
     const int64_t steps = runs.steps;
     int64_t side = kMacro;
@@ -235,17 +236,18 @@ void rac::RAC_ISA::int16_gemm(float* V, const float* from, const int32_t* packed
     for_each_dynamic(tiles(side), threads, [&](int64_t tile) {
         const Tiles registers;
         const int64_t top = tile % down * side, left = tile / down * side;
-        const int64_t height = ceil_div(min_of(rows - top, side), kRows), width = ceil_div(min_of(n - left, side), kPanel);
+        const int64_t height = ceil_div(min_of(rows - top, side), kRows);
+        const int64_t width = ceil_div(min_of(n - left, side), kPanel);
         for (int64_t run = 0; run < runs.count; ++run) {
             const int64_t begin = run * runs.length;
             for (int64_t i = 0; i < height * width; ++i) {
                 // The larger of two operands stays in the first-level cache, where the smaller ones pass by.
                 const int64_t row = top + (kRows > kPanel ? i / width : i % height) * kRows;
                 const int64_t column = left + (kRows > kPanel ? i % width : i / height) * kPanel, at = row * n + column;
+                const float* const before = run ? V + at : from ? from + at : nullptr;
                 micro_tile(packed + row * steps + begin * kGroup, kGroup * steps, M + column * steps + begin * kPanel,
-                           runs.of(run), run ? V + at : from ? from + at : nullptr, V + at, n,
-                           scales + row * runs.count + run, runs.count, norms ? norms + column : nullptr, rows - row,
-                           n - column);
+                           runs.of(run), before, V + at, n, scales + row * runs.count + run, runs.count,
+                           norms ? norms + column : nullptr, rows - row, n - column);
             }
         }
     });

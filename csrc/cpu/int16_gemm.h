@@ -1,14 +1,14 @@
 // Rows of fp32 numbers as 16-bit integers for int16_gemm.cpp's product with a matrix of them.
 //
-// An element is half of a 32-bit word, beside the next one of its row of the left or its column of the right operand. The
-// sums of a run of words stay in 31 bits by Cauchy and Schwarz: as integers, a run of a row of the left operand has a norm
-// below 65,100, a column of the right one, or any part of it, one below 32,800. Each run of a row has a scale of its own,
-// as its sums go into fp32 anyway.
+// An element is half of a 32-bit word, beside the next one of its row of the left or its column of the right operand.
+// The sums of a run of words stay in 31 bits by Cauchy and Schwarz: as integers, a run of a row of the left operand has
+// a norm below 65,100, a column of the right one, or any part of it, one below 32,800. Each run of a row has a scale of
+// its own, as its sums go into fp32 anyway.
 //
-// For AMX, which multiplies bytes, an element is 256 high + low, both from -128 to 127, and three products stand for one.
-// That of the low bytes is left out: it is about twice what rounding to 16 bits left out. A tile of 16 rows and 64 columns
-// of the left operand, or of 64 rows and 16 columns of the right one, is one of high bytes and, behind it, one of low
-// bytes. No run of products of bytes comes near 31 bits.
+// For AMX, which multiplies bytes, an element is 256 high + low, both from -128 to 127, and three products stand for
+// one. That of the low bytes is left out: it is about twice what rounding to 16 bits left out. A tile of 16 rows and 64
+// columns of the left operand, or of 64 rows and 16 columns of the right one, is one of high bytes and, behind it, one
+// of low bytes. No run of products of bytes comes near 31 bits.
 #pragma once
 #include "cpu/amx.h"
 #include "cpu/tile.h"
@@ -16,7 +16,8 @@
 namespace {
 
 #if defined(__AMX_INT8__)
-constexpr int64_t kWide = 1, kRows = 2 * kTileRows, kGroup = kTileRows, kApart = 16, kBeside = 4, kDeep = 32, kMacro = 384;
+constexpr int64_t kWide = 1, kRows = 2 * kTileRows, kGroup = kTileRows, kApart = 16, kBeside = 4, kDeep = 32,
+                  kMacro = 384;
 constexpr float kMost = 32639.0f;  // 256 * 127 + 127
 #elif defined(__AVX512F__)
 constexpr int64_t kWide = 3, kRows = kSteps;
@@ -29,16 +30,16 @@ constexpr int64_t kWide = 2, kRows = kSteps;
 constexpr int64_t kGroup = kRows, kApart = 1, kBeside = 2, kDeep = 1, kMacro = 192;
 constexpr float kMost = 32767.0f;
 #endif
-// kWide vectors of kRows of V are summed in registers at a time, where products take some as well. kGroup rows of the left
-// operand, kApart words from each other, stand side by side, and so do kBeside elements of a column of M, none above kMost.
-// kMacro rows and columns of V, and what they are products of, stay in the second-level cache.
+// kWide vectors of kRows of V are summed in registers at a time, where products take some as well. kGroup rows of the
+// left operand, kApart words from each other, stand side by side, and so do kBeside elements of a column of M, none
+// above kMost. kMacro rows and columns of V, and their operands, stay in the second-level cache.
 constexpr int64_t kRun = 192;               // words summed in registers, two columns each, at most; a multiple of kDeep
 constexpr int64_t kPanel = kLanes * kWide;  // columns of M that stand side by side
 constexpr int64_t kUnit = kPanel % kRows == 0 ? kPanel : kRows % kPanel == 0 ? kRows : 3 * kPanel;
 static_assert(kUnit % kRows == 0 && kUnit % kPanel == 0 && kRows % kGroup == 0 && kRun % kDeep == 0,
               "a tile of V begins with a group of rows and a panel of columns");
-constexpr float kOne = 32000.0f;            // 1 of M; above it is room for rounding
-constexpr float kLength = 65000.0f;         // of a run
+constexpr float kOne = 32000.0f;     // 1 of M; above it is room for rounding
+constexpr float kLength = 65000.0f;  // of a run
 
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added, what is left of the mantissa is the integer
 
@@ -46,7 +47,8 @@ constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: added, what is left of 
 struct Runs {
     int64_t steps, count, length;
     explicit Runs(int64_t n)
-        : steps(round_up(ceil_div(n, 2), kDeep)), count(ceil_div(steps, kRun)),
+        : steps(round_up(ceil_div(n, 2), kDeep)),
+          count(ceil_div(steps, kRun)),
           length(round_up(ceil_div(steps, count), kDeep)) {}
     int64_t of(int64_t run) const { return min_of(length, steps - run * length); }
 };
@@ -134,7 +136,8 @@ inline void pack_row(const float* __restrict row, int32_t* __restrict to, float*
             for (int pair = 0; pair < kLanes / 2; ++pair, word += kGroup) *word = static_cast<int32_t>(joined[pair]);
         }
         for (; j < length; j += 2, word += kGroup)
-            *word = static_cast<int32_t>(rounded(unit * own[j]) | (j + 1 < length ? rounded(unit * own[j + 1]) << 16 : 0));
+            *word =
+                static_cast<int32_t>(rounded(unit * own[j]) | (j + 1 < length ? rounded(unit * own[j + 1]) << 16 : 0));
     }
 }
 #endif

@@ -7,8 +7,8 @@ Status hessian(float* H, int64_t h_stride, const void* X, DType dtype, int64_t t
                int64_t column_stride, const float* weights, int threads);
 
 // C[i, j] += sum over t of w[t] X[t, i] Y[t, j], C [n, m]; w as above.
-Status cross(float* C, int64_t c_stride, const void* X, const void* Y, DType dtype, int64_t tokens, int64_t n, int64_t m,
-             int64_t x_row_stride, int64_t x_column_stride, int64_t y_row_stride, int64_t y_column_stride,
+Status cross(float* C, int64_t c_stride, const void* X, const void* Y, DType dtype, int64_t tokens, int64_t n,
+             int64_t m, int64_t x_row_stride, int64_t x_column_stride, int64_t y_row_stride, int64_t y_column_stride,
              const float* weights, int threads);
 
 // s[j] += sum over t of w[t] X[t, j]^2; w as above.
@@ -48,32 +48,34 @@ void refine_begin(const float* E, const float* A, const uint8_t* mask, const flo
 
 // After the last: rows of Q that are no better than `start` become it. E and A as above, `first` is what R was, `begun`
 // what was found. found [rows, 3] = <E, A> of the Q that came, <R, inverse R> of what it is now, whether it was better.
-void refine_end(float* Q, const float* start, const float* E, const float* A, const uint8_t* mask,
-                const float* first, const float* diagonal, const float* inverse, const double* begun, double* found,
-                int64_t rows, int64_t n, int threads);
+void refine_end(float* Q, const float* start, const float* E, const float* A, const uint8_t* mask, const float* first,
+                const float* diagonal, const float* inverse, const double* begun, double* found, int64_t rows,
+                int64_t n, int threads);
 
-// Products of 16-bit integers, two to a word, laid out by int16_gemm.cpp. Words that stand for no element must be 0 from the
-// start.
+// Products of 16-bit integers, two to a word, laid out by int16_gemm.cpp: the memory they take. Words that stand for no
+// element must be 0 from the start.
 Int16Sizes int16_sizes(int64_t rows, int64_t n);
 
 // M goes by `share` towards diag(scale) S diag(scale), S the symmetric matrix [n, n] in the upper triangle of U; with 1
 // it need not hold anything. No eigenvalue of it may exceed 1 in size.
-void int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share, int threads);
+void int16_matrix(int32_t* M, const float* U, int64_t u_stride, const float* scale, int64_t n, float share,
+                  int threads);
 
-// M = diag(scale) H diag(1 / norms), H [n, n] with `diagonal` [n] in place of its own, scale [n] being diagonal^-1/2 or 0;
-// norms [n] are those of the columns of diag(scale) H.
-void int16_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale, const float* diagonal,
-                  int64_t n, int threads);
+// M = diag(scale) H diag(1 / norms), H [n, n] with `diagonal` [n] in place of its own, scale [n] being diagonal^-1/2 or
+// 0; norms [n] are those of the columns of diag(scale) H.
+void int16_columns(int32_t* M, float* norms, const float* H, int64_t h_stride, const float* scale,
+                   const float* diagonal, int64_t n, int threads);
 
 // packed, scales = P diag(scale), P [rows, n].
-bool int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows, int64_t n, int threads);
+bool int16_rows(int32_t* packed, float* scales, const float* P, const float* scale, int64_t rows, int64_t n,
+                int threads);
 
 // V [rows, n] = from + packed M diag(norms); from is V's like or null, as 0, norms [n] or null, as 1.
 void int16_gemm(float* V, const float* from, const int32_t* packed, const float* scales, const int32_t* M,
-                  const float* norms, int64_t rows, int64_t n, int threads);
+                const float* norms, int64_t rows, int64_t n, int threads);
 
 // What ADMM does between two products: T = relaxation V + T, where a weight stays relaxation V + (1 - relaxation) T;
 // then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay; T of those that go is
 // multiplied by `shrink`; packed, scales = T - goal, of those that go -T - goal. V is overwritten.
-bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows, int64_t n,
-            int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads);
+bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows,
+               int64_t n, int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads);

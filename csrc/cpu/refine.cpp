@@ -4,8 +4,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 512;            // products summed in lanes before they go to fp64
-constexpr double kRounding = 0x1p-23;      // of fp32
+constexpr int64_t kChunk = 512;        // products summed in lanes before they go to fp64
+constexpr double kRounding = 0x1p-23;  // of fp32
 
 // Sum of what f(j) gives for j < n, in lanes of that type.
 template <class Lane = float, class F>
@@ -110,8 +110,8 @@ void rac::RAC_ISA::refine_end(float* Q, const float* start, const float* E, cons
             double* const own = found + row * 3;
             const auto residual = [&](int64_t j) { return static_cast<float>(kept[j]) * a[j]; };
             own[0] = sum_of<double>(n, [&](int64_t j) { return static_cast<double>(e[j]) * a[j]; });
-            const double fall = sum_of<double>(
-                n, [&](int64_t j) { return static_cast<double>(q[j] - s[j]) * (f[j] + residual(j)); });
+            const double fall =
+                sum_of<double>(n, [&](int64_t j) { return static_cast<double>(q[j] - s[j]) * (f[j] + residual(j)); });
             const double moved = size_of(n, diagonal, [&](int64_t j) { return q[j] - s[j]; });
             const double left = size_of(n, diagonal, [&](int64_t j) { return e[j]; });
             const double far = __builtin_sqrt(begun[row * 4 + 3]) + __builtin_sqrt(left);

@@ -1,16 +1,16 @@
-// The left-looking SparseGPT sweep; kernels/rac_kernels/sweep.py has the mathematics and a reference.
+// The left-looking SparseGPT sweep; rac_kernels/ops/sweep.py has the mathematics and a reference.
 //
-// Rows lie across the lanes of the vectors: W is cut into tiles of kTile rows, and a tile keeps its columns one after the
-// other, kTile floats each. A tile starts as W and becomes D = W - Q block by block. Everything that costs rows * n^2, and
-// most of what costs rows * n * block, is multiply_add on such tiles.
+// Rows lie across the lanes of the vectors: W is cut into tiles of kTile rows, and a tile keeps its columns one after
+// the other, kTile floats each. A tile starts as W and becomes D = W - Q block by block. Everything that costs
+// rows * n^2, and most of what costs rows * n * block, is multiply_add on such tiles.
 //
-// With AVX512-BF16 and no AMX the product that costs rows * n^2 takes both factors rounded to bf16 where that is known to be cheap.
-// D is what was really done, so an error in a product moves later weights once and is seen by all that follows: it adds
-// its own square to the objective |D U|^2 and nothing else. Rounded to nearest, element (i, j) has a variance of
-// kRounding * sum_k D_ik^2 U_kj^2, of which D's squares summed down the columns and U's summed along the rows of the
-// block give the total over rows and columns exactly. Of the finished columns, kPanel at a time, those with the smallest
-// totals go through bf16, as many as keep all that was ever added below kShare of the objective so far; the rest is fp32.
-// Each row group has its own account, so it is pruned as it would be alone.
+// With AVX512-BF16 and no AMX the product that costs rows * n^2 takes both factors rounded to bf16 where that is known
+// to be cheap. D is what was really done, so an error in a product moves later weights once and is seen by all that
+// follows: it adds its own square to the objective |D U|^2 and nothing else. Rounded to nearest, element (i, j) has a
+// variance of kRounding * sum_k D_ik^2 U_kj^2, of which D's squares summed down the columns and U's summed along the
+// rows of the block give the total over rows and columns exactly. Of the finished columns, kPanel at a time, those with
+// the smallest totals go through bf16, as many as keep all that was ever added below kShare of the objective so far;
+// the rest is fp32. Each row group has its own account, so it is pruned as it would be alone.
 #include "cpu/select.h"
 #include "cpu/tile.h"
 
@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int64_t kDepth = 128;  // columns of D multiplied at a time: a tile's share (24 KiB) stays in the first-level cache
+constexpr int64_t kDepth = 128;  // columns of D multiplied at a time: a tile's 24 KiB stay in the first-level cache
 constexpr int64_t kPanel = 256;  // columns of D that go through bf16, or not, as one
 #if defined(RAC_MIXED)
 constexpr bool kMixed = true;
@@ -32,18 +32,19 @@ constexpr bool kMixed = false;
 // 2^-16 / 3 of its own square. Measured for both factors together: 1.1 to 1.5 * 2^-18 where this says 2.7.
 constexpr double kRounding = 2.0 / 3 / (1 << 16);
 constexpr double kShare = 1e-4;
-// Below this many weights a row group is fp32 throughout: rounding also tips near-ties between scores, which changes the
-// objective by chance, up or down, and only over many rows does that average out.
+// Below this many weights a row group is fp32 throughout: rounding also tips near-ties between scores, which changes
+// the objective by chance, up or down, and only over many rows does that average out.
 constexpr int64_t kMany = 1 << 19;
-constexpr int64_t kAhead = 16;  // rows of U fetched ahead
+constexpr int64_t kAhead = 16;          // rows of U fetched ahead
 constexpr int32_t kNever = 0x7fffffff;  // above every score: what the rows that only fill up a tile have
 
 struct Block {
-    const float* U;       // its corner of U, row-major
+    const float* U;  // its corner of U, row-major
     int64_t u_stride;
-    const float* panel;   // U[0:hi, lo:hi] as strips of kSteps columns, [strip][row][kSteps], zero on and below the diagonal
+    // U[0:hi, lo:hi] as strips of kSteps columns, [strip][row][kSteps], zero on and below the diagonal
+    const float* panel;
     int64_t lo, hi;
-    const float* scale;   // U's diagonal and its inverse
+    const float* scale;  // U's diagonal and its inverse
     const float* inverse;
     int64_t width() const { return hi - lo; }
     const float* strip(int64_t j, int64_t row) const { return panel + (j / kSteps * hi + row) * kSteps; }
@@ -52,7 +53,8 @@ struct Block {
 inline int64_t padded(int64_t width) { return round_up(width, kSteps); }
 
 // F[strips from j0 to j1] += D[first .. first + count] U[first .. first + count, those columns]
-inline void accumulate(const Block& block, float* F, const float* D, int64_t first, int64_t count, int64_t j0, int64_t j1) {
+inline void accumulate(const Block& block, float* F, const float* D, int64_t first, int64_t count, int64_t j0,
+                       int64_t j1) {
     for (int64_t j = j0; j < j1; j += kSteps)
         multiply_add(F + j * kTile, kTile, D, kTile, block.strip(j, first), kSteps, 1, count);
 }
@@ -94,15 +96,16 @@ inline float sum(Vec v) {
     return total;
 }
 
-// Rows first .. first + count of the block's columns of U as pairs of rows, in strips of kPanel / 2 pairs; squares [count,
-// or one more]: each row's sum of squares.
-void pack_pairs(uint32_t* to, float* squares, const float* U, int64_t u_stride, int64_t first, int64_t count, int64_t lo,
-                int64_t width) {
+// Rows first .. first + count of the block's columns of U as pairs of rows, in strips of kPanel / 2 pairs; squares
+// [count, or one more]: each row's sum of squares.
+void pack_pairs(uint32_t* to, float* squares, const float* U, int64_t u_stride, int64_t first, int64_t count,
+                int64_t lo, int64_t width) {
     constexpr int64_t kStrip = kPanel / 2 * kSteps;
     for (int64_t k = 0; k < count; k += 2) {
         const float *row = U + (first + k) * u_stride + lo, *next = k + 1 < count ? row + u_stride : row;
         const __mmask16 both = k + 1 < count ? 0xffff : 0;
-        for (int64_t j = 0; j < width; j += kCacheLine / 4) {  // rows lie on pages of their own, which no hardware foresees
+        // Rows lie on pages of their own, which no hardware foresees.
+        for (int64_t j = 0; j < width; j += kCacheLine / 4) {
             __builtin_prefetch(row + kAhead * u_stride + j);
             __builtin_prefetch(next + kAhead * u_stride + j);
         }
@@ -110,7 +113,8 @@ void pack_pairs(uint32_t* to, float* squares, const float* U, int64_t u_stride, 
         uint32_t* strip = to + k / 2 * kSteps;
         for (int64_t j = 0; j < width; j += kLanes, strip += kLanes / kSteps * kStrip) {
             const __mmask16 inside = width - j >= kLanes ? 0xffff : (1 << (width - j)) - 1;
-            const Vec a = (Vec)_mm512_maskz_loadu_ps(inside, row + j), b = (Vec)_mm512_maskz_loadu_ps(inside & both, next + j);
+            const Vec a = (Vec)_mm512_maskz_loadu_ps(inside, row + j);
+            const Vec b = (Vec)_mm512_maskz_loadu_ps(inside & both, next + j);
             low += a * a;
             high += b * b;
             const __m512i words = (__m512i)pair((Word)a, (Word)b);
@@ -180,7 +184,8 @@ struct Threshold {
         const IntVec equal = score == bound;
         const IntVec goes = (score < bound) | (equal & (left > 0));
         left += equal;  // true is -1
-        return vec(Q + j * kTile + v * kLanes) = masked(~goes, w) + 0.0f;  // -0.0 becomes +0.0
+        // -0.0 becomes +0.0.
+        return vec(Q + j * kTile + v * kLanes) = masked(~goes, w) + 0.0f;
     }
 };
 
@@ -217,9 +222,7 @@ struct Groups {
     }
 };
 
-struct Tile {
-    int64_t row, rows, group;
-};
+struct Tile { int64_t row, rows, group; };
 
 // Rows of W into a tile, dead columns as zeros. False: NaN or infinity.
 template <class T>
@@ -291,15 +294,15 @@ void spread_ties(const int32_t* scores, const Tile* tiles, int64_t count, int64_
 class Rounded {
     const bool on;
     const int64_t count, n, widest, groups, panels;
-    Scratch<uint32_t> D;         // [tile][pair of columns][kTile]
-    Scratch<uint32_t> U;         // [panel][strip][pair][kSteps] of the block's columns
-    Scratch<float> u_squares;    // [n] of U's rows within the block
-    Scratch<float> d_squares;    // [group, n] of D's columns
-    Scratch<float> tile_squares; // [tile, widest] of D's columns, in the last block
+    Scratch<uint32_t> D;                               // [tile][pair of columns][kTile]
+    Scratch<uint32_t> U;                               // [panel][strip][pair][kSteps] of the block's columns
+    Scratch<float> u_squares;                          // [n] of U's rows within the block
+    Scratch<float> d_squares;                          // [group, n] of D's columns
+    Scratch<float> tile_squares;                       // [tile, widest] of D's columns, in the last block
     Scratch<double> tile_objective, objective, added;  // [tile] in the last block; [group] so far, what rounding added
-    Scratch<double> costs;       // [group, panels] what rounding would add
-    Scratch<uint8_t> chosen;     // [group, panels]
-    int64_t accounted = 0;       // columns whose squares are in d_squares
+    Scratch<double> costs;                             // [group, panels] what rounding would add
+    Scratch<uint8_t> chosen;                           // [group, panels]
+    int64_t accounted = 0;                             // columns whose squares are in d_squares
 
     int64_t panel_size() const { return widest * (kPanel / 2); }
 
@@ -307,18 +310,30 @@ class Rounded {
         for (int64_t t = 0; accounted < lo && t < count; ++t) {
             const int64_t g = tiles[t].group;
             objective.data[g] += tile_objective.data[t];
-            for (int64_t k = accounted; k < lo; ++k) d_squares.data[g * n + k] += tile_squares.data[t * widest + k - accounted];
+            for (int64_t k = accounted; k < lo; ++k)
+                d_squares.data[g * n + k] += tile_squares.data[t * widest + k - accounted];
         }
         accounted = lo;
     }
 
-public:
+   public:
     Rounded(bool on_, int64_t count_, int64_t n_, int64_t widest_, int64_t groups_)
-        : on(on_), count(count_), n(n_), widest(widest_), groups(groups_), panels(ceil_div(n_, kPanel)),
-          D(on ? count * ceil_div(n, 2) * kTile : 0), U(on ? panels * widest * (kPanel / 2) : 0),
-          u_squares(on ? panels * kPanel : 0), d_squares(on ? groups * n : 0), tile_squares(on ? count * widest : 0),
-          tile_objective(on ? count : 0), objective(on ? groups : 0), added(on ? groups : 0),
-          costs(on ? groups * panels : 0), chosen(on ? groups * panels : 0) {
+        : on(on_),
+          count(count_),
+          n(n_),
+          widest(widest_),
+          groups(groups_),
+          panels(ceil_div(n_, kPanel)),
+          D(on ? count * ceil_div(n, 2) * kTile : 0),
+          U(on ? panels * widest * (kPanel / 2) : 0),
+          u_squares(on ? panels * kPanel : 0),
+          d_squares(on ? groups * n : 0),
+          tile_squares(on ? count * widest : 0),
+          tile_objective(on ? count : 0),
+          objective(on ? groups : 0),
+          added(on ? groups : 0),
+          costs(on ? groups * panels : 0),
+          chosen(on ? groups * panels : 0) {
         if (!on || !ready()) return;
         memset(d_squares.data, 0, groups * n * sizeof *d_squares.data);
         for (int64_t g = 0; g < groups; ++g) objective.data[g] = added.data[g] = 0;
@@ -330,15 +345,16 @@ public:
     }
 
     // Which panels of the columns before lo go through bf16 for the block lo .. hi, and the block's U for them.
-    void choose(const float* from, int64_t u_stride, int64_t lo, int64_t hi, const Tile* tiles, const int64_t* row_groups,
-                int threads) {
+    void choose(const float* from, int64_t u_stride, int64_t lo, int64_t hi, const Tile* tiles,
+                const int64_t* row_groups, int threads) {
         if (!on) return;
         account(lo, tiles);
         const int64_t done = ceil_div(lo, kPanel);
         for_each_range(done, 1, threads, [&](int64_t begin, int64_t end) {
             for (int64_t p = begin; p < end; ++p) {
                 const int64_t first = p * kPanel, depth = min_of(kPanel, lo - first);
-                pack_pairs(U.data + p * panel_size(), u_squares.data + first, from, u_stride, first, depth, lo, hi - lo);
+                pack_pairs(U.data + p * panel_size(), u_squares.data + first, from, u_stride, first, depth, lo,
+                           hi - lo);
                 for (int64_t g = 0; g < groups; ++g) {
                     double cost = 0;
                     for (int64_t k = first; k < first + depth; ++k)
@@ -418,9 +434,9 @@ inline int64_t zeros_of(double sparsity, int64_t count) {
 
 }  // namespace
 
-rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n, int64_t w_stride, const float* U, int64_t u_stride,
-                        const uint8_t* dead, double sparsity, int64_t keep, int64_t group, int64_t block_size,
-                        const int64_t* row_groups, int64_t row_group_count, int threads) {
+rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n, int64_t w_stride, const float* U,
+                                int64_t u_stride, const uint8_t* dead, double sparsity, int64_t keep, int64_t group,
+                                int64_t block_size, const int64_t* row_groups, int64_t row_group_count, int threads) {
     int64_t count = 0;
     bool mixed = false;  // whether any row group may use bf16
     for (int64_t g = 0; g < row_group_count; ++g) {
@@ -436,7 +452,8 @@ rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n,
     Scratch<Tile> tiles(count);
     Scratch<float> D(count * n * kTile), panel(n * widest), diagonal(2 * widest), scratch(threads * own);
     Scratch<float> pulls(group ? 0 : count * widest * kTile);
-    Scratch<int32_t> scores(group ? 0 : count * widest * kTile), bounds(row_group_count), budget(group ? 0 : count * kTile);
+    Scratch<int32_t> scores(group ? 0 : count * widest * kTile), bounds(row_group_count),
+        budget(group ? 0 : count * kTile);
     Scratch<int64_t> counts(select_scratch(threads));
     Scratch<int32_t> keys(group ? 0 : collect_scratch(count * widest * kTile, threads));
     if (!tiles.data || !D.data || !panel.data || !diagonal.data || !scratch.data || !pulls.data || !scores.data ||
@@ -484,7 +501,8 @@ rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n,
             const float* done = D.data + t * n * kTile;
             memset(F, 0, wide * kTile * sizeof *F);
             for (int64_t k = 0; k < lo; k += kDepth) {
-                if (k % kPanel == 0 && rounded.accumulate(F, t, tiles.data[t].group, k / kPanel, min_of(kPanel, lo - k), width))
+                if (k % kPanel == 0 &&
+                    rounded.accumulate(F, t, tiles.data[t].group, k / kPanel, min_of(kPanel, lo - k), width))
                     k += kPanel - kDepth;
                 else
                     accumulate(block, F, done + k * kTile, k, min_of(kDepth, lo - k), 0, width);
@@ -523,7 +541,8 @@ rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n,
             bounds.data[g] = -1;
             memset(left, 0, own_tiles * kTile * sizeof *left);
             if (k) {
-                const Kth found = kth_smallest_score(from, own_tiles * width * kTile, k, counts.data, keys.data, threads);
+                const Kth found =
+                    kth_smallest_score(from, own_tiles * width * kTile, k, counts.data, keys.data, threads);
                 bounds.data[g] = static_cast<int32_t>(found.key);
                 if (found.below + found.equal > k)
                     spread_ties(from, tiles.data + t, own_tiles, width, bounds.data[g], k - found.below, left);
@@ -534,7 +553,8 @@ rac::Status rac::RAC_ISA::sweep(float* Q, const void* W, DType dtype, int64_t n,
         }
         for_each_dynamic(count, threads, scratch.data, own, [&](int64_t t, float* kept) {
             float* W0 = D.data + (t * n + lo) * kTile;
-            Threshold rule{scores.data + t * width * kTile, bounds.data[tiles.data[t].group], budget.data + t * kTile, kept};
+            Threshold rule{scores.data + t * width * kTile, bounds.data[tiles.data[t].group], budget.data + t * kTile,
+                           kept};
             float* F = pulls.data + t * widest * kTile;
             walk(block, W0, W0, F, step, rule);
             finish(t, kept, F);

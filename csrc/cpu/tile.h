@@ -11,8 +11,8 @@ constexpr int64_t kLanes = 8, kSteps = 4;
 #else
 constexpr int64_t kLanes = 4, kSteps = 4;
 #endif
-constexpr int64_t kVectors = 3;                 // kVectors * kSteps sums, and what feeds them, fill the registers
-constexpr int64_t kTile = kVectors * kLanes;    // 48, 24 or 12
+constexpr int64_t kVectors = 3;               // kVectors * kSteps sums, and what feeds them, fill the registers
+constexpr int64_t kTile = kVectors * kLanes;  // 48, 24 or 12
 
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));

@@ -3,14 +3,14 @@
 
 namespace rac {
 
-// Element types as python names them by number; keep in step with rac_kernels/native.py.
+// Element types as python names them by number; keep in step with rac_kernels/backends/native.py.
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// How an operation that can fail in more than one way ended; in step with rac_kernels/native.py.
+// How an operation that can fail in more than one way ended; in step with rac_kernels/backends/native.py.
 enum class Status : int { done = 0, no_memory = 1, not_finite = 2, not_positive_definite = 3 };
 
-// The memory that int16_gemm.cpp works in, for rows of n columns: counts of int32 for the packed rows, of float for their
-// scales, and of int32 for the matrix [n, n].
+// The memory that int16_gemm.cpp works in, for rows of n columns: counts of int32 for the packed rows, of float for
+// their scales, and of int32 for the matrix [n, n].
 struct Int16Sizes { int64_t packed, scales, matrix; };
 
 }  // namespace rac

@@ -1,4 +1,4 @@
-// A diagonal block of H = U U^T with U upper triangular, and the block's inverse: kernels/rac_kernels/factor.py has the
+// A diagonal block of H = U U^T with U upper triangular, and the block's inverse: rac_kernels/ops/factor.py has the
 // mathematics. The blocks of a matrix follow each other, so what counts here is latency: n/128 of these stand in a row.
 //
 // One thread block a matrix, everything in shared memory, in sub-blocks of 32 by 32 from the last to the first. Warp 0
@@ -216,8 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int blocks = (size + kSide - 1) / kSide;
     for (int b = blocks - 1; b >= 0; --b) {
         if (warp == 0) {
-            const int failed =
-                factor_and_invert(shared.U[slot(b, b)], shared.V[slot(b, b)], shared.column, lane);
+            const int failed = factor_and_invert(shared.U[slot(b, b)], shared.V[slot(b, b)], shared.column, lane);
             if (lane == 0) shared.failed = failed;
         } else if (warp % kSchedulers) {  // what shares a scheduler with warp 0 keeps out of its way
             work_ahead(shared, b, blocks, warp - 1 - warp / kSchedulers, lane);

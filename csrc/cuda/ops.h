@@ -1,6 +1,6 @@
 // The CUDA operations: raw device pointers, sizes and strides in elements, a cudaStream_t as void*. What they are given
-// has been checked by rac_kernels/cuda.py. They return a cudaError_t as int, never wait for the device, allocate
-// nothing, and can be captured in a CUDA graph (run each once before: the first call loads its code).
+// has been checked by rac_kernels/backends/cuda.py. They return a cudaError_t as int, never wait for the device,
+// allocate nothing, and can be captured in a CUDA graph (run each once before: the first call loads its code).
 #pragma once
 #include <stdint.h>
 

@@ -62,8 +62,8 @@ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr uint32_t kSign = 0x80000000, kInfinity = 0x7f800000;
 
-// Unsigned integers in the order of the floats that they stand for; -0 is 0, NaN of either sign is largest. In integers,
-// since what compares floats may take denormal numbers for zeros.
+// Unsigned integers in the order of the floats that they stand for; -0 is 0, NaN of either sign is largest. In
+// integers, since what compares floats may take denormal numbers for zeros.
 __device__ __forceinline__ uint32_t key_of(float score) {
     const uint32_t bits = __float_as_uint(score), size = bits & ~kSign;
     if (size > kInfinity) return ~0u;
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kThreads, kPerMultiprocessor)
     const int64_t count = share < team.count - begin ? share : team.count - begin;
     scores += team.begin + begin;
 
-    uint32_t key = 0, known = 0;                       // the leading bits found so far, and which these are
-    uint32_t wanted = static_cast<uint32_t>(team.k);   // rank among the scores that have them
-    int shift = 32;                                    // bits not found yet
+    uint32_t key = 0, known = 0;                      // the leading bits found so far, and which these are
+    uint32_t wanted = static_cast<uint32_t>(team.k);  // rank among the scores that have them
+    int shift = 32;                                   // bits not found yet
     for (int pass = 0; pass < kPasses; ++pass) {
         const int bits = pass < 2 ? 11 : 10, bins = 1 << bits;
         shift -= bits;
@@ -225,8 +225,7 @@ int rac_cuda_select(const float* scores, int64_t groups, const int64_t* counts, 
                     float* thresholds, int64_t* last, void* stream) {
     int device = 0, multiprocessors = 0;
     cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     const int64_t resident = kPerMultiprocessor * multiprocessors;  // as launch bounds and shared memory allow
     int64_t begin = 0;
     for (int64_t done = 0; done < groups && error == cudaSuccess;) {
