@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput
 from rac_engine.base.sizes import format_bytes
@@ -167,6 +165,8 @@ def pages(count: int, pin: bool = False) -> mmap.mmap:
     """
     memory = _Locked(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if pin:
+        import torch
+
         cudart: Any = torch.cuda.cudart()
         address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         torch.cuda.check_error(int(cudart.cudaHostRegister(address, count, 0)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rac_engine.checkpoint.fp8 import fp8_block
-from rac_engine.checkpoint.header import TensorInfo, read_json
+from rac_engine.checkpoint.header import TensorInfo, read_config
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, other_files
 from rac_engine.checkpoint.tensors import bytes_of, is_finite
 from rac_engine.checkpoint.writer import CheckpointWriter
@@ -18,5 +18,5 @@ __all__ = [
     "fp8_block",
     "is_finite",
     "other_files",
-    "read_json",
+    "read_config",
 ]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.files import opened, read_at, read_small, regular_status
+from rac_engine.base.files import opened, read_at, regular_status
+from rac_engine.base.jsonfiles import loads_object, read_json_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,6 +38,8 @@ _MAX_RANK = 64  # dimensions of a tensor: as many as torch takes
 _MAX_HEADER = 100_000_000  # what the safetensors format allows
 
 _MAX_JSON = 64 << 20
+
+_MEND = "fetch the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,9 @@ class Scaled:
     block: tuple[int, int]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most 64 MiB without duplicate keys; anything else is `BadInput`."""
-    try:
-        raw = read_small(file, _MAX_JSON)
-    except OSError as error:
-        raise BadInput(f"{file}: {error.strerror}; give the folder of a whole Hugging Face checkpoint") from None
-    return _json_object(raw, str(file))
+def read_config(file: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's config or index; anything but a file of at most 64 MiB is `BadInput`."""
+    return read_json_object(file, _MAX_JSON, "give the folder of a whole Hugging Face checkpoint", _MEND)
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -83,7 +82,7 @@ def read_header(file: Path) -> list[TensorInfo]:
         size = int.from_bytes(read_at(fd, file, 0, 8), "little") if status.st_size >= 8 else -1
         if not 2 <= size <= min(_MAX_HEADER, status.st_size - 8):
             raise BadInput(f"{file}: not a safetensors file, or cut short; fetch it again")
-        header = _json_object(bytes(read_at(fd, file, 8, size)), f"header of {file}")
+        header = loads_object(bytes(read_at(fd, file, 8, size)), f"header of {file}", _MEND)
     start, data = 8 + size, status.st_size - 8 - size
     infos = [_tensor_info(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
@@ -97,22 +96,6 @@ def read_header(file: Path) -> list[TensorInfo]:
             f"{file}: the header describes {end - start} bytes of tensors, the file has {data}; fetch it again"
         )
     return infos
-
-
-def _json_object(raw: bytes, what: str) -> dict[str, Any]:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            raise ValueError("a key is given twice")
-        return made
-
-    try:
-        value = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{what}: not valid JSON ({error}); fetch the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{what}: not a JSON object; fetch the checkpoint again")
-    return value
 
 
 def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:

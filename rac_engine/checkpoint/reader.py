@@ -17,8 +17,9 @@ import torch
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import read_small
 from rac_engine.checkpoint.fp8 import _as_bf16, fp8_block
-from rac_engine.checkpoint.header import TensorInfo, read_header, read_json
+from rac_engine.checkpoint.header import TensorInfo, read_config, read_header
 from rac_engine.checkpoint.tensors import bytes_of, is_finite, pieces_of, read_tensor
+from rac_engine.jobs.layout import CARD, RAC
 
 INDEX = "model.safetensors.index.json"
 
@@ -56,7 +57,7 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             raise BadInput(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
-        config = read_json(inside(folder, "config.json"))
+        config = read_config(inside(folder, "config.json"))
         if "transformers_weights" in config:
             raise BadInput(
                 f"{folder / 'config.json'}: transformers_weights would let transformers load other weights than are "
@@ -126,7 +127,7 @@ class Checkpoint:
         Computed once, with all cores; from then on what is read is held against it.
         """
         config = json.dumps(self.config, sort_keys=True)
-        if config != json.dumps(read_json(inside(self.path, "config.json")), sort_keys=True):
+        if config != json.dumps(read_config(inside(self.path, "config.json")), sort_keys=True):
             raise Damaged(f"{self.path / 'config.json'}: was read twice, with other bytes the second time")
         digest = hashlib.sha256(config.encode())
         for name, info in sorted(self.tensors.items()):
@@ -160,13 +161,11 @@ def other_files(folder: Path) -> list[str]:
     found = []
     for base, folders, files in os.walk(folder):
         relative = Path(base).relative_to(folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (relative / name) != Path("rac"))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and (relative / name) != Path(RAC))
         found += [
             str(relative / name)
             for name in sorted(files)
-            if not name.startswith(".")
-            and not name.lower().endswith(_WEIGHT_FILES)
-            and (relative / name) != Path("README.md")
+            if not name.startswith(".") and not name.lower().endswith(_WEIGHT_FILES) and (relative / name) != Path(CARD)
         ]
     return found
 
@@ -190,7 +189,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(inside(index.parent, index.name)).get("weight_map")
+    weight_map = read_config(inside(index.parent, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index}: has no weight_map; fetch the checkpoint again")
     for name, file in weight_map.items():

@@ -13,6 +13,7 @@ from rac_engine.base.files import disk_errors, write_file
 from rac_engine.base.process import peak_memory
 from rac_engine.engine.card import model_card
 from rac_engine.engine.context import Context
+from rac_engine.jobs.layout import CARD, METRICS, RAC, RECIPE
 from rac_engine.jobs.publish import write_manifest
 
 
@@ -60,10 +61,10 @@ def close_job(
     }
     card = model_card({**run, "matrices": rows, "end": {"notes": notes}})  # no times: the same job, the same bytes
     with disk_errors(folder):
-        write_file(folder / "README.md", card.encode())
-        write_file(folder / "rac/recipe.yaml", recipe.encode())
+        write_file(folder / CARD, card.encode())
+        write_file(folder / RAC / RECIPE, recipe.encode())
         lines = "".join(json.dumps(line) + "\n" for line in [run, *rows, end])
-        write_file(folder / "rac/metrics.jsonl", lines.encode())
+        write_file(folder / RAC / METRICS, lines.encode())
     write_manifest(folder)
     return PruneReport(out, run, rows, end, context.resumed)
 

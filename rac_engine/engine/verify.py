@@ -21,7 +21,7 @@ from rac_engine.base.sizes import percent
 from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, other_files
 from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
-from rac_engine.jobs.layout import JOURNAL, MANIFEST, NOT_IN_MANIFEST, RAC
+from rac_engine.jobs.layout import MANIFEST, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.models import Model
 from rac_engine.recipe import load_recipe, parse_pattern
 from rac_engine.traces import load_tokenizer
@@ -173,7 +173,7 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
         except BadInput as error:
             result.problems.append(f"not loadable: {error}")
     try:
-        recipe = load_recipe(checkpoint.path / RAC / "recipe.yaml")
+        recipe = load_recipe(checkpoint.path / RAC / RECIPE)
     except BadInput as error:
         result.problems.append(str(error))
         return
@@ -227,7 +227,7 @@ def _check_tensors(
     dense = settings.get("nonfinite") == "dense"
     written = {
         name: digest
-        for record in records_of(checkpoint.path / RAC / JOURNAL)
+        for record in records_of(checkpoint.path / PRUNE_JOURNAL)
         for name, digest in record.get("tensors", {}).items()
     }
     for name in pruned.keys() - checkpoint.tensors.keys():

@@ -9,7 +9,7 @@ from pathlib import Path
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import disk_errors, sha256_files, sync, write_file
-from rac_engine.jobs.layout import MANIFEST_PATH, NOT_IN_MANIFEST
+from rac_engine.jobs.layout import MANIFEST, NOT_IN_MANIFEST, RAC
 
 
 def write_manifest(folder: Path) -> None:
@@ -21,7 +21,7 @@ def write_manifest(folder: Path) -> None:
         for name, digest in sha256_files(folder, names).items()
     }
     with disk_errors(folder):
-        write_file(folder / MANIFEST_PATH, (json.dumps({"files": files}, indent=1) + "\n").encode())
+        write_file(folder / RAC / MANIFEST, (json.dumps({"files": files}, indent=1) + "\n").encode())
 
 
 def is_published(partial: Path, out: Path) -> bool:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import loads
-from rac_engine.jobs.layout import RAC, STEPS
+from rac_engine.jobs.layout import RUN_JOURNAL
 
 
 def step_times(out: Path) -> dict[str, float]:
     """Seconds of the finished steps of a `rac run`, from its journal; nothing for a folder that `rac prune` made."""
-    path = out / RAC / STEPS
+    path = out / RUN_JOURNAL
     lines = path.read_bytes().splitlines()[1:] if path.is_file() else []
     try:
         records = [loads(line.partition(b" ")[2]) for line in lines]

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_json
+from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_config
 from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
 from rac_engine.plan.shapes import Shape
@@ -144,7 +144,7 @@ def make_plan(
 def _open(path: Path) -> Model:
     if not path.is_dir() or (path / INDEX).exists() or (path / SINGLE).exists():
         return Model.open(Checkpoint.open(path))
-    return Model.of_config(path, read_json(path / "config.json"))
+    return Model.of_config(path, read_config(path / "config.json"))
 
 
 def _stage(matrices: list[Matrix], method: str) -> Stage:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rac_engine.base.sizes import percent
 from rac_engine.engine import Metrics, load_metrics
 from rac_engine.evaluation import evaluations
-from rac_engine.jobs.layout import RAC
+from rac_engine.jobs.layout import RAC, RECIPE, VARIANTS
 from rac_engine.recipe import Recipe, load_recipe
 
 
@@ -82,8 +82,8 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
     for name, evaluation in evaluations(out, variants).items():
         label = recipe.name if name == "pruned" and recipe else name
         of = metrics if name == "pruned" else None
-        if (out / RAC / "variants" / name).is_dir():
-            of = load_metrics(out / RAC / "variants" / name)
+        if (out / RAC / VARIANTS / name).is_dir():
+            of = load_metrics(out / RAC / VARIANTS / name)
         figures, run = evaluation["summary"], of.run if of else {}
         calibration = run.get("calibration") or {}
         rows.append(
@@ -106,5 +106,5 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
 
 
 def recipe_of(out: Path) -> Recipe | None:
-    path = out / RAC / "recipe.yaml"
+    path = out / RAC / RECIPE
     return load_recipe(path) if path.is_file() else None

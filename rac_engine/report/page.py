@@ -15,7 +15,7 @@ from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import format_seconds
 from rac_engine.engine import Metrics, environment, load_metrics, place_of
 from rac_engine.evaluation import evaluations
-from rac_engine.jobs.layout import RAC, REPORT, TRACES
+from rac_engine.jobs.layout import RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
 from rac_engine.jobs.steps import step_times
 from rac_engine.report.comparison import comparison, recipe_of
 from rac_engine.report.figures import decode_lengths, error_map, sparsity_map
@@ -50,7 +50,7 @@ def render(out: Path) -> str:
     results = evaluations(out, [variant.name for variant in recipe.compare] if recipe else [])
     rows = comparison(out, metrics)
     labels = dict(zip(results, rows, strict=True))
-    recipe_file = out / RAC / "recipe.yaml"
+    recipe_file = out / RAC / RECIPE
     return (
         environment(_TEMPLATES, autoescape=True)
         .get_template("report.html.j2")
@@ -132,7 +132,7 @@ def _traces(out: Path) -> list[dict[str, str]]:
 
 def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
     """A note where this job's prompts gave fewer tokens of traces than were asked for."""
-    path = out / RAC / TRACES / "traces.json"
+    path = out / RAC / TRACES / TRACES_SUMMARY
     if not path.is_file() or not _calibrated_on_own_traces(metrics):
         return []
     summary = read_json(path)

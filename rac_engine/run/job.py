@@ -21,7 +21,7 @@ from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import calibration_of, require_memory, verify
 from rac_engine.evaluation import load_problems
 from rac_engine.jobs.job import FolderJob
-from rac_engine.jobs.layout import RAC, REPORT, STEPS
+from rac_engine.jobs.layout import RAC, REPORT, RUN_JOURNAL
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.models import Model
 from rac_engine.plan import not_finite, skipped_matrices
@@ -64,7 +64,7 @@ def run(
         folder = job.partial
         identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
         journal = job.open_journal(
-            f"{RAC}/{STEPS}",
+            RUN_JOURNAL,
             identity,
             restart=restart,
             stopped=lambda: "stopped between two steps",

@@ -18,18 +18,30 @@ from rac_engine.base.sizes import percent
 from rac_engine.engine import calibration_of, load_metrics, model_card, prune
 from rac_engine.evaluation import evaluate
 from rac_engine.jobs.journal import Journal
-from rac_engine.jobs.layout import JOURNAL, MANIFEST, METRICS, RAC, REPORT, TRACES, TRACES_SUMMARY
+from rac_engine.jobs.layout import (
+    CARD,
+    MANIFEST,
+    METRICS,
+    PRUNE_JOURNAL,
+    RAC,
+    RECIPE,
+    REPORT,
+    TRACES,
+    TRACES_SUMMARY,
+    VARIANTS,
+    WORK,
+    partial_of,
+    results_of,
+)
 from rac_engine.jobs.publish import write_manifest
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
 from rac_engine.report import Row, comparison, write_report
 from rac_engine.solve import find_method
 from rac_engine.traces import Calibration, generate
 
-_WORK = "work"
-
 MAIN = "pruned"
 
-_REWRITTEN = ("README.md", f"{RAC}/recipe.yaml")  # at the end, to tell of the whole job
+_REWRITTEN = (CARD, f"{RAC}/{RECIPE}")  # at the end, to tell of the whole job
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, journal: Journal, limits: Limits, console: Console) -> None:
         self.recipe, self.folder, self.journal, self.limits, self.console = recipe, folder, journal, limits, console
         self.rac = folder / RAC
-        self.work = self.rac / _WORK
+        self.work = self.rac / WORK
         with disk_errors(folder):
             self.work.mkdir(parents=True, exist_ok=True)
         self.steps = self._steps()
@@ -104,7 +116,7 @@ class Run:
             return False
         last = self.recipe.evaluate is not None and at == len(self.journal.records) - 2
         # A variant's weights go once they have answered.
-        names = [name for name in files if last or not name.startswith(f"{RAC}/{_WORK}/")]
+        names = [name for name in files if last or not name.startswith(f"{RAC}/{WORK}/")]
         if not all((self.folder / name).is_file() for name in names):
             return False
         return sha256_files(self.folder, names) == {name: files[name] for name in names}
@@ -113,11 +125,11 @@ class Run:
         """Write what says how it went, remove what was only for the work, and return the comparison."""
         shutil.rmtree(self.work, ignore_errors=True)
         with disk_errors(self.folder):
-            write_file(self.rac / "recipe.yaml", dump(absolute(self.recipe)).encode())
+            write_file(self.rac / RECIPE, dump(absolute(self.recipe)).encode())
             rows = comparison(self.folder)
             metrics = load_metrics(self.rac)
             card = {**metrics.run, "matrices": metrics.matrices, "evaluation": [asdict(row) for row in rows]}
-            write_file(self.folder / "README.md", model_card(card).encode())
+            write_file(self.folder / CARD, model_card(card).encode())
             write_report(self.folder)
         write_manifest(self.folder)
         return rows
@@ -138,9 +150,9 @@ class Run:
         return steps
 
     def _answers(self, label: str, name: str, model: Path) -> _Step:
-        file = self.rac / "eval" / f"{name}.json"
+        file = results_of(self.folder, name)
         act, files = partial(self._evaluate, model, name), partial(self._digests, file)
-        undo = partial(_remove, file, file.with_name(f"{file.name}.partial"))
+        undo = partial(_remove, file, partial_of(file))
         return _Step(f"answers of {label}", act, files, undo, model if model.is_relative_to(self.work) else None)
 
     def _digests(self, *made: Path) -> dict[str, str]:
@@ -160,12 +172,12 @@ class Run:
         return files if name == MAIN else files | self._digests(self._home(name))
 
     def _unprune(self, name: str) -> None:
-        _remove(self.work / name, self.work / f"{name}.partial")
+        _remove(self.work / name, partial_of(self.work / name))
         if name != MAIN:
             _remove(self._home(name))
             return
         _remove(*(entry for entry in self.folder.iterdir() if entry != self.rac))
-        _remove(*(self.rac / file for file in (METRICS, JOURNAL, MANIFEST, "recipe.yaml", REPORT)))
+        _remove(self.folder / PRUNE_JOURNAL, *(self.rac / file for file in (METRICS, MANIFEST, RECIPE, REPORT)))
 
     def _trace(self) -> None:
         assert self.recipe.trace
@@ -177,9 +189,9 @@ class Run:
 
     def _evaluate(self, model: Path, name: str) -> None:
         assert self.recipe.evaluate
-        file = self.rac / "eval" / f"{name}.json"
+        file = results_of(self.folder, name)
         if file.exists():
-            file.with_name(file.name + ".partial").unlink(missing_ok=True)
+            partial_of(file).unlink(missing_ok=True)
         else:
             evaluate(model, self.recipe.evaluate, file, device=self.limits.device, progress=self.console.progress)
         figures = read_json(file)["summary"]
@@ -191,7 +203,7 @@ class Run:
     def _prune(self, name: str, calibration: CalibrationSettings, settings: PruneSettings) -> None:
         made = self.work / name
         for earlier in self.work.iterdir():
-            if earlier.name not in (name, f"{name}.partial"):
+            if earlier not in (made, partial_of(made)):
                 shutil.rmtree(earlier)  # a variant's weights, which have answered
         if not made.exists() and not (self._home(name) / METRICS).exists():
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
@@ -201,7 +213,7 @@ class Run:
             _move_up(made, self.folder)
         else:
             self._home(name).mkdir(parents=True, exist_ok=True)
-            for file in ("recipe.yaml", METRICS):
+            for file in (RECIPE, METRICS):
                 copy_file(made / RAC / file, self._home(name) / file)
 
     def _tokens(self, recipe: Recipe) -> Calibration:
@@ -213,7 +225,7 @@ class Run:
 
     def _home(self, name: str) -> Path:
         """Where the metrics of a model are kept."""
-        return self.rac if name == MAIN else self.rac / "variants" / name
+        return self.rac if name == MAIN else self.rac / VARIANTS / name
 
 
 def _remove(*entries: Path) -> None:

@@ -11,14 +11,16 @@ import pyarrow.parquet as pq
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import sha256_files
+from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.base.sizes import format_bytes
-from rac_engine.checkpoint import read_json
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.recipe import TEXT_PREFIX
 from rac_engine.traces.records import messages_of, read_jsonl
 from rac_engine.traces.template import render
 
 _GROUP = 4 << 30  # bytes in a row group of a Parquet file, at most
+
+_SUMMARY = 64 << 20  # bytes of the summary beside the traces, at most
 
 _BATCH = 1 << 30  # bytes that 256 rows of traces take, at most
 
@@ -87,13 +89,18 @@ def _refuse_bombs(metadata: Any) -> None:
         raise ValueError(f"a row group larger than {format_bytes(_GROUP)}")
 
 
+def _summary(folder: Path) -> dict[str, Any]:
+    again = "sample the traces again"
+    return read_json_object(folder / TRACES_SUMMARY, _SUMMARY, again, again)
+
+
 def _known_files(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that a finished `rac trace` has left; nothing for a folder from elsewhere."""
     if (folder / TRACES_JOURNAL).exists() and not (folder / TRACES_SUMMARY).exists():
         raise BadInput(f"calibration {folder}: `rac trace` has not finished here; run it again to go on")
     if not (folder / TRACES_SUMMARY).exists():
         return {}
-    files = read_json(folder / TRACES_SUMMARY).get("files")
+    files = _summary(folder).get("files")
     if not isinstance(files, dict):
         raise BadInput(f"calibration {folder / TRACES_SUMMARY}: `files` should name files and their SHA-256")
     return files

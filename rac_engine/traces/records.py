@@ -8,19 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rac_engine.base.errors import BadInput
+from rac_engine.base.jsonfiles import loads
 
 Messages = list[dict[str, str]]
 
 _MAX_LINE = 16 << 20
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where a key is given twice, since readers differ in which they believe."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-        raise ValueError(f"the key {twice[:50]!r} is given twice")
-    return made
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -34,7 +26,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.rstrip(), object_pairs_hook=_once)
+                    value = loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     place = f"{where}:{error.colno}"
                     raise BadInput(f"{place}: not valid JSON ({error.msg}); mend or remove the line") from None
