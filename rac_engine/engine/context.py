@@ -18,7 +18,7 @@ from rac_engine.jobs.timeline import Timeline
 from rac_engine.models import EMBEDDINGS, Matrix, Model
 from rac_engine.plan import MemoryPlan, dtype_of, target_of
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import Target
+from rac_engine.solve import Reason, Target
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Context:
 
     model: Model
     settings: PruneSettings
-    skipped: Mapping[str, str]
+    skipped: Mapping[str, Reason]
     """Matrices that stay dense: the reason, by on-disk name."""
     device: str
     memory: MemoryPlan

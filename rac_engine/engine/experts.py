@@ -10,6 +10,7 @@ from rac_engine.calibrate import Beside, Statistic, Stream
 from rac_engine.engine.layer import Layer, batches
 from rac_engine.engine.solving import ExpertTokens, solve_group
 from rac_engine.models import Block, Matrix
+from rac_engine.solve import Reason, ReasonCode
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def prune_experts(
         for group, tokens in zip(some, seen, strict=True):
             scarce = None
             if tokens < least:
-                scarce = f"{tokens} tokens, fewer than {least} ({rule.min_tokens:g} for each of its inputs)"
+                text = f"{tokens} tokens, fewer than {least} ({rule.min_tokens:g} for each of its inputs)"
+                scarce = Reason(ReasonCode.FEW_TOKENS, text)
             solve_group(layer, group, statistics.pop(group[0].group.input), ExpertTokens(tokens, scarce))
     if everyone is not None:
         solve_group(layer, everyone, common)

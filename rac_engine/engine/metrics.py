@@ -130,6 +130,7 @@ class _StoredMatrix(Stored):
     tensor: str | None = None
     expert: Natural | None = None
     skipped: str | None = None
+    skipped_code: str | None = None
     notes: list[str] = []
 
 

@@ -55,4 +55,6 @@ def matrix_row(
         row["expert"] = matrix.group.expert
     if matrix.tensor != matrix.name:
         row["tensor"] = matrix.tensor
-    return row if result.skipped is None else {**row, "skipped": result.skipped}
+    if result.skipped is not None:
+        row |= {"skipped": result.skipped, "skipped_code": result.skipped.code}
+    return row

@@ -22,7 +22,7 @@ from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, ver
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, not_finite, plan_memory, skipped_matrices
 from rac_engine.recipe import PruneSettings, Recipe
-from rac_engine.solve import find_method
+from rac_engine.solve import Reason, find_method
 from rac_engine.traces import Calibration, Weighting, load_calibration, load_tokenizer
 
 
@@ -49,7 +49,7 @@ class Setup:
 
     model: Model
     settings: PruneSettings
-    skipped: dict[str, str]
+    skipped: dict[str, Reason]
     """Matrices that stay dense: the reason, by on-disk name."""
     device: str
     """The device's full name, like "cuda:0"."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from rac_engine.calibrate import DenseInputs, DenseOutputs, Statistic
 from rac_engine.engine.layer import Layer
 from rac_engine.models import Matrix
-from rac_engine.solve import MatrixResult, Outputs, joined, left_dense, prune_matrices, split_rows
+from rac_engine.solve import MatrixResult, Outputs, Reason, joined, left_dense, prune_matrices, split_rows
 from rac_kernels import FactorError
 
 
@@ -20,7 +20,7 @@ class ExpertTokens:
     """Tokens that the router sent to an expert."""
 
     count: int
-    scarce: str | None
+    scarce: Reason | None
     """A text for the report where they are too few to prune the expert by them alone."""
 
 
@@ -67,7 +67,7 @@ def solve_group(
 
 
 def _results(
-    layer: Layer, group: list[Matrix], weights: list[Tensor], statistic: Statistic | None, scarce: str | None
+    layer: Layer, group: list[Matrix], weights: list[Tensor], statistic: Statistic | None, scarce: Reason | None
 ) -> list[MatrixResult]:
     """A result for each matrix of a group, whose dense `weights` [rows, columns] are on the device."""
     settings, otherwise = layer.context.settings, layer.context.settings.experts.otherwise

@@ -20,7 +20,7 @@ from rac_engine.jobs.layout import ALLOCATION
 from rac_engine.models import Matrix, Model
 from rac_engine.plan import Choice, dtype_of
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import levelled, owl, settled, zeros_at
+from rac_engine.solve import Reason, levelled, owl, settled, zeros_at
 from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
 
 
@@ -53,7 +53,7 @@ class _Seen:
         return [(matrix.rows, matrix.columns) for matrix in self.matrices]
 
 
-def allocated(model: Model, settings: PruneSettings, skipped: dict[str, str]) -> list[list[Matrix]]:
+def allocated(model: Model, settings: PruneSettings, skipped: dict[str, Reason]) -> list[list[Matrix]]:
     """The matrices, by layer, whose sparsity is to be found; none if it is the same for all."""
     if settings.allocation == "uniform":
         return []

@@ -21,19 +21,14 @@ from rac_engine.base.sizes import percent
 from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, other_files
 from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
-from rac_engine.jobs.layout import MANIFEST, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
-from rac_engine.models import Model
-from rac_engine.recipe import load_recipe, parse_pattern
+from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
+from rac_engine.models import Matrix, Model
+from rac_engine.recipe import PruneSettings, load_recipe, parse_pattern
+from rac_engine.solve import ReasonCode
 from rac_engine.traces import load_tokenizer
 
 # What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
-
-# Every reason there is for a matrix that was not pruned.
-_REASONS = re.compile(
-    r"left dense by .+|sparsity 0|holds NaN or Inf|no calibration token reached it"
-    r"|its inputs are beyond fp32 when squared|\d+ tokens, fewer than \d+ \(.+ for each of its inputs\)"
-)
 
 _SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what rounds to zero by itself
 
@@ -173,88 +168,110 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
         except BadInput as error:
             result.problems.append(f"not loadable: {error}")
     try:
-        recipe = load_recipe(checkpoint.path / RAC / RECIPE)
+        settings = load_recipe(checkpoint.path / RAC / RECIPE).prune
+        said = metrics.run.get("settings", {})
+        for name, wanted in settings.model_dump(mode="json").items():
+            if wanted != said.get(name):
+                result.problems.append(f"{RECIPE}: {name} is {wanted!r}, {METRICS} says {said.get(name)!r}")
+        matrices = model.prunable(settings.also)
     except BadInput as error:
         result.problems.append(str(error))
         return
-    wanted, settings = recipe.prune.model_dump(mode="json"), metrics.run.get("settings", {})
-    for name in wanted:
-        if wanted[name] != settings.get(name):
-            result.problems.append(
-                f"recipe.yaml: {name} is {wanted[name]!r}, metrics.jsonl says {settings.get(name)!r}"
-            )
     rows = {row["name"]: row for row in metrics.matrices}
-    try:
-        matrices = model.prunable(recipe.prune.also)
-    except BadInput as error:
-        result.problems.append(str(error))
-        return
     for matrix in matrices:
-        row = rows.get(matrix.name)
-        named = any(re.fullmatch(entry, name) for entry in recipe.prune.dense for name in (matrix.path, matrix.module))
-        if row is None:
-            result.problems.append(f"{matrix.name}: metrics.jsonl does not say what became of it")
-        elif named and not row.get("skipped"):
-            result.problems.append(f"{matrix.name}: pruned, though the recipe leaves it dense")
-        elif not named and str(row.get("skipped", "")).startswith("left dense by"):
-            result.problems.append(f"{matrix.name}: left dense, though the recipe does not name it")
-        elif row.get("skipped"):
-            own, why = recipe.prune.of(matrix.path, matrix.module), str(row["skipped"])
-            unasked = (why == "sparsity 0" and (own.pattern is not None or own.sparsity > 0)) or (
-                why == "holds NaN or Inf" and recipe.prune.nonfinite != "dense"
-            )
-            if unasked or not _REASONS.fullmatch(why):
-                result.problems.append(f"{matrix.name}: left dense for a reason that the recipe does not give: {why}")
-        elif "target" in row:
-            own, asked = recipe.prune.of(matrix.path, matrix.module), target_of(row, settings)
-            reach = 0.0 if recipe.prune.overridden(matrix.path, matrix.module) else recipe.prune.allocation_reach
-            far = abs(asked["sparsity"] - own.sparsity)
-            if asked["pattern"] != own.pattern or far > reach * (1 + 1e-9):
-                result.problems.append(
-                    f"{matrix.name}: pruned to {rule_text(asked)}, the recipe says "
-                    f"{rule_text(own.model_dump(include={'sparsity', 'pattern'}))}"
-                )
+        if matrix.name not in rows:
+            result.problems.append(f"{matrix.name}: {METRICS} does not say what became of it")
+        elif problem := _unasked(matrix, rows[matrix.name], settings, said):
+            result.problems.append(f"{matrix.name}: {problem}")
+
+
+def _unasked(matrix: Matrix, row: dict[str, Any], settings: PruneSettings, said: dict[str, Any]) -> str | None:
+    """What became of a matrix, by its row of metrics.jsonl, though the recipe's settings do not ask for it.
+
+    `said` are the settings that metrics.jsonl tells of, for rows without a target of their own.
+    """
+    dense = any(re.fullmatch(entry, name) for entry in settings.dense for name in (matrix.path, matrix.module))
+    own = settings.of(matrix.path, matrix.module)
+    if row.get("skipped"):
+        code = row.get("skipped_code")
+        if code == ReasonCode.ASKED_DENSE:
+            return None if dense else "left dense, though the recipe does not name it"
+        if _is_given(code, own, settings.nonfinite):
+            return None
+        return f"left dense for a reason that the recipe does not give: {row['skipped']}"
+    if dense:
+        return "pruned, though the recipe leaves it dense"
+    if "target" not in row:
+        return None
+    asked = target_of(row, said)
+    reach = 0.0 if settings.overridden(matrix.path, matrix.module) else settings.allocation_reach
+    far = abs(asked["sparsity"] - own.sparsity)
+    if asked["pattern"] == own.pattern and far <= reach * (1 + 1e-9):
+        return None
+    wanted = rule_text(own.model_dump(include={"sparsity", "pattern"}))
+    return f"pruned to {rule_text(asked)}, the recipe says {wanted}"
+
+
+def _is_given(code: object, own: PruneSettings, nonfinite: str) -> bool:
+    """Whether the recipe gives a reason of that code for leaving a matrix dense, other than naming it."""
+    if code == ReasonCode.SPARSITY_ZERO:
+        return own.pattern is None and own.sparsity == 0
+    if code == ReasonCode.NOT_FINITE:
+        return nonfinite == "dense"
+    return code in (ReasonCode.NO_TOKEN, ReasonCode.BEYOND_FP32, ReasonCode.FEW_TOKENS)
 
 
 def _check_tensors(
     checkpoint: Checkpoint, metrics: Metrics, result: Verification, progress: Callable[[str], None]
 ) -> None:
+    """Every tensor is what the job wrote and finite, and every matrix has the zeros that were asked for."""
     settings = metrics.run.get("settings", {})
     result.rule = rule_text(settings)
     pruned: dict[str, list[dict[str, Any]]] = {}
     for matrix in metrics.pruned:
         pruned.setdefault(matrix.get("tensor", matrix["name"]), []).append(matrix)
-    dense = settings.get("nonfinite") == "dense"
     written = {
         name: digest
         for record in records_of(checkpoint.path / PRUNE_JOURNAL)
         for name, digest in record.get("tensors", {}).items()
     }
     for name in pruned.keys() - checkpoint.tensors.keys():
-        result.problems.append(f"{name}: pruned by metrics.jsonl, but not in the checkpoint")
+        result.problems.append(f"{name}: pruned by {METRICS}, but not in the checkpoint")
     for name, info in checkpoint.tensors.items():
         progress(name)
         result.tensors += 1
-        matrices = pruned.get(name, [])
-        stacked = [matrix for matrix in matrices if "tensor" in matrix]
-        asked = [target_of(matrix, settings) for matrix in matrices]
-        tally, finite, digest = _Tally(asked[0]["pattern"] if asked else None), True, hashlib.sha256()
-        for piece in _pieces(checkpoint, info):
-            data = _bits(piece).numpy().data
-            digest.update(data)
-            finite = finite and is_finite(data, info.dtype)
-            if matrices and not stacked:
-                tally.add(piece)
-        if name in written and digest.hexdigest() != written[name]:
-            result.problems.append(f"{name}: its SHA-256 is not the journal's: it is not what the job wrote")
-        if not finite and (matrices or not dense):
-            result.problems.append(f"{name}: holds NaN or Inf")
-        for matrix, target in zip(matrices, asked, strict=True):
-            if stacked:  # in one tensor with those of other experts, the other way about
-                expert, tally = int(matrix["expert"]), _Tally(target["pattern"])
-                tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
-            block_size = int(settings.get("block_size", matrix["columns"]))
-            _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, target, block_size, result)
+        _check_tensor(checkpoint, info, pruned.get(name, []), settings, written.get(name), result)
+
+
+def _check_tensor(
+    checkpoint: Checkpoint,
+    info: TensorInfo,
+    matrices: list[dict[str, Any]],
+    settings: dict[str, Any],
+    written: str | None,
+    result: Verification,
+) -> None:
+    """One tensor, with the rows of metrics.jsonl of the pruned matrices in it and the SHA-256 that the job wrote."""
+    name = info.name
+    stacked = any("tensor" in matrix for matrix in matrices)
+    asked = [target_of(matrix, settings) for matrix in matrices]
+    tally, finite, digest = _Tally(asked[0]["pattern"] if asked else None), True, hashlib.sha256()
+    for piece in _pieces(checkpoint, info):
+        data = _bits(piece).numpy().data
+        digest.update(data)
+        finite = finite and is_finite(data, info.dtype)
+        if matrices and not stacked:
+            tally.add(piece)
+    if written is not None and digest.hexdigest() != written:
+        result.problems.append(f"{name}: its SHA-256 is not the journal's: it is not what the job wrote")
+    if not finite and (matrices or settings.get("nonfinite") != "dense"):
+        result.problems.append(f"{name}: holds NaN or Inf")
+    for matrix, target in zip(matrices, asked, strict=True):
+        if stacked:  # in one tensor with those of other experts, the other way about
+            expert, tally = int(matrix["expert"]), _Tally(target["pattern"])
+            tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
+        block_size = int(settings.get("block_size", matrix["columns"]))
+        _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, target, block_size, result)
 
 
 @dataclass
@@ -290,10 +307,10 @@ def _check_matrix(
     result.zeros += tally.zeros
     result.weights += rows * columns
     if shape != (rows, columns):
-        result.problems.append(f"{name}: {list(shape)}, metrics.jsonl says {rows} × {columns}")
+        result.problems.append(f"{name}: {list(shape)}, {METRICS} says {rows} × {columns}")
         return
     if tally.zeros != matrix["zeros"]:
-        result.problems.append(f"{name}: {tally.zeros:,} zeros, metrics.jsonl says {matrix['zeros']:,}")
+        result.problems.append(f"{name}: {tally.zeros:,} zeros, {METRICS} says {matrix['zeros']:,}")
     if tally.negative:
         result.problems.append(f"{name}: has −0.0 among its zeros")
     if not tally.fits:
@@ -364,7 +381,7 @@ def _check_source(
             progress(name)
             found = sum(int((piece == 0).sum()) for piece in _pieces(source, source.tensors[name]))
             if found != said:
-                result.problems.append(f"{name}: {found:,} zeros in the source, metrics.jsonl says {said:,}")
+                result.problems.append(f"{name}: {found:,} zeros in the source, {METRICS} says {said:,}")
     for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
         result.problems.append(f"{name}: in only one of output and source")
     for name in sorted(made.tensors.keys() & source.tensors.keys()):

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Plan:
     weights: int
     """Elements of all matrices to be pruned."""
     matrices: int
-    left_dense: dict[str, str]
+    left_dense: Mapping[str, str]
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
     stages: list[Stage]

@@ -7,17 +7,17 @@ import re
 from rac_engine.base.errors import BadInput
 from rac_engine.models import Matrix, Model
 from rac_engine.recipe import PruneSettings, parse_pattern
-from rac_engine.solve import Target
+from rac_engine.solve import Reason, ReasonCode, Target
 
 
-def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
+def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]:
     """On-disk names of the matrices that are not to be pruned, and why.
 
     Raises `BadInput` where a pattern does not fit a matrix, or an entry of `dense` names none.
     """
     if settings.order == "layer" and any(model.is_mixture(layer) for layer in range(model.layers)):
         raise BadInput("order: layer is for dense models; a mixture of experts is pruned with order: staged")
-    unused, skipped = set(settings.dense), {}
+    unused, skipped = set(settings.dense), dict[str, Reason]()
     unfit = list(settings.overrides)
 
     def naming(*names: str) -> list[str]:
@@ -31,9 +31,9 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, str]:
         own = settings.of(matrix.path, matrix.module)
         unfit = [override for override in unfit if not override.names(matrix.path, matrix.module)]
         if found := naming(matrix.path, matrix.module):
-            skipped[matrix.name] = f"left dense by {found[0]!r}"
+            skipped[matrix.name] = Reason(ReasonCode.ASKED_DENSE, f"left dense by {found[0]!r}")
         elif own.pattern is None and own.sparsity == 0:
-            skipped[matrix.name] = "sparsity 0"
+            skipped[matrix.name] = Reason(ReasonCode.SPARSITY_ZERO, "sparsity 0")
         elif own.pattern is not None and matrix.columns % parse_pattern(own.pattern)[1]:
             raise BadInput(
                 f"{matrix.path}: its {matrix.columns} columns are no whole groups for pattern {own.pattern}; "
@@ -56,7 +56,7 @@ def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
     return Target(own.sparsity, own.pattern, own.damping, own.block_size)
 
 
-def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
+def not_finite(model: Model, settings: PruneSettings) -> dict[str, Reason]:
     """What of the model holds NaN or Inf, to be left as it is; `BadInput` unless the settings say so."""
     names = model.checkpoint.nonfinite()
     if names and settings.nonfinite == "refuse":
@@ -67,4 +67,4 @@ def not_finite(model: Model, settings: PruneSettings) -> dict[str, str]:
         )
     matrices = model.prunable(settings.also) if names else ()
     stacked = [matrix.name for matrix in matrices if matrix.tensor in names]
-    return dict.fromkeys([*names, *stacked], "holds NaN or Inf")
+    return dict.fromkeys([*names, *stacked], Reason(ReasonCode.NOT_FINITE, "holds NaN or Inf"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,7 @@ def job_work(
     settings: PruneSettings,
     layers: list[list[Matrix]],
     head: list[Matrix],
-    left_dense: dict[str, str],
+    left_dense: Mapping[str, str],
     tokens: int,
     length: int,
 ) -> list[Work]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         split_rows,
     )
     from rac_engine.solve.method import Gram, LayerProblem, Method, Solution, Target
+    from rac_engine.solve.reasons import Reason, ReasonCode
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -36,6 +37,8 @@ __all__ = [
     "MatrixResult",
     "Method",
     "Outputs",
+    "Reason",
+    "ReasonCode",
     "Solution",
     "Target",
     "find_method",
@@ -59,7 +62,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """What `__all__` names, from the module that has it."""
         if name in __all__:
-            for module in ("method", "matrices", "allocation"):
+            for module in ("method", "matrices", "allocation", "reasons"):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rac_engine.solve.method import Gram, LayerProblem, Target, stack
 from rac_engine.solve.methods import find_method
+from rac_engine.solve.reasons import Reason, ReasonCode
 from rac_kernels import all_finite, mask_by_score, matched_target, objective, output_cross, reconstruction_error
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
@@ -39,7 +40,7 @@ class MatrixResult:
     damping: float | None
     notes: list[str]
     relative_error: float | None = None
-    skipped: str | None = None
+    skipped: Reason | None = None
     ridge: float | None = None
     iterations: int | None = None
     seconds: float = 0.0
@@ -242,13 +243,13 @@ def _batches(weights: Sequence[Tensor], targets: Sequence[Target]) -> Iterator[t
         yield wanted, batch
 
 
-def _says_nothing(statistic: Tensor) -> str | None:
+def _says_nothing(statistic: Tensor) -> Reason | None:
     """Why nothing can be learnt from H or its diagonal; None if something can."""
     diagonal = statistic.diagonal() if statistic.ndim == 2 else statistic
     if not bool(diagonal.isfinite().all()):
-        return "its inputs are beyond fp32 when squared"
+        return Reason(ReasonCode.BEYOND_FP32, "its inputs are beyond fp32 when squared")
     # Sums of products of finite numbers whose squares are finite are finite too: |Σ xy| ≤ √(Σ x² · Σ y²).
-    return None if diagonal.any() else "no calibration token reached it"
+    return None if diagonal.any() else Reason(ReasonCode.NO_TOKEN, "no calibration token reached it")
 
 
 def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
@@ -256,7 +257,7 @@ def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
     return find_method("magnitude").solve(LayerProblem(weight, [len(weight)], target)).weight.add(0.0)
 
 
-def left_dense(weight: Tensor, why: str) -> MatrixResult:
+def left_dense(weight: Tensor, why: Reason) -> MatrixResult:
     """The result for a matrix that stays as it is."""
     return MatrixResult(weight, None, weight.numel() - int(weight.count_nonzero()), None, [], skipped=why)
 

@@ -101,15 +101,44 @@ def test_more_zeros_than_were_asked_for_are_found_though_all_files_agree(out, ch
     assert problem.startswith(f"{PRUNED}: ") and problem.endswith("zeros in the source, metrics.jsonl says 1,920")
 
 
-@pytest.mark.parametrize("why", ["it looked important", "sparsity 0", "holds NaN or Inf"])
-def test_only_reasons_that_there_are_leave_a_matrix_dense(out, why):
+@pytest.mark.parametrize(
+    ("why", "code"),
+    [
+        ("it looked important", "important"),
+        ("no calibration token reached it", None),
+        ("sparsity 0", "sparsity_zero"),
+        ("holds NaN or Inf", "not_finite"),
+        ("whatever it says", "sparsity_zero"),
+    ],
+)
+def test_only_reasons_that_there_are_leave_a_matrix_dense(out, why, code):
     def leave(line: dict) -> None:
         if line.get("name") == PRUNED:
-            line["skipped"] = why
+            line |= {"skipped": why, "skipped_code": code}
 
     _metrics(out, leave)
     (problem,) = verify(out).problems
     assert problem == f"{PRUNED}: left dense for a reason that the recipe does not give: {why}"
+
+
+@pytest.mark.parametrize("code", ["no_token", "beyond_fp32", "few_tokens"])
+def test_reasons_go_by_their_codes_and_not_by_their_words(out, code):
+    def leave(line: dict) -> None:
+        if line.get("name") == PRUNED:
+            line |= {"skipped": "in other words", "skipped_code": code}
+
+    _metrics(out, leave)
+    assert verify(out).problems == []
+
+
+def test_a_matrix_that_the_recipe_names_needs_a_reason_that_there_is(out):
+    def leave(line: dict) -> None:
+        if line.get("skipped"):
+            line["skipped_code"] = "important"
+
+    _metrics(out, leave)
+    (problem,) = verify(out).problems
+    assert "left dense for a reason that the recipe does not give: left dense by" in problem
 
 
 def test_a_tokenizer_that_does_not_load_is_named(out):

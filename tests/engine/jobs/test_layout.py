@@ -29,9 +29,9 @@ def literals(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             for side in (node.left, node.right):
                 if isinstance(side, ast.Constant) and side.value in NAMES:
-                    yield side.lineno, side.value
+                    yield side.lineno, str(side.value)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Path", "PurePath"):
-            yield from ((a.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and a.value in NAMES)
+            yield from ((a.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant) and a.value in NAMES)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value
             if not any(c.isspace() for c in text) and (text.startswith("rac/") or any(name in text for name in FILES)):
