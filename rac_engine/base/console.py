@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: numbered steps, notes, and one line that moves. All of it goes to stderr."""
+"""Progress for people while a job runs: numbered steps, notes, and one line that moves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import TextIO
 
 from rac_engine.base.sizes import format_seconds
 
-_EVERY = 0.1
-
-_EVERY_IN_LOG = 10.0
+_EVERY = 0.1  # seconds between two lines of progress on a terminal, and
+_EVERY_IN_LOG = 10.0  # in a log
 
 
 class Console:
-    """Says how a job is getting on.
+    """Progress of a job, as text on a stream, by default stderr; nothing at all if `quiet`.
 
-    `verbosity` below 0 is silent, 1 and more tells details. On a terminal progress redraws one line; in a log it is a
-    line every ten seconds, so that logs stay short and nobody wonders whether the job still lives.
+    On a terminal progress redraws one line; in a log it is a line every ten seconds, so that logs stay short and nobody
+    wonders whether the job still lives.
     """
 
-    def __init__(self, verbosity: int = 0, stream: TextIO | None = None) -> None:
-        self.verbosity = verbosity
+    def __init__(self, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.quiet = quiet
         self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.began = time.monotonic()
@@ -29,20 +28,15 @@ class Console:
         self._width = 0
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        if self.verbosity >= 0:
+        """Print a line that stays."""
+        if not self.quiet:
             self._clear()
             print(text, file=self.stream, flush=True)
 
-    def detail(self, text: str) -> None:
-        """A line that stays, for those who asked for more."""
-        if self.verbosity > 0:
-            self.say(text)
-
     def progress(self, what: object) -> None:
-        """Where the work is right now; the next call replaces it, and most calls do nothing."""
+        """Say where the work is right now; the next call replaces it, and most calls do nothing."""
         now = time.monotonic()
-        if self.verbosity < 0 or now - self._shown < (_EVERY if self.live else _EVERY_IN_LOG):
+        if self.quiet or now - self._shown < (_EVERY if self.live else _EVERY_IN_LOG):
             return
         self._shown = now
         line = f"  {what}"
@@ -53,7 +47,7 @@ class Console:
             print(f"{line}  [{format_seconds(now - self.began)}]", file=self.stream, flush=True)
 
     def step(self, number: int, count: int, name: str) -> None:
-        """The heading of a step."""
+        """Print the heading of a step."""
         self._shown = time.monotonic()
         so_far = f"  ({format_seconds(time.monotonic() - self.began)} so far)" if number > 1 else ""
         self.say(f"[{number}/{count}] {name}{so_far}")

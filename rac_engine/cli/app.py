@@ -17,25 +17,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
-from rac_engine.cli.commands import _COMMANDS
-from rac_engine.cli.options import add_verbosity
+from rac_engine.cli.commands import COMMANDS
+from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 _LONGEST = 2000  # characters of an error
 
 _RESUMABLE = ("run", "trace", "prune", "eval")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with mistakes as one line like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; see `{self.prog} --help`")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -77,7 +69,7 @@ def _dispatch(words: Sequence[str]) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with _terminable():
-        return _COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args)
 
 
 def _fail(code: int, text: str) -> int:
@@ -89,7 +81,7 @@ def _fail(code: int, text: str) -> int:
 
 
 def _stopped(words: Sequence[str], error: BaseException) -> int:
-    if next((word for word in words if word in _COMMANDS), None) not in _RESUMABLE:
+    if next((word for word in words if word in COMMANDS), None) not in _RESUMABLE:
         return _fail(1, "stopped")
     command = getattr(error, "command", None) or shlex.join(["rac", *(word for word in words if word != "--restart")])
     return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")
@@ -138,9 +130,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> Parser:
     """The parser, with options for those commands only that are named in `words`."""
-    parser = _Parser(
+    parser = Parser(
         prog="rac",
         description="Prune reasoning language models, calibrated on their own chains of thought.",
         epilog="`rac COMMAND --help` lists a command's options. Sizes may be written 8192, 8k, 1M or 6GiB.\n\n"
@@ -152,16 +144,25 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rac {__version__}")
     add_verbosity(parser, 0)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=command.summary,
             description=command.summary[0].upper() + command.summary[1:] + ".",
-            epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples.splitlines()),
             formatter_class=_Help,
             allow_abbrev=False,
+            add_help=False,
         )
         if name in words:
-            command.options(sub)
-            add_verbosity(sub, argparse.SUPPRESS)
+            _add_options(sub, command, full="--help-all" in words)
     return parser
+
+
+def _add_options(parser: Parser, command: Command, full: bool) -> None:
+    """Add a command's options, with help on all of them or on those that are used most."""
+    parser.full = full
+    command.add_options(parser)
+    add_help(parser)
+    add_verbosity(parser, argparse.SUPPRESS)
+    more = [] if full or not parser.hidden else [f"`{parser.prog} --help-all` shows {parser.hidden} more options.", ""]
+    parser.epilog = "\n".join([*more, "examples:", *(f"  {line}" for line in command.examples)])

@@ -58,7 +58,7 @@ def run(
     `BadInput` for what cannot work, before anything is sampled where it can be known, and `Interrupted` on SIGINT,
     after which the same call goes on.
     """
-    out, console = Path(out), console or Console(-1)
+    out, console = Path(out), console or Console(quiet=True)
     limits = Limits(device, device_memory, host_memory)
     with FolderJob(out) as job:  # before anything is read: a second process is refused at once
         folder = job.partial

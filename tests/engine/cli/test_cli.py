@@ -29,11 +29,23 @@ from rac_engine.base.console import Console
 from rac_engine.base.errors import Interrupted, one_line
 from rac_engine.cli import app
 from rac_engine.cli.app import main
+from rac_engine.cli.options import has_option
 from rac_engine.recipe.settings import PruneSettings
 from tests.tiny import save_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples" / "abacus"
 COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor")
+
+
+LONG = ("trace", "prune", "eval", "plan")
+"""Commands with more options than the short page shows."""
+
+
+def actions(command: str, *words: str) -> list[argparse.Action]:
+    """What argparse knows of a command's options."""
+    parser = app._parser([command, *words])
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(commands.choices[command]._actions)
 
 
 @dataclass
@@ -89,11 +101,12 @@ def test_help_is_instant_and_imports_nothing_heavy():
     assert all(f"\n    {command} " in done.stdout for command in COMMANDS)
 
 
-def test_help_on_pruning_names_the_methods_and_imports_no_torch():
+def test_help_on_commands_names_the_methods_and_imports_no_torch():
     program = (
         "import sys\n"
         "from rac_engine.cli import main\n"
-        "main(['prune', '--help'])\n"
+        f"for command in {COMMANDS}: main([command, '--help'])\n"
+        "main(['prune', '--help-all'])\n"
         "heavy = {'torch', 'transformers', 'triton'} & set(sys.modules)\n"
         "print(heavy, file=sys.stderr); sys.exit(bool(heavy))"
     )
@@ -104,12 +117,53 @@ def test_help_on_pruning_names_the_methods_and_imports_no_torch():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_of_every_command_is_explained(command, rac):
-    page = rac(command, "--help").out
+    page = rac(command, "--help-all" if command in LONG else "--help").out
     assert "examples:" in page and "%(" not in page
-    parser = app._parser([command])
-    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    for action in commands.choices[command]._actions:
+    for action in actions(command, "--help-all"):
         assert action.help and len(action.help) > 8, action.dest
+        assert all(name in page for name in action.option_strings) and action.help != argparse.SUPPRESS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_short_page_shows_what_people_use_and_names_the_full_one(command, rac):
+    every = {name for action in actions(command, "--help-all") for name in action.option_strings}
+    page = rac(command, "--help")
+    words = set(re.findall(r"--[a-z-]+", page.out))
+    assert page.code == 0 and "examples:" in page.out
+    hidden = {name for name in every if name.startswith("--")} - words
+    assert bool(hidden) == (command in LONG)
+    if hidden:
+        assert f"`rac {command} --help-all` shows {len(hidden)} more options" in page.out
+        assert words >= {"--help-all", "--restart", "--device"} or command == "plan"
+    else:
+        assert "--help-all" not in every
+    assert len(words) <= 20
+
+
+def test_the_short_page_of_prune_has_the_dozen_and_not_the_rest(rac):
+    page = rac("prune", "--help").out
+    for name in ("calibration", "sparsity", "pattern", "method", "tokens", "part", "device", "device-memory"):
+        assert f"  --{name} " in page
+    for name in ("host-memory", "dense", "recipe", "dry-run", "restart"):
+        assert f"  --{name} " in page
+    for name in ("damping", "allocation", "tune", "weight-column", "chunk-tokens"):
+        assert f"--{name}" not in page
+
+
+def test_every_setting_of_a_pruning_that_is_no_section_is_an_option():
+    from rac_engine.cli.commands.pruning_options import GROUPS
+
+    fields = [name for name in PruneSettings.model_fields if has_option(PruneSettings, name)]
+    assert sorted(fields) == sorted(name for names in GROUPS.values() for name in names)
+    for command in ("prune", "plan"):
+        assert set(fields) <= {action.dest for action in actions(command)}
+
+
+def test_an_option_that_only_the_full_page_shows_is_taken(rac, checkpoint):
+    words = ("--method", "magnitude", "--block-size", "0x")
+    assert_one_line(rac("prune", "m", "o", *words), "--block-size", "0x")
+    outcome = rac("prune", checkpoint(), "o", "--method", "magnitude", "--block-size", "32", "--dry-run")
+    assert outcome.code == 0 and "block_size: 32" in outcome.out
 
 
 def test_the_version(rac):
@@ -484,16 +538,15 @@ def test_whoever_closes_our_output_hears_no_complaint(words):
 
 def test_progress_is_silent_when_asked_and_sparse_in_a_log():
     stream = io.StringIO()
-    quiet = Console(-1, stream)
+    quiet = Console(quiet=True, stream=stream)
     quiet.say("a")
     quiet.progress("b")
     quiet.step(1, 2, "c")
     assert stream.getvalue() == ""
-    console = Console(0, stream)
+    console = Console(stream=stream)
     console.step(1, 2, "traces")
     for batch in range(1000):
         console.progress(f"batch {batch}")
-    console.detail("only with -v")
     assert (
         stream.getvalue().splitlines() == ["[1/2] traces  (0.0 s so far)"] or len(stream.getvalue().splitlines()) == 1
     )
@@ -505,7 +558,7 @@ def test_progress_on_a_terminal_redraws_one_line_and_leaves_no_rest():
             return True
 
     stream = Terminal()
-    console = Console(0, stream)
+    console = Console(stream=stream)
     console.progress("a long line of progress")
     console._shown = 0
     console.progress("short")

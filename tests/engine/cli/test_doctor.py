@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import rac_kernels
-from rac_engine.cli import doctor
-from rac_engine.cli.doctor import Finding, examine, render
+from rac_engine.cli import findings as doctor
+from rac_engine.cli.findings import Finding, examine, render
 from rac_engine.evaluation import judge as answers
 from rac_engine.jobs import surroundings as found
 from rac_engine.jobs.surroundings import code_sha256, surroundings

@@ -1,0 +1,26 @@
+"""The subcommands, one a module. What they need is imported when they run, so that `rac --help` is instant."""
+
+from __future__ import annotations
+
+from rac_engine.cli.commands.doctor import DOCTOR
+from rac_engine.cli.commands.eval import EVAL
+from rac_engine.cli.commands.plan import PLAN
+from rac_engine.cli.commands.prune import PRUNE
+from rac_engine.cli.commands.report import REPORT
+from rac_engine.cli.commands.run import RUN
+from rac_engine.cli.commands.trace import TRACE
+from rac_engine.cli.commands.verify import VERIFY
+
+COMMANDS = {
+    "run": RUN,
+    "trace": TRACE,
+    "prune": PRUNE,
+    "eval": EVAL,
+    "report": REPORT,
+    "plan": PLAN,
+    "verify": VERIFY,
+    "doctor": DOCTOR,
+}
+"""In the order in which the overview names them."""
+
+__all__ = ["COMMANDS"]

@@ -1,0 +1,80 @@
+"""`rac eval`: measure accuracy and decode lengths on problems with answers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rac_engine.cli.options import (
+    Command,
+    Parser,
+    add_device,
+    add_fields,
+    add_model,
+    add_restart,
+    console_of,
+    resolved_device,
+    settings_of,
+)
+
+_COMMON = ("problems", "limit", "samples", "max_new_tokens", "temperature", "top_p")
+
+
+def _add_options(parser: Parser) -> None:
+    from rac_engine.recipe import EvalSettings
+
+    add_model(parser, "folder of a Hugging Face checkpoint, dense or pruned")
+    parser.add_argument("--out", type=Path, required=True, metavar="RESULTS", help="JSON file for the results")
+    add_fields(parser, "problems and sampling", EvalSettings, list(EvalSettings.model_fields), _COMMON)
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="RESULTS0",
+        help="results of another model on the same problems, to compare with",
+    )
+    add_device(parser)
+    add_restart(parser, "evaluation")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rac_engine.recipe import EvalSettings
+
+    settings = settings_of(args, EvalSettings)
+    from rac_engine.base.sizes import percent
+    from rac_engine.evaluation import evaluate
+
+    result = evaluate(
+        args.model,
+        settings,
+        args.out,
+        baseline=args.baseline,
+        device=resolved_device(args.device),
+        restart=args.restart,
+        progress=console_of(args).progress,
+    )
+    figures = result.summary
+    low, high = figures["ci95"]
+    print(
+        f"{args.model}: {percent(figures['accuracy'])} of {figures['problems']} right "
+        f"[{percent(low)}, {percent(high)}], decode length mean {figures['mean_tokens']:.0f}, "
+        f"p95 {figures['p95_tokens']}, {percent(figures['cut_off_share'])} cut off"
+    )
+    if result.comparison:
+        against = result.comparison
+        print(
+            f"against {against['baseline']}: {against['lost']} lost, {against['gained']} gained "
+            f"(McNemar p = {against['mcnemar_p']:.2g}), {against['length_ratio']:.2f} × as long"
+        )
+    print(f"results  {result.path}")
+    return 0
+
+
+EVAL = Command(
+    "measure accuracy and decode lengths on problems with answers",
+    [
+        "rac eval MODEL --problems problems.jsonl --out dense.json",
+        "rac eval OUT --problems problems.jsonl --out pruned.json --baseline dense.json",
+    ],
+    _add_options,
+    _eval,
+)

@@ -1,0 +1,149 @@
+"""`rac prune`: prune a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rac_engine.base.errors import BadInput
+from rac_engine.cli.commands.pruning_options import add_pruning
+from rac_engine.cli.options import (
+    Command,
+    Parser,
+    add_device,
+    add_fields,
+    add_limits,
+    add_model,
+    add_restart,
+    console_of,
+    has_option,
+    resolved_device,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from rac_engine.recipe import Recipe
+
+
+def _add_options(parser: Parser) -> None:
+    from rac_engine.recipe import CalibrationSettings
+
+    add_model(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the pruned checkpoint")
+    parser.add_argument(
+        "--calibration",
+        dest="source",
+        default=argparse.SUPPRESS,
+        metavar="SOURCE",
+        help="traces folder or file of `rac trace`, a .jsonl, or text:FILE (magnitude needs none)",
+    )
+    names = [name for name in CalibrationSettings.model_fields if name != "source"]
+    names = [name for name in names if has_option(CalibrationSettings, name)]
+    add_fields(parser, "calibration", CalibrationSettings, names, ("part", "tokens"))
+    add_pruning(parser)
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="take the sections `calibration` and `prune` from here; options win"
+    )
+    add_device(parser)
+    add_limits(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print recipe and plan, write nothing")
+    add_restart(parser, "job")
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The sections of the recipe that was given, if any, with the options on top."""
+    from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, Variant, load_recipe
+
+    base = load_recipe(args.recipe) if args.recipe else Recipe(model=args.model)
+    options = settings_of(args, PruneSettings)
+    prune = Variant(name="options", prune=options).settings(base.prune)
+    calibration = settings_of(args, CalibrationSettings, base.calibration.model_dump())
+    return Recipe(model=args.model, name=base.name, calibration=calibration, prune=prune)
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from rac_engine.solve import find_method
+
+    recipe = _recipe(args)
+    if recipe.calibration.source is None and find_method(recipe.prune.method).needs != "nothing":
+        raise BadInput(
+            f"--calibration is missing: {recipe.prune.method} needs a traces folder, a .jsonl or text:FILE "
+            "(`rac trace` samples the model's own traces)"
+        )
+    device = resolved_device(args.device)
+    if args.dry_run:
+        return _dry_run(recipe, args, device)
+    from rac_engine.base.sizes import figure, format_seconds, percent
+    from rac_engine.engine import Metrics, prune
+    from rac_engine.jobs.layout import RAC, REPORT
+    from rac_engine.report import write_report
+
+    console = console_of(args)
+    done = prune(
+        recipe.model,
+        args.out,
+        recipe,
+        device=device,
+        restart=args.restart,
+        device_memory=args.device_memory,
+        host_memory=args.host_memory,
+        progress=console.progress,
+        finish=write_report,
+    )
+    metrics = Metrics(done.run, done.matrices, done.end)
+    print(
+        f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, mean relative error "
+        f"{figure(metrics.mean_error)}, {format_seconds(done.end['seconds'])}"
+    )
+    for note in done.end["notes"]:
+        print(f"note    {note}")
+    print(f"report  {done.out / RAC / REPORT}")
+    return 0
+
+
+def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
+    """Print the recipe and the plan of the job; nothing is written."""
+    from rac_engine.engine import calibration_of
+    from rac_engine.plan import make_plan, render
+    from rac_engine.recipe import dump
+    from rac_engine.solve import find_method
+
+    if os.path.lexists(args.out):
+        raise BadInput(f"{args.out}: exists; choose another output folder, or remove it")
+    on_gpu, device_memory, host_memory = device.startswith("cuda"), args.device_memory, args.host_memory
+    if find_method(recipe.prune.method).needs == "nothing":
+        plan = make_plan(
+            recipe.model, recipe.prune, on_gpu=on_gpu, device_memory=device_memory, host_memory=host_memory
+        )
+    else:
+        calibration = calibration_of(recipe)
+        lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
+        plan = make_plan(
+            recipe.model,
+            recipe.prune,
+            sum(lengths),
+            max(1, sum(lengths) // max(1, len(lengths))),
+            max(lengths, default=1),
+            on_gpu=on_gpu,
+            device_memory=device_memory,
+            host_memory=host_memory,
+        )
+        print(f"calibration: {calibration.describe()}\n")
+    print(dump(recipe))
+    print(render(plan))
+    print("\ndry run: nothing was written")
+    return 0
+
+
+PRUNE = Command(
+    "prune a checkpoint",
+    [
+        "rac prune MODEL OUT --calibration TRACES --sparsity 0.5",
+        "rac prune MODEL OUT --calibration TRACES --pattern 2:4 --dense 'model\\.layers\\.0\\..*'",
+        "rac prune MODEL OUT --calibration text:FILE --method wanda --dry-run",
+    ],
+    _add_options,
+    _prune,
+)

@@ -1,0 +1,56 @@
+"""`rac trace`: sample the model's own chains of thought."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rac_engine.cli.options import (
+    Command,
+    Parser,
+    add_device,
+    add_fields,
+    add_model,
+    add_restart,
+    console_of,
+    resolved_device,
+    settings_of,
+)
+
+_COMMON = ("prompts", "tokens", "samples", "max_new_tokens", "temperature", "top_p")
+
+
+def _add_options(parser: Parser) -> None:
+    from rac_engine.recipe import TraceSettings
+
+    add_model(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="TRACES", help="new folder for the traces")
+    add_fields(parser, "sampling", TraceSettings, list(TraceSettings.model_fields), _COMMON)
+    add_device(parser)
+    add_restart(parser, "sampling")
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from rac_engine.recipe import TraceSettings
+
+    settings = settings_of(args, TraceSettings)
+    from rac_engine.traces import generate
+
+    report = generate(
+        args.model,
+        settings,
+        args.out,
+        device=resolved_device(args.device),
+        restart=args.restart,
+        progress=console_of(args).progress,
+    )
+    print(f"{report.out}: {report.describe()}")
+    return 0
+
+
+TRACE = Command(
+    "sample the model's own chains of thought",
+    ["rac trace MODEL --prompts prompts.jsonl --tokens 1M --out TRACES"],
+    _add_options,
+    _trace,
+)
