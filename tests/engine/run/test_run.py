@@ -146,7 +146,7 @@ def test_a_run_stopped_before_every_step_ends_with_the_same_bytes(finished, home
             if number == self.at:
                 raise KeyboardInterrupt
 
-    stopper = Stopper(-1)
+    stopper = Stopper(quiet=True)
     for stopper.at in range(2, len(STEPS) + 1):
         with pytest.raises(Interrupted):
             run(recipe(home), tmp_path / "out", console=stopper)
@@ -186,12 +186,12 @@ def test_a_finished_step_whose_files_changed_is_done_again(finished, home, tmp_p
 
     partial = tmp_path / "out.partial"
     with pytest.raises(Interrupted):
-        run(recipe(home), tmp_path / "out", console=Stopper(-1))
+        run(recipe(home), tmp_path / "out", console=Stopper(quiet=True))
     damaged = next(partial.glob("*.safetensors")) if file == "model.safetensors" else partial / file
     raw = bytearray(damaged.read_bytes())
     raw[-2] ^= 1
     damaged.write_bytes(raw)
-    again = Stopper(-1)
+    again = Stopper(quiet=True)
     again.at = 0
     result = run(recipe(home), tmp_path / "out", console=again)
     assert again.redone == DAMAGED[file]
