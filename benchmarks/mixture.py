@@ -35,8 +35,8 @@ from torch import Tensor
 
 from rac_engine import prune
 from rac_engine.base.sizes import parse_size
-from rac_engine.calibrate import Beside, DenseOutputs, Statistic, Stream
-from rac_engine.calibrate.stream import _keeping
+from rac_engine.calibrate import DenseOutputs, DenseReference, Statistic, Stream
+from rac_engine.calibrate.stream import _recorders
 from rac_engine.engine import experts, stages
 from rac_engine.engine.layer import Layer
 from rac_engine.evaluation import evaluate, wilson
@@ -48,12 +48,12 @@ WAYS = ("none", "dense router", "pruned router")
 
 
 def at_the_dense_routers_tokens(
-    self: Stream, block: Block, statistics: Mapping[str, Statistic], beside: Beside
+    self: Stream, block: Block, statistics: Mapping[str, Statistic], beside: DenseReference
 ) -> None:
     """`Stream.observe_experts` with the dense block going first, and the pruned one asked for the same tokens."""
     for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
         weights, x, of_all = self._weights(chunk), block.norm(hidden), dict[str, Tensor]()
-        block.look(x, chunk, _keeping(of_all, [name for name in statistics if not block.is_routed(name)]))
+        block.observe(x, chunk, _recorders(of_all, [name for name in statistics if not block.is_routed(name)]))
 
         def add(
             name: str,
@@ -63,14 +63,14 @@ def at_the_dense_routers_tokens(
             weights: Tensor | None = weights,
             of_all: dict[str, Tensor] = of_all,
         ) -> None:
-            given = of_all[name] if tokens is None else block.routed(name, x[tokens])
+            given = of_all[name] if tokens is None else block.expert_input(name, x[tokens])
             own = weights if weights is None or tokens is None else weights[tokens]
             by_outputs = isinstance(statistics[name].match, DenseOutputs)
-            others = [beside.block.routed_output(name, theirs)] * 2 if by_outputs else [theirs]
-            statistics[name].add_beside(given, others, own)
+            others = [beside.block.expert_output(name, theirs)] * 2 if by_outputs else [theirs]
+            statistics[name].add_matched(given, others, own)
 
-        taps = {name: functools.partial(add, name) for name in statistics}
-        beside.block.look(beside.block.norm(original), chunk, taps)
+        observers = {name: functools.partial(add, name) for name in statistics}
+        beside.block.observe(beside.block.norm(original), chunk, observers)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from rac_engine.checkpoint import INDEX
 from rac_engine.engine import PruneReport, prune
 from rac_engine.jobs.timeline import LANES
 from rac_engine.recipe import PruneSettings
-from rac_engine.traces import Calibration, Sequence
+from rac_engine.traces import Calibration, TokenSequence
 
 QWEN2_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -105,7 +105,7 @@ def calibration(tokens: int, length: int, vocabulary: int) -> Calibration:
     draw = np.random.default_rng(0)
     lengths = [length] * (tokens // length) + ([tokens % length] if tokens % length else [])
     return Calibration(
-        "random", "random tokens", "all", [Sequence(draw.integers(0, vocabulary, n), 0) for n in lengths]
+        "random", "random tokens", "all", [TokenSequence(draw.integers(0, vocabulary, n), 0) for n in lengths]
     )
 
 

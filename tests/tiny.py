@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Lengths
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rac_engine.traces.calibration import Calibration, Part, Sequence
+from rac_engine.traces.calibration import Calibration, Part, TokenSequence
 
 VOCABULARY = 64
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -138,13 +138,13 @@ def save(folder: Path, family: str = "qwen2", shard_size: int | str = "40KB", se
     return folder
 
 
-def calibration(lengths: Lengths[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 0, part: Part = "all") -> Calibration:
+def calibration(lengths: Sequence[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int = 0, part: Part = "all") -> Calibration:
     """Sequences of random tokens, of which the second halves are the completions."""
     draw = np.random.default_rng(seed)
     sequences = []
     for length in lengths:
         weights = None if part == "all" else (np.arange(length) >= length // 2).astype(np.float32)
-        sequences.append(Sequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
+        sequences.append(TokenSequence(draw.integers(0, VOCABULARY, length), length // 2, weights))
     return Calibration("random", "sequences", part, sequences)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rac_engine.calibrate.activations import AHEAD, Activations, Place
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
-from rac_engine.calibrate.stream import KEEP_BYTES, Beside, Stream
+from rac_engine.calibrate.stream import KEEP_BYTES, DenseReference, Stream
 from rac_engine.calibrate.tuning import BATCH, STEPS, tune
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "KEEP_BYTES",
     "STEPS",
     "Activations",
-    "Beside",
     "DenseInputs",
     "DenseOutputs",
+    "DenseReference",
     "Packing",
     "Place",
     "Statistic",

@@ -130,7 +130,7 @@ class _Transfer:
         self._leaving: deque[torch.cuda.Event] = deque()
         self._timed: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def arrive(self, source: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def to_device(self, source: Tensor) -> tuple[Tensor, torch.cuda.Event]:
         """Start to copy pinned `source` to the device: where it will be once the event has come."""
         self._turn = (self._turn + 1) % AHEAD
         if self._buffers[self._turn].numel() < source.numel() or self._buffers[self._turn].dtype != source.dtype:
@@ -142,13 +142,13 @@ class _Transfer:
         self._in.wait_stream(self._out)
         return target, self._copy(self._in, source, target)
 
-    def use(self, arriving: tuple[Tensor, torch.cuda.Event]) -> Tensor:
+    def wait(self, arriving: tuple[Tensor, torch.cuda.Event]) -> Tensor:
         """What `arrive` has begun, for the current stream."""
         target, arrived = arriving
         torch.cuda.current_stream(self.device).wait_event(arrived)
         return target
 
-    def leave(self, values: Tensor, target: Tensor) -> torch.cuda.Event:
+    def to_host(self, values: Tensor, target: Tensor) -> torch.cuda.Event:
         """Start to copy `values` from the device to pinned `target`."""
         self._out.wait_stream(torch.cuda.current_stream(self.device))
         left = self._copy(self._out, values, target)
@@ -160,7 +160,7 @@ class _Transfer:
                 self._leaving.popleft().synchronize()
         return left
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Until nothing is on its way: host memory that chunks came from or went to may be used for others, or go."""
         with self._timeline.waiting():
             self._in.synchronize()
@@ -192,14 +192,14 @@ class _Pinned(Activations):
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         for number in range(len(spans)):
             for start, stop in spans[number + len(coming) : number + AHEAD]:
-                coming.append(self._transfer.arrive(self._all[start:stop]))
-            yield self._transfer.use(coming.popleft())
+                coming.append(self._transfer.to_device(self._all[start:stop]))
+            yield self._transfer.wait(coming.popleft())
 
     def write(self, start: int, values: Tensor) -> None:
-        self._transfer.leave(values, self._all[start : start + len(values)])
+        self._transfer.to_host(values, self._all[start : start + len(values)])
 
     def close(self) -> None:
-        self._transfer.settle()
+        self._transfer.synchronize()
 
 
 class _OnDisk(Activations):
@@ -230,7 +230,7 @@ class _OnDisk(Activations):
 
     def prepare(self, spans: Sequence[Span]) -> None:
         if self._transfer is not None:
-            self._transfer.settle()  # the last chunks may still leave the buffers that are read into
+            self._transfer.synchronize()  # the last chunks may still leave the buffers that are read into
         self._ready = [(span, self._fetch(span, number)) for number, span in enumerate(spans[:AHEAD])]
 
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
@@ -249,12 +249,12 @@ class _OnDisk(Activations):
         for number in range(len(spans)):
             for at in range(number + len(coming), min(number + AHEAD, len(spans))):
                 chunk = self._wait(reads.popleft() if reads else self._fetch(spans[at], at))
-                coming.append(self._transfer.arrive(chunk))
+                coming.append(self._transfer.to_device(chunk))
             arriving = coming.popleft()
             if number + AHEAD < len(spans):
                 arriving[1].synchronize()  # its host buffer is free
                 reads.append(self._fetch(spans[number + AHEAD], number))
-            yield self._transfer.use(arriving)
+            yield self._transfer.wait(arriving)
         self._again(spans)
 
     def _again(self, spans: Sequence[Span]) -> None:
@@ -300,7 +300,7 @@ class _OnDisk(Activations):
             turn = self._turn = (self._turn + 1) % AHEAD
             self._out[turn] = self._room(self._out[turn], values.numel())
             target = self._out[turn][: values.numel()].view(values.shape)
-            left, values = self._transfer.leave(values, target), target
+            left, values = self._transfer.to_host(values, target), target
 
         def put() -> None:
             if left is not None:
@@ -315,7 +315,7 @@ class _OnDisk(Activations):
         self._reader.shutdown()
         self._writer.shutdown()
         if self._transfer is not None:
-            self._transfer.settle()
+            self._transfer.synchronize()
         self._close()
 
     def _sum(self, values: Tensor) -> np.ndarray:

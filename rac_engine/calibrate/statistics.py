@@ -35,7 +35,7 @@ class Statistic:
         """Count tokens x [tokens, columns], with weights [tokens] fp32 or 1 each."""
         self._count(*finite_tokens(weights, x))
 
-    def add_beside(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
+    def add_matched(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
         """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
 
         What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either

@@ -20,7 +20,7 @@ from rac_engine.calibrate.activations import Activations, Place
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseOutputs, Statistic
 from rac_engine.jobs.timeline import Timeline
-from rac_engine.models import Block, Chunk, Model, Tap
+from rac_engine.models import Block, Chunk, Model, Observer
 
 KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
@@ -63,20 +63,20 @@ class Stream:
         """
         kept = self._room_for(block) if keep and block.last in statistics else None
         for chunk, hidden in self._chunks():
-            x, taps = block.norm(hidden), self._taps(statistics, chunk)
+            x, observers = block.norm(hidden), self._observers(statistics, chunk)
             if kept is None:
-                block.look(x, chunk, taps)
+                block.observe(x, chunk, observers)
             else:
-                kept.write(chunk.start, block.inner(x, chunk, taps))
+                kept.write(chunk.start, block.inner(x, chunk, observers))
         if kept is not None:
             kept.prepare(self._spans)
         return kept
 
-    def observe_beside(
+    def observe_matched(
         self,
         block: Block,
         statistics: Mapping[str, Statistic],
-        beside: Beside,
+        beside: DenseReference,
         residual: bool,
         keep: bool = True,
         further: bool = True,
@@ -91,41 +91,45 @@ class Stream:
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
             weights = self._weights(chunk)
             given, dense = dict[str, Tensor](), dict[str, Tensor]()
-            taps = _keeping(given, [*statistics])
+            observers = _recorders(given, [*statistics])
             x, theirs = block.norm(hidden), beside.block.norm(original)
             if kept is None:
-                block.look(x, chunk, taps)
+                block.observe(x, chunk, observers)
             else:
-                kept.write(chunk.start, block.inner(x, chunk, taps))
-            between = _keeping(dense, [name for name in statistics if name != block.last])
+                kept.write(chunk.start, block.inner(x, chunk, observers))
+            between = _recorders(dense, [name for name in statistics if name != block.last])
             others = dict[str, list[Tensor]]()
             if block.last is not None and block.last in statistics:
                 output = beside.block.output(beside.block.inner(theirs, chunk, between))
                 own = output if beside.block.bias is None else output - beside.block.bias
-                drift = block.missing(original, hidden) if residual else None
+                drift = block.output_gap(original, hidden) if residual else None
                 others[block.last] = [own if drift is None else own + drift, own]
                 if further:
                     beside.stream.hidden.write(chunk.start, beside.block.add(original, output))
             else:
-                beside.block.look(theirs, chunk, between)
+                beside.block.observe(theirs, chunk, between)
             others |= {name: [x] for name, x in dense.items()}
             for name, statistic in statistics.items():
-                statistic.add_beside(given[name], others[name], weights)
+                statistic.add_matched(given[name], others[name], weights)
         if kept is not None:
             kept.prepare(self._spans)
         return kept
 
-    def observe_experts(self, block: Block, statistics: Mapping[str, Statistic], beside: Beside) -> None:
+    def observe_experts(self, block: Block, statistics: Mapping[str, Statistic], beside: DenseReference) -> None:
         """As `observe` for inputs of a mixture, and gather what ties them to those that the dense model beside has.
 
         The tokens of an expert are those that the pruned model's router sends to it, in both models.
         """
         for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
-            taps = self._taps_beside(statistics, chunk, beside.block, beside.block.norm(original))
-            block.look(block.norm(hidden), chunk, taps)
+            observers = self._matched_observers(statistics, chunk, beside.block, beside.block.norm(original))
+            block.observe(block.norm(hidden), chunk, observers)
 
     def observe_sample(
-        self, block: Block, experts: Mapping[str, tuple[Statistic, float]], count: int, beside: Beside | None = None
+        self,
+        block: Block,
+        experts: Mapping[str, tuple[Statistic, float]],
+        count: int,
+        beside: DenseReference | None = None,
     ) -> None:
         """Add tokens of the whole layer to statistics of experts' inputs, by their names, as if all were routed there.
 
@@ -148,26 +152,26 @@ class Stream:
             own = torch.ones(len(here)) if weights is None else weights[here]
             for name, (statistic, weight) in experts.items():
                 scaled = (own * (weight / every)).to(self.device)
-                given = block.routed(name, x)
+                given = block.expert_input(name, x)
                 if beside is None or theirs is None:
                     statistic.add(given, scaled)
                 else:
-                    statistic.add_beside(given, _of_expert(statistic, beside.block, name, theirs), scaled)
+                    statistic.add_matched(given, _of_expert(statistic, beside.block, name, theirs), scaled)
 
     def advance(self, block: Block, kept: Activations | None = None) -> None:
         """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""
         self.advance_later(block, kept)
-        self.settle()
+        self.flush()
 
     def advance_later(self, block: Block, kept: Activations | None = None) -> None:
         """As `advance`, on the way of the next pass over the tokens: they are fetched once for both.
 
         Until then the block and what was kept of it are in memory.
         """
-        self.settle()
+        self.flush()
         self._move = block, kept
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Let the tokens go through the block that they are still to go through, if there is one."""
         if self._move is not None:
             for _ in self._chunks():
@@ -178,10 +182,10 @@ class Stream:
         *others, last = blocks
         own = {group.input for group in last.groups}
         for chunk, hidden in self._chunks():
-            taps = self._taps(statistics, chunk)
+            observers = self._observers(statistics, chunk)
             for block in others:
-                hidden = block.leave(hidden, block.inner(block.norm(hidden), chunk, taps))
-            last.look(last.norm(hidden), chunk, {name: tap for name, tap in taps.items() if name in own})
+                hidden = block.finish(hidden, block.inner(block.norm(hidden), chunk, observers))
+            last.observe(last.norm(hidden), chunk, {name: tap for name, tap in observers.items() if name in own})
 
     def close(self) -> None:
         """Let go of the hidden states."""
@@ -207,14 +211,14 @@ class Stream:
         before = None if kept is None else kept.each(self._spans)
         for chunk, hidden in chunks:
             inner = block.inner(block.norm(hidden), chunk) if before is None else next(before)
-            hidden = block.leave(hidden, inner)
+            hidden = block.finish(hidden, inner)
             self.hidden.write(chunk.start, hidden)
             del inner
             yield chunk, hidden
         if kept is not None:
             kept.close()
 
-    def _taps(self, statistics: Mapping[str, Statistic], chunk: Chunk) -> dict[str, Tap]:
+    def _observers(self, statistics: Mapping[str, Statistic], chunk: Chunk) -> dict[str, Observer]:
         """The statistics as what is shown inputs on the way through a block."""
         weights = self._weights(chunk)
 
@@ -223,22 +227,22 @@ class Stream:
 
         return {name: functools.partial(add, statistic) for name, statistic in statistics.items()}
 
-    def _taps_beside(
+    def _matched_observers(
         self, statistics: Mapping[str, Statistic], chunk: Chunk, dense: Block, theirs: Tensor
-    ) -> dict[str, Tap]:
-        """As `_taps` for a mixture, beside its `dense` block, whose input is `theirs` [chunk, hidden].
+    ) -> dict[str, Observer]:
+        """As `_observers` for a mixture, beside its `dense` block, whose input is `theirs` [chunk, hidden].
 
         What all tokens are given in it is made first, what an expert would be given of some when these are seen.
         """
         weights, of_all = self._weights(chunk), dict[str, Tensor]()
-        dense.look(theirs, chunk, _keeping(of_all, [name for name in statistics if not dense.is_routed(name)]))
+        dense.observe(theirs, chunk, _recorders(of_all, [name for name in statistics if not dense.is_routed(name)]))
 
         def add(name: str, given: Tensor, tokens: Tensor | None) -> None:
             if tokens is None:
-                statistics[name].add_beside(given, [of_all.pop(name)], weights)
+                statistics[name].add_matched(given, [of_all.pop(name)], weights)
             else:
                 own = None if weights is None else weights[tokens]
-                statistics[name].add_beside(given, _of_expert(statistics[name], dense, name, theirs[tokens]), own)
+                statistics[name].add_matched(given, _of_expert(statistics[name], dense, name, theirs[tokens]), own)
 
         return {name: functools.partial(add, name) for name in statistics}
 
@@ -248,7 +252,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Beside:
+class DenseReference:
     """The dense model at the same place: its hidden states, and the block with its own weights."""
 
     stream: Stream
@@ -257,11 +261,11 @@ class Beside:
 
 def _of_expert(statistic: Statistic, dense: Block, name: str, x: Tensor) -> list[Tensor]:
     """What an input of an expert of the `dense` block is tied to, if the tokens x [tokens, hidden] come there."""
-    inner = dense.routed(name, x)
-    return [dense.routed_output(name, inner)] * 2 if isinstance(statistic.match, DenseOutputs) else [inner]
+    inner = dense.expert_input(name, x)
+    return [dense.expert_output(name, inner)] * 2 if isinstance(statistic.match, DenseOutputs) else [inner]
 
 
-def _keeping(place: dict[str, Tensor], names: list[str]) -> dict[str, Tap]:
+def _recorders(place: dict[str, Tensor], names: list[str]) -> dict[str, Observer]:
     """Taps that put the inputs they are shown, of all tokens of a chunk, into `place`."""
 
     def keep(name: str, x: Tensor, _: Tensor | None) -> None:

@@ -45,8 +45,8 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
     nor block are changed. An attention's sequences that are longer than a chunk count up to there. None where hidden
     states hold NaN or Inf, or are beyond fp32 when squared.
     """
-    stream.settle()
-    wanted.settle()
+    stream.flush()
+    wanted.flush()
     every = _sequences(stream.packing.chunks, block.plan.attention)
     most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
     size = min(max(BATCH, sum(length for _, length in every) // STEPS), most)
@@ -119,7 +119,7 @@ def _missed(
         torch.cat([part.to(torch.float32, copy=True) for part in each.hidden.each(spans)]) for each in (stream, wanted)
     )
     chunk = Chunk(0, len(given), tuple(length for _, length in sequences))
-    found, weights = block.leave(given, block.inner(block.norm(given), chunk)), stream.packing.weights
+    found, weights = block.finish(given, block.inner(block.norm(given), chunk)), stream.packing.weights
     own = None if weights is None else torch.cat([weights[start:stop] for start, stop in spans]).to(found.device)
     return squared_error(found, aim, own)
 

@@ -108,10 +108,10 @@ class Checkpoint:
         """
         tensor = read_tensor(self.tensors[name], rows, pin)
         if rows is None:
-            self.hold(name, bytes_of(tensor))
+            self.check_unchanged(name, bytes_of(tensor))
         return tensor
 
-    def hold(self, name: str, read: Any) -> None:
+    def check_unchanged(self, name: str, read: Any) -> None:
         """Raise `Damaged` if `read` (the bytes of a tensor, or their digest) is not what `sha256` went through."""
         if "_content" in self.__dict__:
             digest = read if hasattr(read, "hexdigest") else hashlib.sha256(read)

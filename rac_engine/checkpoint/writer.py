@@ -79,11 +79,11 @@ class CheckpointWriter:
                 write_at(target, piece, at)
                 digest.update(piece)
                 at += len(piece)
-        self.source.hold(name, digest)
+        self.source.check_unchanged(name, digest)
         self._done(place)
         return digest.hexdigest()
 
-    def accept(self, name: str, digest: str) -> torch.Tensor | None:
+    def reuse(self, name: str, digest: str) -> torch.Tensor | None:
         """Take over and return what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
         tensor = read_tensor(self._places[name])
         if hashlib.sha256(bytes_of(tensor)).hexdigest() != digest:

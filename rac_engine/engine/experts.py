@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rac_engine.calibrate import Beside, Statistic, Stream
+from rac_engine.calibrate import DenseReference, Statistic, Stream
 from rac_engine.engine.layer import Layer, batches
 from rac_engine.engine.solving import ExpertTokens, solve_group
 from rac_engine.models import Block, Matrix
@@ -20,7 +20,7 @@ class _Mixture:
     layer: Layer
     stream: Stream
     block: Block
-    beside: Beside | None
+    beside: DenseReference | None
     least: int
     """Tokens with which an expert is pruned by its own H alone."""
     common: Statistic | None
@@ -28,7 +28,7 @@ class _Mixture:
 
 
 def prune_experts(
-    layer: Layer, stream: Stream, block: Block, groups: list[list[Matrix]], beside: Beside | None
+    layer: Layer, stream: Stream, block: Block, groups: list[list[Matrix]], beside: DenseReference | None
 ) -> None:
     """Prune a stage of a mixture: each expert by H of the tokens that were routed to it.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rac_engine.calibrate import Beside, DenseInputs, DenseOutputs, Statistic
+from rac_engine.calibrate import DenseInputs, DenseOutputs, DenseReference, Statistic
 from rac_engine.engine.context import Context
 from rac_engine.engine.rows import matrix_row
 from rac_engine.models import Block, Matrix
@@ -29,7 +29,7 @@ class Layer:
         self.rows: list[dict[str, Any]] = []
         self.blocks: list[Block] = []
         """The residual blocks that the pruned model's tokens go through."""
-        self.beside: dict[int, Beside] = {}
+        self.beside: dict[int, DenseReference] = {}
         """The same blocks of the dense model, by their numbers, until its tokens have gone through them."""
         self.reordered = set[str]()
         """Modules whose neurons are in another order than in the checkpoint: dense they must not be written."""
@@ -40,13 +40,15 @@ class Layer:
         self.blocks = self._make_blocks()
         if context.dense is not None:
             # Held here alone, so that a block's dense weights go when nothing needs them any more.
-            self.beside = {number: Beside(context.dense, block) for number, block in enumerate(self._make_blocks())}
+            self.beside = {
+                number: DenseReference(context.dense, block) for number, block in enumerate(self._make_blocks())
+            }
 
     def _make_blocks(self) -> list[Block]:
         context = self.context
         return context.model.build_layer(self.number, self.tensors, context.dtype, context.device)
 
-    def statistic(self, group: list[Matrix], beside: Beside | None = None) -> Statistic:
+    def statistic(self, group: list[Matrix], beside: DenseReference | None = None) -> Statistic:
         """An empty statistic for a group's input: H [columns, columns] fp32 or its diagonal, as the method needs it.
 
         With `beside` it also gathers what the solver has to know of the dense model: for a block's last matrix the

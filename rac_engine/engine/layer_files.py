@@ -79,7 +79,7 @@ class LayerFiles:
             names = self.model.tensor_names(layer)
             if len(self.journal.records) > 1 + layer:
                 digests = self.journal.records[1 + layer]["tensors"]
-                kept = {name: self.writer.accept(name, digests[name]) for name in names}
+                kept = {name: self.writer.reuse(name, digests[name]) for name in names}
                 whole = {name: tensor for name, tensor in kept.items() if tensor is not None}
                 if len(whole) == len(names):
                     return whole, True

@@ -99,7 +99,7 @@ def _prune_stage(
             if number not in layer.beside:
                 kept = stream.observe(block, statistics, keep)
             else:
-                kept = stream.observe_beside(block, statistics, layer.beside[number], residual, keep, further)
+                kept = stream.observe_matched(block, statistics, layer.beside[number], residual, keep, further)
                 if block.last in statistics:
                     del layer.beside[number]
         for group in some:

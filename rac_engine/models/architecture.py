@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rac_engine.models.chunk import Chunk
 from rac_engine.models.experts import Mixture
 from rac_engine.models.matrices import Group, find_groups
 from rac_engine.models.plans import BlockPlan, Family
-from rac_engine.models.taps import Chunk
 
 
 class Architecture:

@@ -1,4 +1,4 @@
-"""A residual block, the inputs of its matrices seen on the way through it."""
+"""A residual block of a decoder layer, and a pass of tokens through it that observes the inputs of its matrices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rac_engine.models.attention import KeyValues
+from rac_engine.models.chunk import Chunk
 from rac_engine.models.experts import Expert, Mixture
 from rac_engine.models.matrices import Group
+from rac_engine.models.observers import AllObserved, Observation, Observer
 from rac_engine.models.plans import BlockPlan, Family
-from rac_engine.models.taps import Chunk, Tap, _Enough, _Viewing
 
 
 class Block:
-    """A residual block with its weights.
+    """A residual block with its weights: hidden + scale · after(output(inner(norm(hidden)))).
 
-    What its matrices are given is seen on the way through it, by the names of the inputs (`Group.input`).
+    Observers see the inputs of its matrices by the names of the inputs (`Group.input`).
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Block:
         self._rotary, self._scale = rotary, scale
         self._module = layer.get_submodule(plan.module)
         self._seen: KeyValues | None = None
-        """Of the sequence of which a part has gone through an attention."""
+        """Keys and values of the sequence of which a part has gone through the attention."""
         taken = inspect.signature(self._module.forward).parameters
         self._cache_name = "cache" if "cache" in taken else "past_key_values"  # renamed by transformers 5.24
         self.linears = {name: layer.get_submodule(family.in_module(name)) for group in groups for name in group.modules}
@@ -54,56 +55,61 @@ class Block:
         self._output: nn.Module = nn.Identity()
         self._mixture: Mixture | None = None
         self._routed: dict[str, tuple[Expert, bool]] = {}
-        """By the inputs of experts' matrices: whose they are, and whether they are the last matrix's."""
+        """By an input's name: the expert it belongs to, and whether it is that of the expert's last matrix."""
         self._between = [group.input for group in shared[1:]]
         if plan.experts is None:
-            self.last = self._between.pop()
-            self._output = self.linears[self.last]
-            self.width = self._output.get_parameter("weight").shape[1]
-            # The module's own forward then ends with what goes into its last matrix.
-            setattr(self._module, plan.output, nn.Identity())
+            self._take_output(self._between.pop())
         else:
-            self._mixture = next(part for part in self._module.modules() if isinstance(part, Mixture))
-            of_experts = [group for group in groups if group.expert is not None]
-            half = len(of_experts) // 2
-            self._mixture.names = [
-                (first.input, last.input) for first, last in zip(of_experts[:half], of_experts[half:], strict=True)
-            ]
-            for expert, (entrance, exit_) in zip(self._mixture, self._mixture.names, strict=True):
-                self._routed |= {entrance: (cast(Expert, expert), False), exit_: (cast(Expert, expert), True)}
+            self._name_experts([group.input for group in groups if group.expert is not None])
 
-    def inner(self, x: Tensor, chunk: Chunk, taps: Mapping[str, Tap] | None = None) -> Tensor:
-        """The block's input x [tokens, hidden], normalised, to the input of `output` [tokens, its columns].
+    def _take_output(self, name: str) -> None:
+        """Take the last matrix out of the module, whose forward then ends with the matrix's input, called `name`."""
+        self.last = name
+        self._output = self.linears[name]
+        self.width = self._output.get_parameter("weight").shape[1]
+        setattr(self._module, self.plan.output, nn.Identity())
 
-        In a mixture, there is no such input, and it goes to the block's end. `taps` are shown the inputs they name.
+    def _name_experts(self, inputs: Sequence[str]) -> None:
+        """Tell the mixture the names of its experts' `inputs`, those of the entrance first, then the others."""
+        self._mixture = next(part for part in self._module.modules() if isinstance(part, Mixture))
+        half = len(inputs) // 2
+        self._mixture.names = list(zip(inputs[:half], inputs[half:], strict=True))
+        for expert, (entrance, exit_) in zip(self._mixture, self._mixture.names, strict=True):
+            self._routed |= {entrance: (cast(Expert, expert), False), exit_: (cast(Expert, expert), True)}
+
+    def inner(self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer] | None = None) -> Tensor:
+        """The input of the last matrix [tokens, width] from the block's normalised input x [tokens, hidden].
+
+        In a mixture there is no such input: the module's output [tokens, hidden] is returned. `observers` are shown the
+        inputs they name.
         """
-        return self._pass(x, chunk, _Viewing(taps or {}, through=True))
+        return self._pass(x, chunk, Observation(observers or {}, through=True))
 
-    def look(self, x: Tensor, chunk: Chunk, taps: Mapping[str, Tap]) -> None:
-        """Show `taps` the inputs they name, going no further than that takes."""
-        with suppress(_Enough):
-            self._pass(x, chunk, _Viewing(taps, through=False))
+    def observe(self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer]) -> None:
+        """Show `observers` the inputs they name of x [tokens, hidden], going no further into the block than needed."""
+        with suppress(AllObserved):
+            self._pass(x, chunk, Observation(observers, through=False))
 
     def is_routed(self, name: str) -> bool:
         """Whether an input is an expert's."""
         return name in self._routed
 
-    def routed(self, name: str, x: Tensor) -> Tensor:
-        """What an expert's input would be, if the tokens x [tokens, hidden] came to that expert."""
+    def expert_input(self, name: str, x: Tensor) -> Tensor:
+        """An expert's input [tokens, columns], called `name`, if all tokens x [tokens, hidden] came to that expert."""
         expert, last = self._routed[name]
         return expert.inner(x) if last else x
 
-    def routed_output(self, name: str, inner: Tensor) -> Tensor:
-        """What an expert's last matrix gives [tokens, hidden] for its input, called `name`, without its bias."""
+    def expert_output(self, name: str, inner: Tensor) -> Tensor:
+        """The output of an expert's last matrix [tokens, hidden] for its input, called `name`, without its bias."""
         output = self.linears[name]
         return F.linear(inner, output.get_parameter("weight"))
 
-    def leave(self, hidden: Tensor, inner: Tensor) -> Tensor:
-        """What the block hands on [tokens, hidden], from what it was given and its `inner`."""
+    def finish(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """The hidden states behind the block [tokens, hidden] from those before it and its `inner`."""
         return self.add(hidden, self.output(inner))
 
     def output(self, inner: Tensor) -> Tensor:
-        """What the last matrix gives [tokens, hidden], its bias included."""
+        """The last matrix's output [tokens, hidden] for its input `inner` [tokens, width], its bias included."""
         output: Tensor = self._output(inner)
         return output
 
@@ -113,14 +119,14 @@ class Block:
         return cast("Tensor | None", getattr(self._output, "bias", None))
 
     def add(self, hidden: Tensor, output: Tensor) -> Tensor:
-        """What the block hands on [tokens, hidden], from what it was given and the `output` of its last matrix."""
+        """The hidden states behind the block [tokens, hidden] from those before it and its last matrix's `output`."""
         added = self._after(output)
         return hidden + (added if self._scale == 1 else added * self._scale)
 
-    def missing(self, wanted: Tensor, hidden: Tensor) -> Tensor | None:
-        """What more the last matrix would have to give for `hidden` [tokens, hidden] to become `wanted`.
+    def output_gap(self, wanted: Tensor, hidden: Tensor) -> Tensor | None:
+        """The change of the last matrix's output that would turn the states `hidden` [tokens, hidden] into `wanted`.
 
-        None where a norm stands behind the matrix, so that there is no such answer.
+        None where a norm stands behind the matrix, so that no one change does.
         """
         if self.plan.after is not None:
             return None
@@ -128,7 +134,7 @@ class Block:
 
     @contextmanager
     def copied(self) -> Iterator[dict[str, nn.Module]]:
-        """For a while, all of the block's parameters are copies in fp32. Gives its matrices' modules by their names."""
+        """Replace the block's parameters with fp32 copies within the context; gives its matrices by their names."""
         parts = (self.norm, self._module, self._output, self._after)
         held = {
             (module, name): parameter
@@ -145,11 +151,11 @@ class Block:
             for (module, name), parameter in held.items():
                 module.register_parameter(name, parameter)
 
-    def _pass(self, x: Tensor, chunk: Chunk, viewing: _Viewing) -> Tensor:
-        viewing.see(self.first, x)
-        hooks = [self._watch(name, viewing, len(x)) for name in self._between if name in viewing.left]
+    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation) -> Tensor:
+        observation.show(self.first, x)
+        hooks = [self._hook(name, observation, len(x)) for name in self._between if name in observation.left]
         if self._mixture is not None:
-            self._mixture.viewing = viewing
+            self._mixture.observation = observation
         try:
             if self.plan.attention:
                 inner = self._attend(x, chunk)
@@ -160,9 +166,9 @@ class Block:
             for hook in hooks:
                 hook.remove()
             if self._mixture is not None:
-                self._mixture.viewing = _Viewing({}, through=True)  # holds on to nothing that was gathered
+                self._mixture.observation = Observation({}, through=True)  # holds on to nothing that was gathered
         if self.last is not None:
-            viewing.see(self.last, inner)
+            observation.show(self.last, inner)
         return inner
 
     def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
@@ -184,26 +190,28 @@ class Block:
             self._seen = None  # the last part
         return inner
 
-    def _watch(self, name: str, viewing: _Viewing, tokens: int) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, name: str, observation: Observation, tokens: int) -> torch.utils.hooks.RemovableHandle:
+        """Show a matrix's input, of the newest `tokens`, when its module is called."""
+
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             # Where keys are computed from what the cache holds, earlier parts of the sequence come before the tokens.
-            viewing.see(name, given[0].flatten(0, -2)[-tokens:])
+            observation.show(name, given[0].flatten(0, -2)[-tokens:])
 
         return self.linears[name].register_forward_pre_hook(hook)
 
 
 class Head(Block):
-    """The final norm, behind it `lm_head`, as a block that no token needs to get through: its input is all there is."""
+    """The final norm and `lm_head`, as a block of which only the input is ever asked for."""
 
     def __init__(self, norm: nn.Module, group: Group) -> None:
         self.plan = BlockPlan("", None, group.modules, group.input)
         self.groups, self.norm, self.linears = [group], norm, {}
         self.first, self.last, self.width = group.input, None, 0
 
-    def leave(self, hidden: Tensor, inner: Tensor) -> Tensor:
-        """Nothing comes of it."""
+    def finish(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """The hidden states as they are: no token goes further."""
         return hidden
 
-    def _pass(self, x: Tensor, chunk: Chunk, viewing: _Viewing) -> Tensor:
-        viewing.see(self.first, x)
+    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation) -> Tensor:
+        observation.show(self.first, x)
         return x

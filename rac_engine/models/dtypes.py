@@ -9,7 +9,7 @@ from rac_engine.models.plans import Family
 
 
 def working_dtype(dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
-    """What a model of that dtype goes through in: fp32 where the processor has no quick products of 16-bit numbers.
+    """The dtype to compute a model of `dtype` in: fp32 where the processor has no quick products of 16-bit numbers.
 
     Without AVX-512 (or AMX, or Arm's) PyTorch multiplies bf16 element by element: a product of 400 × 288 × 768 was
     measured to take 7 times as long as in fp32, one of 1536³ 56 times.

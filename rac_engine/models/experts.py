@@ -1,4 +1,4 @@
-"""Mixtures of experts as modules of their own, by their on-disk names."""
+"""Mixtures of experts: every expert a module of its own, its matrices by their on-disk names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rac_engine.models.observers import Observation
 from rac_engine.models.plans import ExpertPlan
-from rac_engine.models.taps import _Viewing
 
 
 class Expert(nn.Module):
@@ -23,11 +23,11 @@ class Expert(nn.Module):
         self._plan, self._activation = plan, activation
 
     def inner(self, x: Tensor) -> Tensor:
-        """x [tokens, hidden] to the input of the last matrix."""
+        """The input of the last matrix [tokens, width] from x [tokens, hidden]."""
         return self._activation(*(self.get_submodule(name)(x) for name in self._plan.inputs))
 
     def outer(self, inner: Tensor) -> Tensor:
-        """The input of the last matrix to the expert's output [tokens, hidden]."""
+        """The expert's output [tokens, hidden] from the input of its last matrix."""
         return self.get_submodule(self._plan.output)(inner)
 
 
@@ -49,8 +49,8 @@ class Mixture(nn.ModuleList):
         super().__init__(Expert(plan, activation, shapes) for _ in range(fused.num_experts))
         self.plan = plan
         self.names: list[tuple[str, str]] = []
-        """Of every expert's two inputs."""
-        self.viewing = _Viewing({}, through=True)
+        """Names of the two inputs of every expert: at its entrance, and of its last matrix."""
+        self.observation = Observation({}, through=True)
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The experts' outputs [tokens, hidden] for hidden [tokens, hidden], added up.
@@ -58,25 +58,25 @@ class Mixture(nn.ModuleList):
         `chosen` [tokens, k] are the numbers of the experts that a token goes to, `shares` [tokens, k] what their
         outputs are multiplied by.
         """
-        viewing = self.viewing
+        observation = self.observation
         out = torch.zeros_like(hidden)
         # Every expert's tokens in their order, by one sort and one look at the counts.
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self)).tolist()
         experts = cast(Iterator[Expert], iter(self))
         for expert, places, names in zip(experts, order.split(counts), self.names, strict=True):
-            if not len(places) or not (viewing.through or viewing.left.intersection(names)):
+            if not len(places) or not (observation.through or observation.left.intersection(names)):
                 continue
             tokens = places // chosen.shape[1]
             x = hidden[tokens]
-            viewing.see(names[0], x, tokens)
-            if not viewing.through and names[1] not in viewing.left:
+            observation.show(names[0], x, tokens)
+            if not observation.through and names[1] not in observation.left:
                 continue
             inner = expert.inner(x)
-            viewing.see(names[1], inner, tokens)
-            if viewing.through:
+            observation.show(names[1], inner, tokens)
+            if observation.through:
                 added = expert.outer(inner) * shares.flatten()[places, None]
                 out.index_add_(0, tokens, added.to(out.dtype))
-        viewing.left.difference_update(name for names in self.names for name in names)  # experts without a token
-        viewing.end()
+        observation.left.difference_update(name for names in self.names for name in names)  # experts without a token
+        observation.end_if_done()
         return out

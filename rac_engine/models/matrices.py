@@ -26,9 +26,9 @@ class Group:
     stage: int
     modules: tuple[str, ...]
     expert: int | None = None
-    """Whose they are, of the experts that only some tokens go through."""
+    """Number of the expert that has them, where only some tokens go through it."""
     share: float = 1.0
-    """Of the tokens, how many come here if the router spreads them evenly."""
+    """Share of the tokens that come here if the router spreads them evenly."""
 
     @property
     def input(self) -> str:
@@ -58,7 +58,7 @@ class Matrix:
 
     @property
     def stage(self) -> int:
-        """Of the layer's stages, counted from 0."""
+        """Number of its stage in the layer, counted from 0."""
         return self.group.stage
 
     @property

@@ -27,7 +27,7 @@ class BlockPlan:
 
     module: str
     norm: str | None
-    """Of the block's input; None: it comes as it is."""
+    """Norm of the block's input; None: the input comes as it is."""
     inputs: tuple[str, ...]
     """Matrices that are given the block's input. Names that a layer does not have are passed over."""
     output: str
@@ -37,7 +37,7 @@ class BlockPlan:
     between: tuple[str, ...] = ()
     """Matrices behind `inputs` that have an input of their own each."""
     experts: ExpertPlan | None = None
-    """Of a mixture; `inputs` and `output` are then of what all tokens go through (shared experts), if there is any."""
+    """The experts of a mixture; `inputs` and `output` then name the shared experts, which all tokens go through."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     """Beginnings of names within a layer: (of transformers' module, on disk)."""
     folder: str | None = None
-    """Of the modelling code in transformers.models; None: named like the model_type."""
+    """Folder of the modelling code in transformers.models; None: named like the model_type."""
     embedding_scale: Callable[[Any, torch.dtype], float] = lambda config, dtype: 1.0
-    """What embeddings of that dtype are multiplied by, from the config."""
+    """Factor of the embeddings, from the config and their dtype."""
     residual_scale: Callable[[Any], float] = lambda config: 1.0
-    """What a block's output is multiplied by, from the config."""
+    """Factor of a block's output, from the config."""
     rotary_by_layer_type: bool = False
     """Whether the rotary embedding is asked for by `config.layer_types`."""
     extra_layers: str | None = None
@@ -73,7 +73,7 @@ class Family:
         return getattr(home, self.prefix + kind)
 
     def make(self, kind: str, *args: Any) -> nn.Module:
-        """An instance of it."""
+        """An instance of the family's class for `kind`."""
         return self.find(kind)(*args)
 
     def on_disk(self, name: str) -> str:
@@ -84,7 +84,7 @@ class Family:
         return name
 
     def in_module(self, name: str) -> str:
-        """The other way about."""
+        """The name in transformers' module of what is called `name` within a layer on disk."""
         for ours, theirs in self.renames:
             if name.startswith(theirs):
                 return ours + name.removeprefix(theirs)

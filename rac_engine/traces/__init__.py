@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rac_engine.traces.calibration import Calibration, Sequence, Weighting, load_calibration
+from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.records import Messages, question_of, read_jsonl
@@ -16,7 +16,7 @@ __all__ = [
     "Messages",
     "Request",
     "Sampling",
-    "Sequence",
+    "TokenSequence",
     "TraceReport",
     "Weighting",
     "at_a_time",

@@ -11,7 +11,7 @@ which its finish_reason "budget" says. If the prompts run out first there are fe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ Part = Literal["all", "prompt", "completion"]
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Tokens that the model sees in one go; `weights` [tokens] fp32 say how much each counts in H (None: 1 each)."""
 
     token_ids: np.ndarray
@@ -42,7 +42,7 @@ class Weighting:
     """
 
     completion: float = 1.0
-    positions: ListLike[tuple[float, float]] = ()
+    positions: Sequence[tuple[float, float]] = ()
     column: str | None = None
 
     def describe(self) -> str:
@@ -77,7 +77,7 @@ class Calibration:
     source: str
     kind: str
     part: Part
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     weighting: str = ""
     """In words: how much tokens count, where not 1 each."""
 
@@ -142,7 +142,7 @@ def load_calibration(
         else:
             pairs, kind = from_jsonl(path, tokenizer, weighting.column), "sequences"
     size = len(tokenizer)
-    sequences: list[Sequence] = []
+    sequences: list[TokenSequence] = []
     left, completions = tokens, 0
     for number, (prompt, completion, own, where) in enumerate(pairs, 1):
         if left == 0:
@@ -175,12 +175,12 @@ def load_calibration(
     return Calibration(source, kind, part, sequences, weighting.describe())
 
 
-def _sequence(prompt: ListLike[int], completion: ListLike[int], part: Part, left: int | None) -> Sequence | None:
+def _sequence(prompt: Sequence[int], completion: Sequence[int], part: Part, left: int | None) -> TokenSequence | None:
     """A sequence of which at most `left` tokens count; None if none would."""
     if part == "completion":
         said = np.asarray(completion[:left], np.int64)
         weights = np.concatenate([np.zeros(len(prompt), np.float32), np.ones(len(said), np.float32)])
         ids = np.concatenate([np.asarray(prompt, np.int64), said])
-        return Sequence(ids, len(prompt), weights) if len(said) else None
+        return TokenSequence(ids, len(prompt), weights) if len(said) else None
     ids = np.asarray([*prompt, *(completion if part == "all" else ())][:left], np.int64)
-    return Sequence(ids, min(len(prompt), len(ids))) if len(ids) else None
+    return TokenSequence(ids, min(len(prompt), len(ids))) if len(ids) else None

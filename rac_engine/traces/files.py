@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as ListLike
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ _SUMMARY = 64 << 20  # bytes of the summary beside the traces, at most
 
 _BATCH = 1 << 30  # bytes that 256 rows of traces take, at most
 
-_Trace = tuple[ListLike[int], ListLike[int], Any, str]
+_Trace = tuple[Sequence[int], Sequence[int], Any, str]
 
 """Ids of prompt and completion, what the column of weights holds, and where it was read."""
 

@@ -203,7 +203,7 @@ def test_moving_on_with_the_next_pass_changes_no_bit(
                 before = whole(stream).clone()
                 (stream.advance_later if later else stream.advance)(block, kept)
                 assert torch.equal(whole(stream), before) == later
-        stream.settle()
+        stream.flush()
         found.append([*gathered, whole(stream).clone()])
         stream.close()
     for one, other in zip(*found, strict=True):

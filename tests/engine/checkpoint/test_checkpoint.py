@@ -107,9 +107,9 @@ def test_writer_puts_tensors_in_their_place_and_tells_their_digest(folder: Path,
 
     # A later writer takes over what is whole, and only that.
     again = CheckpointWriter(source, out)
-    kept = again.accept(name, digest)
+    kept = again.reuse(name, digest)
     assert kept is not None and same_bits(kept, new)
-    assert again.accept(other, digest) is None
+    assert again.reuse(other, digest) is None
 
 
 def test_writer_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:

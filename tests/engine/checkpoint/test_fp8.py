@@ -230,5 +230,5 @@ def test_going_through_fp8_holds_runs_of_a_matrix_only(
     most = max(16 * tensor.shape[1] * 2 for tensor in whole.values())
     assert max(held) == most < max(tensor.nbytes for tensor in whole.values())
     for name, tensor in whole.items():
-        copied = writer.accept(name, digests[name])
+        copied = writer.reuse(name, digests[name])
         assert copied is not None and torch.equal(copied, tensor)

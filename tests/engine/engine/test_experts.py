@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
-from rac_engine.calibrate.stream import Beside, Stream
+from rac_engine.calibrate.stream import DenseReference, Stream
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.engine import job, setup, stages
 from rac_engine.engine.layer import Layer
@@ -177,7 +177,7 @@ def test_experts_are_tied_to_the_dense_ones_at_the_pruned_routers_tokens(
         statistics = {name: Statistic(columns[name], True, "cpu", tie) for name, tie in ties.items()}
         wide = {m.module: DenseOutputs(m.columns, m.rows, "cpu") for m in model.matrices(2) if m.module.endswith(".w2")}
         statistics |= {name: Statistic(columns[name], True, "cpu", tie) for name, tie in wide.items()}
-        streams[0].observe_experts(blocks[0], statistics, Beside(streams[1], blocks[1]))
+        streams[0].observe_experts(blocks[0], statistics, DenseReference(streams[1], blocks[1]))
     counts, differ = torch.cat([torch.as_tensor(s.weights) for s in sequences if s.weights is not None]).double(), 0
     for name, path in paths.items():
         if blocks[0].is_routed(name):

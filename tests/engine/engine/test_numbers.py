@@ -23,7 +23,7 @@ from rac_engine.solve import MatrixResult, Target, prune_matrices, prune_matrix
 from rac_engine.solve.matrices import Outputs
 from rac_engine.solve.method import Solution
 from rac_engine.solve.methods import find_method
-from rac_engine.traces.calibration import Sequence
+from rac_engine.traces.calibration import TokenSequence
 from tests import tiny
 
 COLUMNS = 32
@@ -216,7 +216,7 @@ def test_a_token_that_is_not_finite_counts_nowhere(
     found = {}
     for name in ("without", "counted", "weightless"):
         weights = np.zeros(1, np.float32) if name == "weightless" else None
-        spoilt = [] if name == "without" else [Sequence(np.array([7]), 0, weights)] * 3
+        spoilt = [] if name == "without" else [TokenSequence(np.array([7]), 0, weights)] * 3
         sequences = [replace(sequence, token_ids=own) for sequence, own in zip(clean.sequences, ids, strict=True)]
         sequences += spoilt
         report = prune(folder, tmp_path / name, settings, replace(clean, sequences=sequences))

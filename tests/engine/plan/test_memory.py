@@ -102,7 +102,7 @@ def test_a_long_trace_takes_no_more_than_its_keys_and_values(tmp_path: Path) -> 
     )
     short, long_ = (int(line) for line in run(LONG, source, tmp_path).split())
     keys_and_values = 2 * 4096 * 48 * 2
-    # Beside them: masks of queries by keys, as bool and as what the attention kernel makes of it.
+    # DenseReference them: masks of queries by keys, as bool and as what the attention kernel makes of it.
     masks = 512 * 4096 * (1 + 4)
     assert long_ - short < keys_and_values + masks + (4 << 20), (short, long_)
 
