@@ -28,7 +28,7 @@ from solvers import of_model
 from torch import Tensor
 
 from rac_engine.solve.methods.admm import REFINING_STEPS, STEPS, TOLERANCE
-from rac_kernels import admm_short_, factor_, mask_by_score, refine, symmetrize_
+from rac_kernels import admm_, factor_, mask_by_score, refine, symmetrize_
 from rac_kernels.ops.objective import row_objectives
 from rac_kernels.ops.pattern import Pattern, parse_pattern
 
@@ -104,7 +104,7 @@ def main() -> None:
                 share = 0.0 if pattern else float(asked)
                 factor = factor_(H.clone())
                 began = time.process_time()
-                found = admm_short_(W, factor, share, pattern, STEPS)
+                found = admm_(W, factor, share, pattern, STEPS)
                 taken = time.process_time() - began
                 damped = H.clone()
                 damped.diagonal().copy_(factor.damped)

@@ -26,8 +26,8 @@ from rac_kernels.ops.squared_norm import squared_norm_accumulate_
 from rac_kernels.ops.sweep import sweep
 from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
-from rac_kernels.solvers.admm import admm_short_
-from rac_kernels.solvers.alps import admm
+from rac_kernels.solvers.admm import admm_
+from rac_kernels.solvers.alps import alps
 from rac_kernels.solvers.matching import matched_target, output_cross
 from rac_kernels.solvers.refine import RefineResult, refine
 from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_error
@@ -40,8 +40,8 @@ __all__ = [
     "ScoreProfile",
     "Scoring",
     "Tuning",
-    "admm",
-    "admm_short_",
+    "alps",
+    "admm_",
     "all_finite",
     "blend_",
     "column_norm_accumulate_",

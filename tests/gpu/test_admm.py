@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import admm_short_, factor_, objective
+from rac_kernels import admm_, factor_, objective
 from tests.kernels.gram import gram
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +30,7 @@ def test_as_good_as_the_reference(kind: str, rows: int, n: int, how: str) -> Non
 
     def found(backend: str) -> Tensor:
         factor = factor_(H.clone(), backend=backend)
-        return admm_short_(W.masked_fill(factor.dead, 0), factor, sparsity, pattern, backend=backend)
+        return admm_(W.masked_fill(factor.dead, 0), factor, sparsity, pattern, backend=backend)
 
     Q, wanted = found("triton"), found("reference")
     assert (Q == 0).sum() == (wanted == 0).sum() and Q.isfinite().all()

@@ -41,7 +41,7 @@ EVEN, STEEPNESS, FARTHEST = 0.32, 4.0, 1.9
 ELEMENTS = 1 << 24  # of W that go through a step's sums and differences at a time
 
 
-def admm_short_(
+def admm_(
     W: Tensor,
     factor: Factor,
     sparsity: float = 0.5,
@@ -50,7 +50,7 @@ def admm_short_(
     row_groups: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Q [rows, n] fp32 as by `admm` for H + λI, by a fixed number of steps and a penalty that rises at a fixed pace.
+    """Q [rows, n] fp32 as by `alps` for H + λI, by a fixed number of steps and a penalty that rises at a fixed pace.
 
     W: [rows, n], any float dtype. ``factor`` is of H + λI and says both; its U is overwritten. ρ grows from 0.1 to 0.6
     over the steps. With the multipliers by the penalty, L/ρ, a step is
@@ -71,7 +71,7 @@ def admm_short_(
 
     Beside U M is held, and of W's size three matrices in fp32, one of two bytes, a mask and what selection takes.
     ``row_groups``: row counts of matrices stacked in W, each with its own zeros to reach. ``backend`` as in
-    `rac_kernels.backends.choose`. Other arguments as for `admm`.
+    `rac_kernels.backends.choose`. Other arguments as for `alps`.
     """
     n = len(factor.diagonal)
     if W.ndim != 2 or W.shape[1] != n or steps < 1:

@@ -20,7 +20,7 @@ CHECK = 3
 RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
 
 
-def admm(
+def alps(
     weights: Sequence[Tensor],
     H: Tensor,
     sparsity: float = 0.5,

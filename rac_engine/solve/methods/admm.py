@@ -9,7 +9,7 @@ the same λ holds in the target and in the solver.
 from __future__ import annotations
 
 from rac_engine.solve.method import LayerProblem, Method, Solution
-from rac_kernels import admm_short_, refine, symmetrize_
+from rac_kernels import admm_, refine, symmetrize_
 
 STEPS = 36
 
@@ -23,7 +23,7 @@ def solve(problem: LayerProblem) -> Solution:
     target = problem.target
     factor = problem.gram.borrow(target.damping)
     goal = problem.weights.masked_fill(factor.dead, 0)
-    masked = admm_short_(goal, factor, target.sparsity, target.pattern, STEPS, problem.rows)
+    masked = admm_(goal, factor, target.sparsity, target.pattern, STEPS, problem.rows)
     H = factor.U  # used up: H + λI again, of which all but the diagonal lies below it
     symmetrize_(H.T)
     H.diagonal().copy_(factor.damped)

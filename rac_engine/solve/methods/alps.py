@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from rac_engine.solve.method import LayerProblem, Method, Solution
-from rac_kernels import admm, refine
+from rac_kernels import alps, refine
 
 STEPS = 300
 
@@ -25,7 +25,7 @@ def solve(problem: LayerProblem) -> Solution:
     H.diagonal().add_(ridge)
     pruned, most = [], 0
     parts = problem.weights.split(problem.rows)
-    found = admm(parts, H, target.sparsity, target.pattern, STEPS)
+    found = alps(parts, H, target.sparsity, target.pattern, STEPS)
     for weight, (masked, steps) in zip(parts, found, strict=True):
         refined, _ = refine(
             masked, H, weight, masked != 0, iterations=REFINING_STEPS, tolerance=0.0, method="gradients"

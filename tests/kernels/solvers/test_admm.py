@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rac_kernels import Factor, FactorError, admm, admm_short_, factor_, objective, refactor_, refine, sweep
+from rac_kernels import Factor, FactorError, admm_, alps, factor_, objective, refactor_, refine, sweep
 from rac_kernels.solvers.admm import _Floats, _Int16, inversions
 from tests.kernels.running import CPU, running
 
@@ -27,7 +27,7 @@ def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_zeros_are_as_asked_for(sparsity: float, pattern: str | None) -> None:
     W, H = problem(12, 32)
     parts = [W[:5], W[5:].bfloat16()]
-    for part, (Q, steps) in zip(parts, admm(parts, H, sparsity, pattern), strict=True):
+    for part, (Q, steps) in zip(parts, alps(parts, H, sparsity, pattern), strict=True):
         assert Q.shape == part.shape
         assert 1 <= steps <= 300
         assert not Q.signbit()[Q == 0].any()
@@ -39,7 +39,7 @@ def test_zeros_are_as_asked_for(sparsity: float, pattern: str | None) -> None:
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.7, None), (0.5, "2:4")])
 def test_mask_is_better_than_the_sweeps(sparsity: float, pattern: str | None) -> None:
     W, H = problem(24, 64)
-    ((found, _),) = admm([W], H, sparsity, pattern)
+    ((found, _),) = alps([W], H, sparsity, pattern)
     swept = sweep(W, factor_(H.clone(), 0.0).U, sparsity, pattern)
     best = [objective(W, refine(Q, H, W, iterations=200, tolerance=1e-6)[0], H) for Q in (found, swept)]
     assert best[0] < 0.95 * best[1]
@@ -48,8 +48,8 @@ def test_mask_is_better_than_the_sweeps(sparsity: float, pattern: str | None) ->
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.7, None), (0.5, "2:4"), (0.0, None), (1.0, None)])
 def test_short_run_is_as_good_within_a_few_per_cent(sparsity: float, pattern: str | None) -> None:
     W, H = problem(24, 64)
-    ((long, _),) = admm([W], H, sparsity, pattern)
-    short = admm_short_(W, factor_(H.clone(), 0.0), sparsity, pattern)
+    ((long, _),) = alps([W], H, sparsity, pattern)
+    short = admm_(W, factor_(H.clone(), 0.0), sparsity, pattern)
     assert int((short == 0).sum()) == int(sparsity * W.numel())
     assert not short.signbit()[short == 0].any()
     found = [objective(W, refine(Q, H, W, Q != 0, iterations=200, tolerance=1e-6)[0], H) for Q in (short, long)]
@@ -58,17 +58,17 @@ def test_short_run_is_as_good_within_a_few_per_cent(sparsity: float, pattern: st
 
 def test_strides_make_no_difference() -> None:
     W, H = problem(20, 32)
-    found = [admm_short_(w, factor_(H.clone(), 0.0), 0.6) for w in (W, W.T.contiguous().T, W.repeat(1, 2)[:, :32])]
+    found = [admm_(w, factor_(H.clone(), 0.0), 0.6) for w in (W, W.T.contiguous().T, W.repeat(1, 2)[:, :32])]
     assert all(torch.equal(Q, found[0]) for Q in found)
 
 
 def test_stacked_matrices_have_zeros_of_their_own() -> None:
     W, H = problem(20, 32)
     W[:8] *= 10
-    together = admm_short_(W, factor_(H.clone(), 0.0), 0.6, row_groups=[8, 12])
+    together = admm_(W, factor_(H.clone(), 0.0), 0.6, row_groups=[8, 12])
     for part, whole in zip(together.split([8, 12]), W.split([8, 12]), strict=True):
         assert int((part == 0).sum()) == int(0.6 * part.numel())
-        torch.testing.assert_close(part, admm_short_(whole, factor_(H.clone(), 0.0), 0.6), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(part, admm_(whole, factor_(H.clone(), 0.0), 0.6), rtol=1e-3, atol=1e-3)
 
 
 def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Int16 | _Floats:
@@ -180,7 +180,7 @@ def test_between_two_inverses_their_mean_does(monkeypatch: pytest.MonkeyPatch) -
     for every in (1, module.INVERT):
         monkeypatch.setattr(module, "INVERT", every)
         inverted.clear()
-        costs[every] = objective(W, admm_short_(W, factor_(H.clone(), 0.01), 0.6, steps=40), H)
+        costs[every] = objective(W, admm_(W, factor_(H.clone(), 0.01), 0.6, steps=40), H)
         assert len(inverted) == inversions(40)
     assert costs[module.INVERT] == pytest.approx(costs[1], rel=0.01)
     assert costs[module.INVERT] != costs[1]
@@ -196,7 +196,7 @@ def test_steps_go_further_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "STEEPNESS", steepness)
         for name, x in (("falling", even / torch.arange(1, n + 1) @ turned), ("even", even)):
             H = x.T @ x
-            costs[name, steepness > 0] = objective(W, admm_short_(W, factor_(H.clone(), 0.01), 0.6), H)
+            costs[name, steepness > 0] = objective(W, admm_(W, factor_(H.clone(), 0.01), 0.6), H)
     assert costs["falling", True] < 0.95 * costs["falling", False]
     assert costs["even", True] == costs["even", False]
 
@@ -232,7 +232,7 @@ def test_products_of_two_bytes_cost_nothing_of_the_objective(
         H = H + 50 * H.diagonal().mean() * torch.outer(mean, mean)
 
     def cost() -> float:
-        Q = admm_short_(W, factor_(H.clone(), 1e-5), 0.6, backend=backend)
+        Q = admm_(W, factor_(H.clone(), 1e-5), 0.6, backend=backend)
         return objective(W, refine(Q, H, W, iterations=200, tolerance=1e-6)[0], H)
 
     rounded, module = cost(), sys.modules["rac_kernels.solvers.admm"]
@@ -244,11 +244,11 @@ def test_products_of_two_bytes_cost_nothing_of_the_objective(
 def test_what_does_not_fit_is_refused() -> None:
     W, H = problem(4, 8)
     with pytest.raises(ValueError, match="fit weights"):
-        list(admm([W[:, :4]], H))
+        list(alps([W[:, :4]], H))
     with pytest.raises(ValueError, match="fit W"):
-        admm_short_(W[:, :4], factor_(H.clone(), 0.0))
+        admm_(W[:, :4], factor_(H.clone(), 0.0))
     with pytest.raises(ValueError, match="whole groups"):
-        list(admm([W[:, :6]], H[:6, :6], pattern="2:4"))
+        list(alps([W[:, :6]], H[:6, :6], pattern="2:4"))
 
 
 def test_the_factor_given_back_holds_h() -> None:
@@ -257,13 +257,13 @@ def test_the_factor_given_back_holds_h() -> None:
     H[7], H[:, 7] = 0, 0
     factor = factor_(H.clone(), 0.01)
     before = factor.U.tril(-1)
-    Q = admm_short_(W.masked_fill(factor.dead, 0), factor, 0.5)
+    Q = admm_(W.masked_fill(factor.dead, 0), factor, 0.5)
     torch.testing.assert_close(factor.U.tril(-1), before, rtol=0, atol=0)
     assert (Q[:, 7] == 0).all()
     kept = [column for column in range(40) if column != 7]
     damped = H + factor.ridge * torch.eye(40)
     whole = damped[kept][:, kept].contiguous()
-    alone = admm_short_(W[:, kept], factor_(whole.clone(), 0.0), (0.5 * 40 - 1) / 39)
+    alone = admm_(W[:, kept], factor_(whole.clone(), 0.0), (0.5 * 40 - 1) / 39)
     cost = [objective(W[:, kept], refine(q, whole, W[:, kept])[0], whole) for q in (Q[:, kept], alone)]
     assert cost[0] == pytest.approx(cost[1], rel=0.1)
 
