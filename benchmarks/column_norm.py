@@ -8,7 +8,8 @@ from common import OURS, Bench, Measurement
 from torch import Tensor
 
 from rac_kernels import column_norm_accumulate_
-from rac_kernels.measure import published, roofline
+from rac_kernels.measure import published
+from rac_kernels.ops import column_norm
 
 
 def one(bench: Bench, n: int) -> list[Measurement]:
@@ -34,8 +35,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         f"{bench.tokens} tokens, n={n}",
         n,
         cases,
-        flops=roofline.column_norm_flops(bench.tokens, n),
-        moved=roofline.column_norm_bytes(bench.tokens, n),
+        limit=column_norm.limit(bench.tokens, n),
         extra=extra,
     )
 

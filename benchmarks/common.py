@@ -25,6 +25,7 @@ from torch import Tensor
 from rac_kernels import hessian_accumulate_, symmetrize_
 from rac_kernels.backends import native
 from rac_kernels.measure import roofline
+from rac_kernels.ops.limits import Limit
 
 Case = Callable[[], object]
 OURS = "rac_kernels"
@@ -98,22 +99,20 @@ class Bench:
         n: int,
         cases: Mapping[str, Case],
         *,
-        flops: float,
-        moved: float,
-        peak: str = "fp32",
+        limit: Limit,
         setup: Callable[[], object] | None = None,
         extra: Mapping[str, dict[str, Any]] | None = None,
     ) -> list[Measurement]:
-        """Times the cases in turn, against the limit that the `peak` of that name sets.
+        """Times the cases in turn, against the limit of the operation on this machine.
 
         ``ratio`` is how many times ours is faster than each (median over the rounds).
         """
         times = rounds(cases, self.repeats, setup, self.slow)
-        limit = roofline.limit_seconds(flops, moved, self.peaks, peak)
+        least = roofline.limit_seconds(limit, self.peaks)
         found = []
         for name, seconds in times.items():
             ratio = statistics.median(theirs / mine for theirs, mine in zip(seconds, times[OURS], strict=False))
-            found.append(Measurement(op, shape, n, name, seconds, limit, ratio, (extra or {}).get(name, {})))
+            found.append(Measurement(op, shape, n, name, seconds, least, ratio, (extra or {}).get(name, {})))
         return found
 
 

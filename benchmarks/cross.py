@@ -8,7 +8,7 @@ from common import OURS, Bench, Measurement
 from torch import Tensor
 
 from rac_kernels import cross_accumulate_
-from rac_kernels.measure import roofline
+from rac_kernels.ops import cross
 
 
 def one(bench: Bench, n: int, m: int) -> list[Measurement]:
@@ -38,9 +38,7 @@ def one(bench: Bench, n: int, m: int) -> list[Measurement]:
         f"{bench.tokens} tokens, {n}x{m}",
         n,
         cases,
-        flops=roofline.cross_flops(bench.tokens, n, m),
-        moved=roofline.cross_bytes(bench.tokens, n, m),
-        peak="bf16",
+        limit=cross.limit(bench.tokens, n, m),
         extra=extra,
     )
 

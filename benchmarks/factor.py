@@ -12,7 +12,8 @@ from common import OURS, Bench, Measurement
 from torch import Tensor
 
 from rac_kernels import factor_, factor_batch_, symmetrize_
-from rac_kernels.measure import published, roofline
+from rac_kernels.measure import published
+from rac_kernels.ops import factor
 
 BATCH = 3  # as many inputs of a layer have the model's width
 
@@ -50,9 +51,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         f"n={n}",
         n,
         cases,
-        flops=roofline.factor_flops(n),
-        moved=roofline.factor_bytes(n),
-        peak="tf32x3",
+        limit=factor.limit(n),
         setup=lambda: work.copy_(H),
         extra=extra,
     )
@@ -73,9 +72,7 @@ def several(bench: Bench, n: int) -> list[Measurement]:
             f"{OURS}, one by one": lambda: [factor_(one, 0.01) for one in work],
             "torch: one cholesky of all": lambda: torch.linalg.cholesky_ex(batch),
         },
-        flops=BATCH * roofline.factor_flops(n),
-        moved=BATCH * roofline.factor_bytes(n),
-        peak="tf32x3",
+        limit=factor.limit(n, BATCH),
         setup=lambda: work.copy_(H),
     )
 

@@ -8,7 +8,8 @@ from common import OURS, Bench, Measurement
 from torch import Tensor
 
 from rac_kernels import hessian_accumulate_
-from rac_kernels.measure import published, roofline
+from rac_kernels.measure import published
+from rac_kernels.ops import hessian
 
 
 def one(bench: Bench, n: int) -> list[Measurement]:
@@ -34,9 +35,7 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         f"{bench.tokens} tokens, n={n}",
         n,
         cases,
-        flops=roofline.hessian_flops(bench.tokens, n),
-        moved=roofline.hessian_bytes(bench.tokens, n),
-        peak="bf16",
+        limit=hessian.limit(bench.tokens, n),
         extra=extra,
     )
 

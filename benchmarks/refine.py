@@ -13,8 +13,9 @@ import torch
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import mask_by_score, objective, refine
-from rac_kernels.measure import published, roofline
+from rac_kernels import mask_by_score, objective
+from rac_kernels.measure import published
+from rac_kernels.solvers.refine import limit, refine
 
 ITERATIONS = 10  # as many as ALPS takes
 SMALL = ((512, 64), (512, 256))
@@ -43,8 +44,7 @@ def one(bench: Bench, rows: int, n: int) -> list[Measurement]:
         f"{rows}x{n}, {ITERATIONS} iterations",
         n,
         cases,
-        flops=roofline.refine_flops(rows, n, ITERATIONS),
-        moved=roofline.refine_bytes(rows, n, ITERATIONS),
+        limit=limit(rows, n, ITERATIONS),
         extra={name: {"objective": f"{objective(W, case(), H) / before:.6f}"} for name, case in cases.items()},
     )
 

@@ -12,7 +12,7 @@ from common import OURS, Bench, Measurement
 from torch import Tensor
 
 from rac_kernels import kth_smallest, mask_by_score
-from rac_kernels.measure import roofline
+from rac_kernels.ops import select
 
 
 def kth(bench: Bench, rows: int) -> list[Measurement]:
@@ -30,8 +30,7 @@ def kth(bench: Bench, rows: int) -> list[Measurement]:
         f"{rows}x128",
         rows,
         cases,
-        flops=float(count),
-        moved=roofline.select_bytes(count),
+        limit=select.limit(count),
         extra={OURS: {"error": f"{abs(float(kth_smallest(scores, k) - wanted)):.1e}"}},
     )
 
@@ -50,8 +49,7 @@ def mask(bench: Bench, rows: int, columns: int) -> list[Measurement]:
         f"{rows}x{columns}, rows",
         columns,
         {OURS: lambda: mask_by_score(scores, 0.5), "torch: stable sort": by_sort},
-        flops=float(scores.numel()),
-        moved=roofline.select_bytes(scores.numel()),
+        limit=select.limit(scores.numel()),
         extra={OURS: {"wrong": int((mask_by_score(scores, 0.5) != by_sort()).sum())}},
     )
 

@@ -11,9 +11,10 @@ import common
 from common import OURS, Bench, Measurement
 from torch import Tensor
 
-from rac_kernels import factor_, sweep, symmetrize_
-from rac_kernels.measure import published, roofline
+from rac_kernels import factor_, symmetrize_
+from rac_kernels.measure import published
 from rac_kernels.ops.objective import row_objectives
+from rac_kernels.ops.sweep import limit, sweep
 
 TARGETS = (("50%", 0.5, None), ("2:4", 0.5, (2, 4)))
 LOOP = "published loop"
@@ -45,9 +46,7 @@ def one(bench: Bench, rows: int, columns: int) -> list[Measurement]:
             f"{rows}x{columns}, {label}",
             columns,
             cases,
-            flops=roofline.sweep_flops(rows, columns),
-            moved=roofline.sweep_bytes(rows, columns, W.element_size()),
-            peak="tf32x3",
+            limit=limit(rows, columns, W.dtype),
             extra={name: against(result, results[LOOP]) for name, result in results.items()},
         )
 

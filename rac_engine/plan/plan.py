@@ -85,7 +85,7 @@ def make_plan(
     """Plan a job on the checkpoint in folder `model`; config.json alone is enough, the weights need not be there.
 
     `length` is the mean length of a calibration sequence (attention's share depends on it), `max_length` the longest.
-    Limits are in bytes; `peaks` of the device that computes (see `rac_kernels.roofline`) give the time. Raises
+    Limits are in bytes; `peaks` of the device that computes (see `rac_kernels.measure.roofline`) give the time. Raises
     `BadInput` for a folder without config, an unknown family, settings that do not fit the model, and limits that
     nothing fits in.
     """

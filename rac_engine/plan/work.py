@@ -18,10 +18,12 @@ from rac_engine.solve import find_method
 from rac_engine.solve.methods import admm, alps
 from rac_kernels.measure import roofline
 from rac_kernels.measure.roofline import Peaks
+from rac_kernels.ops import column_norm, factor, hessian, sweep
+from rac_kernels.solvers import refine
 from rac_kernels.solvers.admm import inversions
 from rac_kernels.solvers.alps import CHECK
 
-# Of an H200, as measured by `rac_kernels.roofline`: for plans of jobs on a GPU where there is none.
+# Of an H200, as measured by `rac_kernels.measure.roofline`: for plans of jobs on a GPU where there is none.
 H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
 
 REACHED = 0.5  # of such peaks, by a whole job
@@ -81,7 +83,7 @@ def job_work(
     tokens: int,
     length: int,
 ) -> list[Work]:
-    """FLOPs of the whole job; the triangle, the factor and the sweep by `rac_kernels.roofline`."""
+    """FLOPs of the whole job; those of an operation by its ``limit()``."""
     weights = sum(matrix.rows * matrix.columns * matrix.group.share for layer in layers for matrix in layer)
     width = [matrix.columns for matrix in layers[0] if matrix.group.block == 0][-1]  # what attention gives
     matched = settings.reconstructs != "layer"
@@ -98,7 +100,7 @@ def job_work(
     needs = find_method(settings.method).needs
     if settings.allocation != "uniform":
         first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
-        first += sum(s * roofline.column_norm_flops(tokens, n) for (n, _), s in zip(stages, shares, strict=True))
+        first += sum(s * column_norm.limit(tokens, n).flops for (n, _), s in zip(stages, shares, strict=True))
         work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation"))
     if needs != "nothing":
         times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
@@ -107,13 +109,13 @@ def job_work(
             Work("attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens"),
         ]
     if needs == "norms":
-        flops = sum(share * roofline.column_norm_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
+        flops = sum(share * column_norm.limit(tokens, n).flops for (n, _), share in zip(stages, shares, strict=True))
         work.append(Work("norms", flops, "2 · n · tokens"))
     if needs == "hessian":
-        hessian = sum(share * roofline.hessian_flops(tokens, n) for (n, _), share in zip(stages, shares, strict=True))
+        triangles = sum(share * hessian.limit(tokens, n).flops for (n, _), share in zip(stages, shares, strict=True))
         work += [
-            Work("Hessian", hessian, "n(n + 1) · tokens: one triangle" + routed),
-            Work("factor", sum(roofline.factor_flops(n) for n, _ in stages), "n³/3"),
+            Work("Hessian", triangles, "n(n + 1) · tokens: one triangle" + routed),
+            Work("factor", sum(factor.limit(n).flops for n, _ in stages), "n³/3"),
         ]
         if matched:
             alone = [len(group[0].group.modules) == 1 for group in groups if group]
@@ -134,13 +136,13 @@ def job_work(
             work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
         elif settings.method == "alps":
             flops = sum(
-                roofline.refine_flops(rows, n, alps.REFINING_STEPS)
+                refine.limit(rows, n, alps.REFINING_STEPS).flops
                 + alps.STEPS * (2.0 * rows * n * n + 2.0 * n**3 / CHECK)
                 for n, rows in stages
             )
             work.append(Work("mask and weights", flops, f"{alps.STEPS} · (2 · rows · n² + 2 · n³ / {CHECK}) at most"))
         else:
-            work.append(Work("sweep", sum(roofline.sweep_flops(rows, n) for n, rows in stages), "rows · n²"))
+            work.append(Work("sweep", sum(sweep.limit(rows, n).flops for n, rows in stages), "rows · n²"))
     return work
 
 

@@ -1,7 +1,6 @@
-"""What the mathematics needs and what the machine can do: the limit that stands beside every timing.
+"""The peaks of a machine, and the time that an operation's ``limit()`` takes at them: it stands beside every timing.
 
-FLOPs count a multiplication and an addition as two. Bytes are what must move between memory and processor at least
-once. Peaks are measured here and now, not read in a brochure.
+Peaks are measured here and now, not read in a brochure.
 """
 
 from __future__ import annotations
@@ -13,77 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rac_kernels.ops.limits import Limit
+
 Peaks = dict[str, float]
 
 """FLOP/s of a matrix product by dtype ("bf16", "fp16", "fp32") and of an fp32 product made of three of TF32 ("tf32x3");
 bytes/s of a copy, read and written ("bytes")."""
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def hessian_flops(tokens: int, n: int) -> float:
-    """One triangle, diagonal included, of Xᵀ X."""
-    return float(tokens) * n * (n + 1)
-
-
-def hessian_bytes(tokens: int, n: int, itemsize: int = 2) -> float:
-    """X read; the fp32 triangle read and written."""
-    return float(tokens) * n * itemsize + n * (n + 1) * 4.0
-
-
-def factor_flops(n: int) -> float:
-    """One Cholesky factorization."""
-    return n**3 / 3
-
-
-def factor_bytes(n: int) -> float:
-    """The fp32 triangle read and written."""
-    return n * (n + 1) * 4.0
-
-
-def sweep_flops(rows: int, n: int) -> float:
-    """Every column's error spread over the columns to its right."""
-    return float(rows) * n * n
-
-
-def sweep_bytes(rows: int, n: int, itemsize: int = 2) -> float:
-    """W read, Q written in fp32, the fp32 triangle of the factor read."""
-    return float(rows) * n * (itemsize + 4) + n * (n + 1) * 2.0
-
-
-def column_norm_flops(tokens: int, n: int) -> float:
-    """A square and an addition each."""
-    return 2.0 * tokens * n
-
-
-def column_norm_bytes(tokens: int, n: int, itemsize: int = 2) -> float:
-    """X read."""
-    return float(tokens) * n * itemsize
-
-
-def cross_flops(tokens: int, n: int, m: int) -> float:
-    """All of Xᵀ Y."""
-    return 2.0 * tokens * n * m
-
-
-def cross_bytes(tokens: int, n: int, m: int, itemsize: int = 2) -> float:
-    """X and Y read; the fp32 sum read and written."""
-    return float(tokens) * (n + m) * itemsize + n * m * 8.0
-
-
-def refine_flops(rows: int, n: int, iterations: int) -> float:
-    """A product with H an iteration, and one before and after them to measure."""
-    return 2.0 * rows * n * n * (iterations + 2)
-
-
-def refine_bytes(rows: int, n: int, iterations: int) -> float:
-    """Each iteration reads H, Q, R, P and their product with it and writes those four, in fp32."""
-    return (iterations + 2) * (n * n * 4.0 + rows * n * 4.0 * 8)
-
-
-def select_bytes(count: int) -> float:
-    """The fp32 scores read."""
-    return count * 4.0
 
 
 def measure_peaks(device: torch.device | str = "cpu", seconds: float = 0.5) -> Peaks:
@@ -116,15 +52,14 @@ def measure_peaks(device: torch.device | str = "cpu", seconds: float = 0.5) -> P
     return peaks
 
 
-def limit_seconds(flops: float, moved: float, peaks: Peaks, peak: str = "fp32") -> float:
-    """The time below which the work cannot be done: arithmetic at the `peak` of that name, or bytes `moved`, whichever
-    takes longer."""
-    return max(flops / peaks[peak], moved / peaks["bytes"])
+def limit_seconds(limit: Limit, peaks: Peaks) -> float:
+    """The time below which the work cannot be done: by its arithmetic or by the bytes moved, whichever takes longer."""
+    return max(limit.flops / peaks[limit.peak], limit.moved / peaks["bytes"])
 
 
-def share_of_limit(seconds: float, flops: float, moved: float, peaks: Peaks, peak: str = "fp32") -> float:
+def share_of_limit(seconds: float, limit: Limit, peaks: Peaks) -> float:
     """How much of the measured limit was reached in `seconds`: 1 is all of it."""
-    return limit_seconds(flops, moved, peaks, peak) / seconds
+    return limit_seconds(limit, peaks) / seconds
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:

@@ -13,6 +13,7 @@ from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
 from rac_kernels.ops.hessian import check_tokens
+from rac_kernels.ops.limits import Limit
 
 
 def column_norm_accumulate_(s: Tensor, X: Tensor, weights: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -139,3 +140,8 @@ def _triton(s: Tensor, X: Tensor, weights: Tensor | None) -> None:
             enable_fp_fusion=True,
         )
     s += partial.sum(0, dtype=torch.float64)
+
+
+def limit(tokens: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
+    """A square and an addition for each element of X [tokens, n], which is read."""
+    return Limit(2.0 * tokens * n, float(tokens * n * dtype.itemsize), "fp32")

@@ -18,6 +18,7 @@ from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
 from rac_kernels.ops.hessian import Config, aligned, check_tokens, config
+from rac_kernels.ops.limits import PRODUCT_PEAKS, Limit
 
 _SIDE = 2048  # rows of C that the reference updates at a time
 
@@ -269,3 +270,8 @@ def _triton(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None) -> None:
                 GROUP=GROUP,
                 enable_fp_fusion=True,
             )
+
+
+def limit(tokens: int, n: int, m: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
+    """All of XᵀY: X [tokens, n] and Y [tokens, m] read, the fp32 sum read and written."""
+    return Limit(2.0 * tokens * n * m, tokens * (n + m) * dtype.itemsize + 8.0 * n * m, PRODUCT_PEAKS[dtype])

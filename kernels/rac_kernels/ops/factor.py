@@ -19,6 +19,7 @@ from torch import Tensor
 from rac_kernels.backends import cuda, gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
+from rac_kernels.ops.limits import Limit
 from rac_kernels.ops.mirror import mirror
 from rac_kernels.ops.product import COLUMNS, invert, product
 
@@ -375,3 +376,8 @@ _CHOLESKY: dict[str, Callable[[Tensor], Tensor]] = {
     "cuda": partial(_cholesky_triton_, cuda_corners=True),
     "whole": _cholesky_whole_,
 }
+
+
+def limit(n: int, matrices: int = 1) -> Limit:
+    """One Cholesky factorization, n³/3, of each matrix [n, n]: the fp32 triangle read and written."""
+    return Limit(matrices * n**3 / 3, matrices * 4.0 * n * (n + 1), "tf32x3")

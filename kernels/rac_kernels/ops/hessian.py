@@ -25,6 +25,7 @@ from torch import Tensor
 from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
+from rac_kernels.ops.limits import PRODUCT_PEAKS, Limit
 
 _SIDE = 2048  # rows of H that the reference updates at a time
 
@@ -331,3 +332,9 @@ def aligned(X: Tensor) -> Tensor:
     copy = X.new_zeros(tokens, -(-n // ALIGNED) * ALIGNED)
     copy[:, :n] = X
     return copy
+
+
+def limit(tokens: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
+    """One triangle of XᵀX, the diagonal included: X [tokens, n] read, the fp32 triangle read and written."""
+    triangle = n * (n + 1) / 2
+    return Limit(2 * tokens * triangle, tokens * n * dtype.itemsize + 8 * triangle, PRODUCT_PEAKS[dtype])

@@ -10,6 +10,7 @@ from torch import Tensor
 from rac_kernels.backends import cuda, gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
+from rac_kernels.ops.limits import Limit
 from rac_kernels.ops.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 
 
@@ -339,3 +340,8 @@ class Selection:
                 fixed = {"LEVEL": level, "BINS": BINS, "STEP": COUNTED, "STEPS": PROGRAM_SCORES // COUNTED}
                 count_kernel[grid](scores, table, self._state, **fixed, num_warps=WARPS)
             resolve_kernel[(len(counts),)](scores, table, self._state, *found, BINS=BINS, STEP=COUNTED, num_warps=WARPS)
+
+
+def limit(count: int) -> Limit:
+    """A comparison for each of so many fp32 scores, which are read."""
+    return Limit(float(count), 4.0 * count, "fp32")

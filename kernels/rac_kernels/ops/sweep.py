@@ -22,6 +22,7 @@ from torch import Tensor
 from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
+from rac_kernels.ops.limits import Limit
 from rac_kernels.ops.pattern import Pattern, check_pattern_fits, check_sparsity, parse_pattern, zeros_of
 from rac_kernels.ops.product import COLUMNS, invert, product
 from rac_kernels.ops.select import Selection, smallest, smallest_per_group
@@ -431,3 +432,9 @@ def _triton(
             found = (selected.thresholds, selected.last)
             threshold_kernel[(walks,)](D, Q, inverse, scores, *found, *tables, *block, **WALK, **fixed)
     return Q
+
+
+def limit(rows: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
+    """Every column's error spread over the columns to its right: W [rows, n] read, Q written in fp32, the fp32 triangle
+    of U read."""
+    return Limit(float(rows * n * n), rows * n * (dtype.itemsize + 4) + 2.0 * n * (n + 1), "tf32x3")

@@ -26,6 +26,7 @@ from torch import Tensor
 from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
+from rac_kernels.ops.limits import Limit
 
 TRIANGLES = ("full", "upper", "lower")
 
@@ -559,3 +560,10 @@ def _step_triton(
         tensors = (Q, R, P, A, mask.view(torch.uint8), inverse, sizes, done_at, counts, left)
         step_kernel[(len(Q),)](*tensors, Q.shape[1], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
     return left
+
+
+def limit(rows: int, n: int, iterations: int) -> Limit:
+    """A product with H [n, n] an iteration, and one before and after them to measure: each time H, Q, R, P [rows, n]
+    and the product are read and those four written, in fp32."""
+    products = iterations + 2
+    return Limit(2.0 * rows * n * n * products, products * (4.0 * n * n + 4.0 * 8 * rows * n), "fp32")
