@@ -8,16 +8,7 @@ class BadInput(Exception):
 
 
 class Interrupted(Exception):
-    """A job stopped cleanly and can go on later; the CLI exits with 75.
-
-    `command` continues it, where whoever stopped it knows the command line.
-    """
-
-    exit_code = 75
-
-    def __init__(self, message: str, command: str | None = None) -> None:
-        super().__init__(message)
-        self.command = command
+    """A job stopped cleanly, and the same call goes on with it later; the CLI exits with 75."""
 
 
 class Damaged(Exception):

@@ -25,8 +25,6 @@ from typing import Any
 
 OPERATIONS = ("write", "reserve", "truncate", "sync", "rename", "remove", "read")
 
-PHASES = ("before", "during", "after")
-
 pwrite = os.pwrite
 
 preadv = os.preadv

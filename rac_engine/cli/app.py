@@ -24,9 +24,7 @@ from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 _LONGEST = 2000  # characters of an error
-
 _RESUMABLE = ("run", "trace", "prune", "eval")
 
 
@@ -83,12 +81,12 @@ def _fail(code: int, text: str) -> int:
 def _stopped(words: Sequence[str], error: BaseException) -> int:
     if next((word for word in words if word in COMMANDS), None) not in _RESUMABLE:
         return _fail(1, "stopped")
-    command = getattr(error, "command", None) or shlex.join(["rac", *(word for word in words if word != "--restart")])
+    command = shlex.join(["rac", *(word for word in words if word != "--restart")])
     return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")
 
 
 def _failed(error: Exception, verbose: bool) -> int:
-    """What a user can understand and mend is a line; a bug shows where it is."""
+    """Exit after an error: a line for what a user can understand and mend, a traceback for a bug."""
     kind = type(error).__name__
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")

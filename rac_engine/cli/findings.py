@@ -1,4 +1,4 @@
-"""What this machine has for pruning, what it lacks, what that costs, and how to mend it."""
+"""Findings of `rac doctor`: what this machine has for pruning and lacks, what that costs, and how to mend it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydant
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: `ok`, `note` (works, but something is slower or missing) or `fail` (nothing works)."""
+    """A line of the doctor: `ok`, `note` (works, but something is slower or missing) or `fail` (nothing works)."""
 
     what: str
     status: Literal["ok", "note", "fail"]

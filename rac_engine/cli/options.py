@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Options that are left out of the short page."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise `BadInput` with argparse's message."""
         raise BadInput(f"{message}; see `{self.prog} --help`")
 
 

@@ -1,4 +1,4 @@
-"""What goes beside the weights at the end of a job: model card, recipe, metrics and manifest."""
+"""The end of a job: model card, recipe, metrics and manifest are written beside the weights."""
 
 from __future__ import annotations
 

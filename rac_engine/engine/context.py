@@ -23,7 +23,7 @@ from rac_engine.solve import Reason, Target
 
 @dataclass
 class Context:
-    """Everything that the layers of one pruning job share."""
+    """A pruning job as its layers see it: all that they share."""
 
     model: Model
     settings: PruneSettings

@@ -1,4 +1,4 @@
-"""What a job is told of the machine that it runs on: devices, memory, limits."""
+"""The machine that a job runs on: its device, its memory, and the limits that the job keeps to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _PROGRAM_STEP = 256 << 20
 
 
 def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
-    """What `plan_memory` is told of the machine."""
+    """Arguments of `plan_memory`: memory of the machine, less what others use, and the limits in bytes that were given.
+
+    `begun` are the bytes that this process has already. Raises `BadInput` for limits that do not fit the device.
+    """
     on_gpu = torch.device(device).type == "cuda"
     if device_memory is not None and not on_gpu:
         raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
@@ -65,7 +68,7 @@ def limited_gpu(device: str, limit: int | None) -> Iterator[None]:
 def require_memory(
     model: Model, settings: PruneSettings, device: str, device_memory: int | None, host_memory: int | None
 ) -> None:
-    """`BadInput` for limits, as those of `prune`, in which not even a single token goes through the model."""
+    """Raise `BadInput` for limits, those of `prune`, in which not even a single token goes through the model."""
     limits = machine_limits(device_name(device), device_memory, host_memory, resident())
     plan_memory(Shape.of(model, settings, limits["on_gpu"]), settings, 1, 1, **limits)
 

@@ -1,4 +1,4 @@
-"""What finished jobs leave behind, read back: metrics, evaluations, and the table that compares models."""
+"""metrics.jsonl read back: the run, a row a matrix, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rac_engine.jobs.layout import METRICS
 
 
 def rule_text(settings: dict[str, Any]) -> str:
-    """`2:4`, or `50% unstructured`, and whether some matrices are pruned by another rule."""
+    """Pattern or sparsity as text, `2:4` or `50% unstructured`, and whether some matrices have another one."""
     rule = settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
     if settings.get("allocation", "uniform") != "uniform":
         rule += f", allocated by {settings['allocation']}"
@@ -26,7 +26,7 @@ def rule_text(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl: the run (versions, model, calibration, settings), an object a matrix, and how it ended."""
+    """Metrics of a job: the run (versions, model, calibration, settings), a row a matrix, and how it ended."""
 
     run: dict[str, Any]
     matrices: list[dict[str, Any]]
@@ -34,6 +34,7 @@ class Metrics:
 
     @property
     def pruned(self) -> list[dict[str, Any]]:
+        """Rows of the matrices that are pruned."""
         return [matrix for matrix in self.matrices if not matrix.get("skipped")]
 
     @property
@@ -73,7 +74,7 @@ def layer_of(matrix: dict[str, Any]) -> str:
 
 
 def place_of(matrix: dict[str, Any], between: str = ", ") -> str:
-    """Where a matrix stands, in words."""
+    """A matrix's place in the model, in words."""
     layer = layer_of(matrix)
     return f"layer {layer}{between}{matrix['module']}" if layer else str(matrix["module"])
 

@@ -157,7 +157,7 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 def identity_of(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
-    """What has to be the same for an unfinished job to go on, by names a user understands."""
+    """The identity of a job: all that has to be the same for it to go on, by names a user understands."""
     return {
         "model": run["model"]["sha256"],
         "calibration": run["calibration"] and run["calibration"]["sha256"],

@@ -106,5 +106,6 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
 
 
 def recipe_of(out: Path) -> Recipe | None:
+    """The recipe that a job has left in `out`, if it is there."""
     path = out / RAC / RECIPE
     return load_recipe(path) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""The figures of a report: heatmaps and histograms as geometry, with the numbers beside them."""
+"""Figures of a report: heatmaps and histograms as SVG geometry, with the numbers beside them in text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from rac_engine.base.sizes import figure, percent
 from rac_engine.engine import Metrics, layer_of, place_of
 
 _BLUES = ("#eef4fa", "#cfe2f1", "#9cc5e2", "#5fa1cd", "#2d7bb2", "#12578b", "#08365c")
-
 _AMBERS = ("#fdf5e8", "#fae0b8", "#f4c279", "#e59a3f", "#c66d1c", "#954611", "#5e2708")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One matrix in a heatmap: what is printed, its colours, and what a pointer or a screen reader gets."""
+    """A matrix in a heatmap: its text and colours, and the title that a pointer or a screen reader gets."""
 
     text: str
     title: str
@@ -27,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Layers down, modules across; `scale` are the legend's colours from `low` to `high`."""
+    """A table of cells, layers down and modules across, with a legend of the colours `scale` from `low` to `high`."""
 
     title: str
     caption: str
@@ -40,25 +39,30 @@ class Heatmap:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Decode lengths of one model on bins shared by all: bars and outline are SVG geometry."""
+    """Decode lengths of one model, in the bins that all models share."""
 
     name: str
     bars: list[tuple[float, float, float, float, str]]
+    """Left, top, width and height in SVG units, and a title; bins without answers have none."""
     outline: str
+    """SVG path along the tops of the dense model's bars, to compare with."""
     mean_x: float
+    """SVG position of the mean."""
     mean: float
     cut_off: float
+    """Share of the answers that met the length limit; they are in no bar."""
     summary: str
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The histograms of all models with the axis that they share (SVG units, `width` x `height` each)."""
+    """The histograms of all models, each `width` by `height` SVG units, with the axis that they share."""
 
     histograms: list[Histogram]
     ticks: list[tuple[float, str]]
+    """SVG position and text."""
     limit: int
-    limit_shown: bool
+    """Tokens at which an answer is cut off; 0 if that is not known."""
     width: int = 560
     height: int = 74
 
@@ -76,13 +80,14 @@ def _colour(scale: Sequence[str], share: float) -> tuple[str, str]:
 
 
 def _short(module: str) -> str:
-    """`self_attn.q_proj` → `q`."""
+    """A module's short name: `q` for `self_attn.q_proj`."""
     return module.rpartition(".")[2].removesuffix("_proj") or module
 
 
-def _grid(
+def _heatmap(
     metrics: Metrics, title: str, caption: str, scale: Sequence[str], key: str, top: float, show: Callable[[float], str]
 ) -> Heatmap:
+    """A heatmap of the entry `key` of each matrix's row, from 0 to `top`, with `show` for its text."""
     modules = list(dict.fromkeys(matrix["module"] for matrix in metrics.matrices))
     layers = {matrix["layer"]: layer_of(matrix) for matrix in metrics.matrices}
     at = {(matrix["layer"], matrix["module"]): matrix for matrix in metrics.matrices}
@@ -104,11 +109,13 @@ def _grid(
 
 
 def sparsity_map(metrics: Metrics) -> Heatmap:
+    """A heatmap of the zeros in each matrix."""
     caption = "Zeros in each matrix, as a share of its weights (per cent)."
-    return _grid(metrics, "Sparsity", caption, _BLUES, "sparsity", 1.0, lambda share: f"{100 * share:.4g}")
+    return _heatmap(metrics, "Sparsity", caption, _BLUES, "sparsity", 1.0, lambda share: f"{100 * share:.4g}")
 
 
 def error_map(metrics: Metrics) -> Heatmap:
+    """A heatmap of the relative error of each matrix's outputs."""
     top = max((matrix["relative_error"] for matrix in metrics.pruned if matrix.get("relative_error")), default=0.0)
     caption = "Squared error of each matrix's outputs on the calibration tokens, as a share of the outputs' own square."
     digits = 2 if top >= 0.1 else 1 - math.floor(math.log10(top or 1))
@@ -116,7 +123,7 @@ def error_map(metrics: Metrics) -> Heatmap:
     def show(error: float) -> str:
         return f"{error:.{digits}f}" if digits <= 4 else f"{error:.1e}"
 
-    return _grid(metrics, "Relative error", caption, _AMBERS, "relative_error", top, show)
+    return _heatmap(metrics, "Relative error", caption, _AMBERS, "relative_error", top, show)
 
 
 def _nice(step: float) -> int:
@@ -125,61 +132,85 @@ def _nice(step: float) -> int:
     return next(int(power * m) for m in (1, 2, 5, 10) if power * m >= step)
 
 
+@dataclass(frozen=True)
+class _Bins:
+    """Bins of decode lengths that all models share."""
+
+    tokens: int
+    """Width of a bin."""
+    count: int
+    top: float
+    """Largest share of a model's answers in one bin."""
+
+    @property
+    def unit(self) -> float:
+        """Width of a bin in SVG units."""
+        return Lengths.width / self.count
+
+    def x(self, tokens: float) -> float:
+        """SVG position of a length."""
+        return tokens / self.tokens * self.unit
+
+    def y(self, share: float) -> float:
+        """SVG position of the top of a bar, from above."""
+        return Lengths.height * (1 - share / self.top)
+
+
 def decode_lengths(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> Lengths | None:
-    """Histograms of the answers that ended, on one axis and one vertical scale; those cut off are a column apart."""
+    """Histograms of the answers that ended, on one axis and one vertical scale; those cut off are told apart.
+
+    `results` are evaluations by model and `labels` the models' names in the report; None where there are no answers.
+    """
     if not any(result.get("rows") for result in results.values()):
         return None
-    ended = {
-        name: [row["tokens"] for row in result["rows"] if row["finish_reason"] != "length"]
-        for name, result in results.items()
-    }
-    every = [row["tokens"] for result in results.values() for row in result["rows"]]
+    longest = max(row["tokens"] for result in results.values() for row in result["rows"])
+    width = _nice(longest / 48)
+    count = longest // width + 1
+    shares = {name: _shares(result["rows"], width, count) for name, result in results.items()}
+    bins = _Bins(width, count, max(map(max, shares.values())) or 1.0)
+    outline = _outline(shares["dense"], bins) if "dense" in shares else ""
+    histograms = [
+        _histogram(labels[name], results[name]["summary"], own, bins, outline if name != "dense" else "")
+        for name, own in shares.items()
+    ]
+    span = count * width
+    ticks = [(round(bins.x(value), 2), f"{value:,}") for value in range(0, span, _nice(span / 7))]
     limit = max(int(result.get("settings", {}).get("max_new_tokens", 0)) for result in results.values())
-    bin_width = _nice(max(every) / 48)
-    bins = max(every) // bin_width + 1
-    counts = {
-        name: [
-            sum(1 for length in lengths if length // bin_width == b) / len(results[name]["rows"]) for b in range(bins)
-        ]
-        for name, lengths in ended.items()
-    }
-    top = max((share for shares in counts.values() for share in shares), default=0) or 1.0
-    width, height = Lengths.width, Lengths.height
-    unit = width / bins
-    outline = _outline(counts["dense"], unit, height, top) if "dense" in counts else ""
-    histograms = []
-    for name, shares in counts.items():
-        figures = results[name]["summary"]
-        bars = [
-            (
-                round(b * unit, 2),
-                round(height * (1 - share / top), 2),
-                round(max(unit - 1, 0.5), 2),
-                round(height * share / top, 2),
-                f"{b * bin_width} to {(b + 1) * bin_width - 1} tokens: {percent(share)}",
-            )
-            for b, share in enumerate(shares)
-            if share
-        ]
-        summary = (
-            f"{labels[name]}: mean {figure(figures['mean_tokens'])} tokens, "
-            f"95% within {figure(figures['p95_tokens'])}, {percent(figures['cut_off_share'])} cut off"
+    return Lengths(histograms, ticks, limit)
+
+
+def _shares(rows: Sequence[dict[str, Any]], width: int, count: int) -> list[float]:
+    """The share of a model's answers that ended in each of `count` bins, `width` tokens wide."""
+    ended = [row["tokens"] for row in rows if row["finish_reason"] != "length"]
+    return [sum(1 for length in ended if length // width == number) / len(rows) for number in range(count)]
+
+
+def _histogram(name: str, figures: dict[str, Any], shares: Sequence[float], bins: _Bins, outline: str) -> Histogram:
+    """A model's histogram; `figures` is the summary of its evaluation."""
+    bars = [
+        (
+            round(number * bins.unit, 2),
+            round(bins.y(share), 2),
+            round(max(bins.unit - 1, 0.5), 2),
+            round(Lengths.height * share / bins.top, 2),
+            f"{number * bins.tokens} to {(number + 1) * bins.tokens - 1} tokens: {percent(share)}",
         )
-        mean_x = round(min(figures["mean_tokens"] / bin_width * unit, width), 2)
-        shown = outline if name != "dense" else ""
-        mean = figures["mean_tokens"]
-        histograms.append(Histogram(labels[name], bars, shown, mean_x, mean, figures["cut_off_share"], summary))
-    step = _nice(bins * bin_width / 7)
-    ticks = [(round(value / bin_width * unit, 2), f"{value:,}") for value in range(0, bins * bin_width, step)]
-    return Lengths(histograms, ticks, limit, max(every) >= limit > 0)
+        for number, share in enumerate(shares)
+        if share
+    ]
+    mean, cut_off = figures["mean_tokens"], figures["cut_off_share"]
+    summary = (
+        f"{name}: mean {figure(mean)} tokens, 95% within {figure(figures['p95_tokens'])}, {percent(cut_off)} cut off"
+    )
+    return Histogram(name, bars, outline, round(min(bins.x(mean), Lengths.width), 2), mean, cut_off, summary)
 
 
-def _outline(shares: list[float], unit: float, height: int, top: float) -> str:
+def _outline(shares: Sequence[float], bins: _Bins) -> str:
     """An SVG path along the tops of a histogram's bars, with gaps where there are none."""
     path, before = [], 0.0
-    for b, share in enumerate([*shares, 0.0]):
+    for number, share in enumerate([*shares, 0.0]):
         if share or before:
-            start = "" if before else f"M{b * unit:.2f} {height}"
-            path.append(f"{start}V{height * (1 - share / top):.2f}" + (f"H{(b + 1) * unit:.2f}" if share else ""))
+            start = "" if before else f"M{number * bins.unit:.2f} {Lengths.height}"
+            path.append(f"{start}V{bins.y(share):.2f}" + (f"H{(number + 1) * bins.unit:.2f}" if share else ""))
         before = share
     return "".join(path)

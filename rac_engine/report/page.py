@@ -22,11 +22,8 @@ from rac_engine.report.figures import decode_lengths, error_map, sparsity_map
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_TRACES = 2
-
 _SHOWN_CHANGES = 8
-
-_CLIP = 1200
-
+_CLIP = 1200  # characters of a trace that are shown
 _TRACE_COLUMNS = ["id", "text", "finish_reason", "completion_token_ids"]
 
 
@@ -44,12 +41,12 @@ def write_report(out: str | Path) -> Path:
 
 
 def render(out: Path) -> str:
-    """The report's HTML."""
+    """The report of the job in the folder `out`, as HTML."""
     metrics = load_metrics(out / RAC)
     recipe = recipe_of(out)
     results = evaluations(out, [variant.name for variant in recipe.compare] if recipe else [])
     rows = comparison(out, metrics)
-    labels = dict(zip(results, rows, strict=True))
+    labels = {name: row.name for name, row in zip(results, rows, strict=True)}
     recipe_file = out / RAC / RECIPE
     return (
         environment(_TEMPLATES, autoescape=True)
@@ -63,8 +60,8 @@ def render(out: Path) -> str:
             dense=next((row for row in rows if row.name == "dense"), None),
             main=next((row for row in rows if row.main), None),
             heatmaps=[sparsity_map(metrics), error_map(metrics)],
-            lengths=decode_lengths(results, {name: row.name for name, row in labels.items()}),
-            kinds=_kinds(results, {name: row.name for name, row in labels.items()}),
+            lengths=decode_lengths(results, labels),
+            kinds=_kinds(results, labels),
             changes=_changes(results),
             traces=_traces(out) if _calibrated_on_own_traces(metrics) else [],
             times=_times(step_times(out), metrics),
@@ -93,7 +90,7 @@ def _kinds(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> dict[s
 
 
 def _changes(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Problems that one of dense and pruned got right and the other did not."""
+    """Problems that the dense model got right and the pruned one did not, and the number of those the other way."""
     if not {"dense", "pruned"} <= results.keys():
         return None
     pairs = list(zip(results["dense"]["rows"], results["pruned"]["rows"], strict=False))
@@ -131,7 +128,7 @@ def _traces(out: Path) -> list[dict[str, str]]:
 
 
 def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
-    """A note where this job's prompts gave fewer tokens of traces than were asked for."""
+    """A note if this job's prompts gave fewer tokens of traces than were asked for."""
     path = out / RAC / TRACES / TRACES_SUMMARY
     if not path.is_file() or not _calibrated_on_own_traces(metrics):
         return []
@@ -145,7 +142,7 @@ def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
 
 
 def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:
-    """Groups of (name, seconds, share of the longest in its group): the job's steps, the pruning's phases."""
+    """The job's steps and the pruning's phases: name, seconds, and share of the longest in their group."""
     groups = {"The whole job": steps, "Pruning, by phase": metrics.end.get("phases") or {}}
     return [
         {"title": title, "rows": [(name, s, s / max(*seconds.values(), 1e-9)) for name, s in seconds.items()]}
@@ -155,7 +152,7 @@ def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def _memory(metrics: Metrics) -> list[tuple[str, int, int]]:
-    """Where, bytes planned and bytes measured at the peak; the host's beyond what the program had before."""
+    """Place, bytes planned and bytes measured at the peak; on the host beyond what the program had before."""
     peaks, plan = metrics.end.get("memory"), metrics.end.get("plan")
     found = []
     for where, name in (("host", "host, beyond the program"), ("device", "GPU")):
@@ -170,7 +167,7 @@ def _memory(metrics: Metrics) -> list[tuple[str, int, int]]:
 
 
 def _lanes(metrics: Metrics) -> list[tuple[str, list[tuple[float, float, str]]]]:
-    """The job's timeline: for each lane its spans, as start and width in per cent of the job, and what to call them."""
+    """The job's timeline: each lane's spans, with start and width in per cent of the job and a title."""
     timeline, layers = metrics.end.get("timeline"), (metrics.run.get("model") or {}).get("layers")
     spans: dict[str, list[tuple[float, float, str]]] = {}
     try:
@@ -187,7 +184,7 @@ def _lanes(metrics: Metrics) -> list[tuple[str, list[tuple[float, float, str]]]]
 
 
 def _notes(metrics: Metrics) -> list[tuple[str, list[str]]]:
-    """Everything that was noted, a note with all the places it came from."""
+    """Notes of the job and of its matrices, each with all the places that it came from."""
     of_matrices = {f"{matrix['name']}: {note}" for matrix in metrics.matrices for note in matrix.get("notes") or []}
     places: dict[str, list[str]] = {str(note): [] for note in metrics.end.get("notes") or [] if note not in of_matrices}
     for matrix in metrics.matrices:
