@@ -73,7 +73,7 @@ def smaller(words: list[str]) -> list[str]:
     if words[1:2] == ["plan"]:
         return words
     made = [SMALL.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    if words[1:2] in (["trace"], ["eval"]) and "--max-new-tokens" not in made and "--help" not in made:
+    if words[1:2] in (["trace"], ["eval"]) and "--max-new-tokens" not in made and not made[-1].startswith("--help"):
         made += ["--max-new-tokens", SMALL["--max-new-tokens"]]
     return made
 
@@ -99,7 +99,7 @@ def check_words(words: list[str]) -> None:
         assert set(wanted) <= targets, f"no such target: {wanted}"
     elif script := next((word for word in words if word.endswith(".py")), None):
         assert (ROOT / script).is_file(), f"{script} is not there"
-        source = (ROOT / script).read_text()
+        source = (ROOT / script).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
         missing = [option for option in options if f'"{option}"' not in source]
         assert not missing, f"{script} knows no {', '.join(missing)}"
 
@@ -123,7 +123,7 @@ def is_whole(words: list[str]) -> bool:
     """Whether `rac` could run this."""
     from rac_engine.cli.app import _parser
 
-    if "--help" in words or words[1].startswith("-"):
+    if any(word.startswith("--help") for word in words) or words[1].startswith("-"):
         return "COMMAND" not in words
     try:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -72,6 +72,14 @@ def test_what_is_not_there_is_found(wrong: str) -> None:
         check_words(words)
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "benchmarks/README.md", "examples/abacus/README.md"])
+def test_commands_that_take_long_exist(page: str) -> None:
+    """These pages are not run: what they show are tests, benchmarks and training."""
+    for snippet in snippets(page, (ROOT / page).read_text()):
+        for words in commands(snippet) if snippet.kind in ("bash", "console") else []:
+            check_words([word for word in words if "=" not in word or word.startswith("-")])
+
+
 def test_the_recipes_page_is_what_the_models_say() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
     assert (ROOT / "docs" / "recipes.md").read_text() == made, "run python docs/make_recipes.py"
