@@ -57,9 +57,9 @@ class Context:
         return list(self.model.parts(self.settings.also))
 
     @property
-    def stages(self) -> int:
-        """Number of decoder layers, and of lm_head behind them if it is to be pruned."""
-        return self.parts[-1] + 1
+    def numbers(self) -> range:
+        """Numbers of the decoder layers in their order, and of lm_head behind them if it is to be pruned."""
+        return range(self.parts[-1] + 1)
 
     @cached_property
     def last(self) -> int:

@@ -18,6 +18,7 @@ from rac_engine.plan import PROGRAM_BYTES, Shape, plan_memory
 from rac_engine.recipe import PruneSettings
 
 _PROGRAM_STEP = 256 << 20
+_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
@@ -50,6 +51,19 @@ def machine_limits(device: str, device_memory: int | None, host_memory: int | No
 
 
 @contextmanager
+def allocator_restored() -> Iterator[None]:
+    """Put the setting of torch's allocator in the environment back afterwards (see `device_name`)."""
+    before = os.environ.get(_ALLOCATOR)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_ALLOCATOR, None)
+        else:
+            os.environ[_ALLOCATOR] = before
+
+
+@contextmanager
 def limited_gpu(device: str, limit: int | None) -> Iterator[None]:
     """Hold this process to `limit` bytes of a GPU for a while, and measure its peak from here; nothing on a CPU."""
     if torch.device(device).type != "cuda":
@@ -77,8 +91,8 @@ def device_name(name: str) -> str:
     """The device by its full name ("cuda:0" for "cuda"); `BadInput` if it is not there."""
     # A limit bounds what torch has reserved, so the pieces of it have to fit together: segments that grow and shrink
     # leave next to nothing lying idle. Heeded if CUDA has not started yet, and unless the user has chosen.
-    if not any(f"PYTORCH_{part}ALLOC_CONF" in os.environ for part in ("CUDA_", "")):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if not any(variable in os.environ for variable in (_ALLOCATOR, "PYTORCH_ALLOC_CONF")):
+        os.environ[_ALLOCATOR] = "expandable_segments:True"
     try:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:

@@ -18,9 +18,9 @@ from rac_engine.base.process import peak_memory
 from rac_engine.checkpoint import CheckpointWriter
 from rac_engine.engine.closing import PruneReport, close_job
 from rac_engine.engine.context import Context
-from rac_engine.engine.job import prune_layers
 from rac_engine.engine.layer_files import LayerFiles
-from rac_engine.engine.limits import limited_gpu
+from rac_engine.engine.limits import allocator_restored, limited_gpu
+from rac_engine.engine.loop import prune_layers
 from rac_engine.engine.setup import PruneRequest, Setup, calibration_remarks, describe, identity_of, set_up
 from rac_engine.engine.streams import open_streams
 from rac_engine.engine.survey import Allocation, allocate, allocated
@@ -77,7 +77,7 @@ def prune(
         progress=progress,
         finish=finish,
     )
-    with FolderJob(out) as job:  # before anything is read: a second process is refused at once
+    with allocator_restored(), FolderJob(out) as job:  # before anything is read: a second process is refused at once
         report = _prune(request, job)
         job.publish()
     return report

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 from pathlib import Path
 from types import FunctionType
 
 import pytest
+import torch
 
 import rac_engine
 from rac_engine.recipe.settings import EvalSettings, PruneSettings
@@ -30,6 +32,15 @@ def test_signatures_and_docstrings_say_what_is_taken(name):
     parameters = inspect.signature(function).parameters
     assert "device" in parameters and not {"args", "options", "kwargs"} & set(parameters)
     assert all(f"        {parameter}: " in function.__doc__ for parameter in parameters)
+
+
+def test_a_call_leaves_the_environment_and_torch_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    before = dict(os.environ), torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.get_rng_state()
+    rac_engine.prune(ABACUS, tmp_path / "out", PruneSettings(method="magnitude", sparsity=0.1))
+    after = dict(os.environ), torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.get_rng_state()
+    assert before[:3] == after[:3] and torch.equal(before[3], after[3])
 
 
 def test_pruning_and_then_evaluating(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def test_a_job_stopped_behind_the_first_pass_goes_on_without_another(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises((Interrupted, RuntimeError)):
-        patch.setattr("rac_engine.engine.job.prune_layer", stopped)
+        patch.setattr("rac_engine.engine.loop.prune_layer", stopped)
         prune(source, out, wanted, calibration)
     file = tmp_path / "out.partial" / ALLOCATION
     assert file.exists()

@@ -17,7 +17,7 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
 from rac_engine.calibrate.stream import DenseReference, Stream
 from rac_engine.checkpoint.reader import Checkpoint
-from rac_engine.engine import job, setup, stages
+from rac_engine.engine import loop, setup, stages
 from rac_engine.engine.layer import Layer
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
@@ -277,7 +277,7 @@ def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
         beside.append(layer.context.dense.hidden.read(0, TOKENS).clone())
         begin(layer)
 
-    monkeypatch.setattr(job, "prune_layer", noted)
+    monkeypatch.setattr(loop, "prune_layer", noted)
     prune(source, tmp_path / "whole", settings(dtype="bfloat16"), calibration)
     model = Model.open(Checkpoint.open(source))
     stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")

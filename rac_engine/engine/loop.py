@@ -21,12 +21,12 @@ def prune_layers(context: Context) -> None:
     with files:
         files.begin_reading(0)
         fresh = False
-        for number in range(context.stages):
+        for number in context.numbers:
             tensors, finished = files.read()
             if not (finished or fresh):
                 journal.cut(1 + number)
                 fresh = True
-            more = number + 1 < context.stages
+            more = number + 1 in context.numbers
             if more and overlap:
                 files.begin_reading(number + 1)
             context.timeline.layer = number
@@ -48,7 +48,7 @@ def prune_layers(context: Context) -> None:
             if more and not overlap:
                 files.begin_reading(number + 1)
         files.settle()
-    journal.cut(1 + context.stages)
+    journal.cut(1 + len(context.numbers))
     _write_rest(context)
 
 
