@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rac_kernels.testing import gram
 from tests.cuda.host import Program, factor_corner
-from tests.kernels.gram import gram
 
 
 def damped(kind: str, n: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import admm_, factor_, objective
-from tests.kernels.gram import gram
+from rac_kernels.testing import gram
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; tests/kernels/solvers/test_admm.py has what the CPU can show"

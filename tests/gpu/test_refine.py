@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rac_kernels import objective, refine
-from tests.kernels.gram import gram
+from rac_kernels.testing import gram
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import factor_, objective, sweep
-from tests.kernels.gram import gram
+from rac_kernels.testing import gram
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rac_kernels.testing import Poisoned
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["rows", "columns", "steps", "one row"]
 WEIGHTS = ["none", "mask", "general", "zero"]
@@ -24,19 +26,13 @@ class Case:
     weighting: str
 
     def X(self) -> Tensor:
-        """[tokens, n] inside a buffer full of NaN."""
+        """[tokens, n] inside memory full of NaN."""
         g = torch.Generator().manual_seed(self.tokens * 1000 + self.n)
         values = (torch.randn(self.tokens, self.n, generator=g) + 0.5).to(self.dtype)
         if self.layout == "one row":
             return values[:1].expand(self.tokens, self.n) if self.tokens else values
-        if self.layout == "columns":
-            whole = torch.full((self.n + 3, self.tokens + 5), torch.nan, dtype=self.dtype)
-            X = whole[2 : 2 + self.n, 3 : 3 + self.tokens].T
-        else:
-            step = 2 if self.layout == "steps" else 1
-            whole = torch.full((step * self.tokens + 3, step * self.n + 5), torch.nan, dtype=self.dtype)
-            X = whole[1 : 1 + step * self.tokens : step, 2 : 2 + step * self.n : step]
-        return X.copy_(values)
+        steps = (2, 2) if self.layout == "steps" else (1, 1)
+        return Poisoned(values, turned=self.layout == "columns", steps=steps).view
 
     def weights(self) -> Tensor | None:
         """[tokens] fp32, or None."""

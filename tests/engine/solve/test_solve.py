@@ -12,7 +12,7 @@ from rac_engine.solve.matrices import Outputs, prune_matrices, prune_matrix
 from rac_engine.solve.method import Gram, Target
 from rac_engine.solve.methods import find_method, method_names
 from rac_kernels.measure.published import sparsegpt
-from tests.kernels.gram import KINDS, gram
+from rac_kernels.testing import KINDS, gram
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from torch import Tensor
 
 from rac_kernels import column_norm_accumulate_
-from tests.kernels.running import CPU, running
+from rac_kernels.testing import CPU, running
 from tests.kernels.tokens import DTYPES, Case, cases, exact
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import factor_, inverse_
-from tests.kernels.running import CPU_FP32, running
+from rac_kernels.testing import CPU_FP32, running
 
 
 def factored(n: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rac_kernels import objective
-from tests.kernels.gram import gram
+from rac_kernels.testing import gram
 
 
 @pytest.mark.parametrize("rows, n", [(1, 1), (3, 40), (70, 33), (20, 130)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rac_kernels
 from rac_kernels.backends import native
-from tests.kernels.gram import gram
+from rac_kernels.testing import gram
 
 BACKENDS = ("reference", "native") if native.available() else ("reference",)
 N, ROWS, TOKENS = 40, 6, 30

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from rac_kernels import kth_smallest, mask_by_score
 from rac_kernels.ops.pattern import zeros_of
-from tests.kernels.running import CPU_FP32, running
+from rac_kernels.testing import CPU_FP32, running
 
 
 @pytest.fixture(params=CPU_FP32)

@@ -14,8 +14,7 @@ from torch import Tensor
 from rac_kernels import factor_, objective, sweep
 from rac_kernels.backends import native
 from rac_kernels.measure.published import sparsegpt
-from tests.kernels.gram import KINDS, gram
-from tests.kernels.running import CPU, CPU_FP32, running
+from rac_kernels.testing import CPU, CPU_FP32, KINDS, Poisoned, gram, running
 
 
 @pytest.fixture(params=CPU_FP32)
@@ -256,14 +255,6 @@ def test_any_pattern(rows, groups, pattern, block, kind, seed):
     assert as_good(Q, W, H, 0.5, pattern, max(block // pattern[1], 1) * pattern[1])
 
 
-def inside(X: Tensor, turned: bool, steps: tuple[int, int] = (1, 1)) -> Tensor:
-    """X as a view into a buffer of NaN: of every so many-th row and column, its columns contiguous if it is turned."""
-    down, across = (slice(1, 1 + count * step, step) for count, step in zip(X.shape, steps, strict=True))
-    shape = [down.stop + 2, across.stop + 1]
-    store = torch.full(shape[::-1] if turned else shape, torch.nan, dtype=X.dtype)
-    return (store.T if turned else store)[down, across].copy_(X)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 40),
@@ -281,7 +272,7 @@ def test_any_strides_and_dtype(rows, groups, pattern, block, dtype, steps, turne
     n = groups * (pattern[1] if pattern else 3)
     W, U = weights(rows, n, dtype=dtype), factor_(gram("correlated", n)).U
     below = torch.ones(n, n, dtype=torch.bool).tril(-1)
-    strange_w, strange_u = inside(W, turned[0], steps), inside(U.masked_fill(below, 7e30), turned[1])
+    strange_w, strange_u = Poisoned(W, turned[0], steps).view, Poisoned(U.masked_fill(below, 7e30), turned[1]).view
     with running(name) as backend:
         Q = sweep(strange_w, strange_u, 0.6, pattern, block, backend=backend)
         wanted = sweep(W.float(), U, 0.6, pattern, block, backend=backend)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rac_kernels import Factor, FactorError, admm_, alps, factor_, objective, refactor_, refine, sweep
 from rac_kernels.solvers.admm import _Floats, _Int16, inversions
-from tests.kernels.running import CPU, running
+from rac_kernels.testing import CPU, running
 
 
 def problem(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

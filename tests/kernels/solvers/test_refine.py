@@ -14,8 +14,7 @@ from torch import Tensor
 from rac_kernels import factor_, objective, refine
 from rac_kernels.ops.pattern import parse_pattern
 from rac_kernels.solvers.refine import System, _Coarse
-from tests.kernels.gram import KINDS, gram
-from tests.kernels.running import CPU, CPU_FP32, running
+from rac_kernels.testing import CPU, CPU_FP32, KINDS, gram, running
 
 ROWS, N = 17, 48
 SOLVABLE = [kind for kind in KINDS if kind not in ("rank-deficient", "low-rank plus noise")]
