@@ -73,7 +73,9 @@ def prune(
         device: "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished job in OUT.partial would go on.
         device_memory: Bytes of the GPU that the job keeps to.
-        host_memory: Bytes of this machine that the job keeps to, the whole process included.
+        host_memory: Bytes of this machine that the job keeps to, the whole process included. It does where the
+            program has called `prepare_process` (before it imports torch) and `give_back_freed`, both of
+            `rac_engine.base.process`, as the `rac` command does: settings for good are the program's to make.
         progress: Called with what is being done, in words.
 
     Returns what was made, with a row a matrix. Raises `rac_engine.base.errors.BadInput` for what cannot work, and

@@ -20,6 +20,7 @@ from types import FrameType
 
 from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
+from rac_engine.base.process import give_back_freed, prepare_process
 from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
 
@@ -42,6 +43,7 @@ def _columns() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name; by default the process's own) and return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    prepare_process()
     try:
         code = _dispatch(words)
         sys.stdout.flush()
@@ -66,6 +68,8 @@ def _dispatch(words: Sequence[str]) -> int:
     if args.verbosity <= 0:  # transformers' own bars and advice would stand between our lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if getattr(args, "host_memory", None) is not None:
+        give_back_freed()
     with _terminable():
         return COMMANDS[args.command].run(args)
 

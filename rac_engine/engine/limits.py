@@ -11,14 +11,13 @@ import psutil
 import torch
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.process import resident
+from rac_engine.base.process import GPU_ALLOCATOR, resident, set_gpu_allocator
 from rac_engine.base.sizes import format_bytes
 from rac_engine.models import Model
 from rac_engine.plan import PROGRAM_BYTES, Shape, plan_memory
 from rac_engine.recipe import PruneSettings
 
 _PROGRAM_STEP = 256 << 20
-_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
@@ -53,14 +52,14 @@ def machine_limits(device: str, device_memory: int | None, host_memory: int | No
 @contextmanager
 def allocator_restored() -> Iterator[None]:
     """Put the setting of torch's allocator in the environment back afterwards (see `device_name`)."""
-    before = os.environ.get(_ALLOCATOR)
+    before = os.environ.get(GPU_ALLOCATOR)
     try:
         yield
     finally:
         if before is None:
-            os.environ.pop(_ALLOCATOR, None)
+            os.environ.pop(GPU_ALLOCATOR, None)
         else:
-            os.environ[_ALLOCATOR] = before
+            os.environ[GPU_ALLOCATOR] = before
 
 
 @contextmanager
@@ -83,16 +82,14 @@ def require_memory(
     model: Model, settings: PruneSettings, device: str, device_memory: int | None, host_memory: int | None
 ) -> None:
     """Raise `BadInput` for limits, those of `prune`, in which not even a single token goes through the model."""
-    limits = machine_limits(device_name(device), device_memory, host_memory, resident())
+    with allocator_restored():
+        limits = machine_limits(device_name(device), device_memory, host_memory, resident())
     plan_memory(Shape.of(model, settings, limits["on_gpu"]), settings, 1, 1, **limits)
 
 
 def device_name(name: str) -> str:
     """The device by its full name ("cuda:0" for "cuda"); `BadInput` if it is not there."""
-    # A limit bounds what torch has reserved, so the pieces of it have to fit together: segments that grow and shrink
-    # leave next to nothing lying idle. Heeded if CUDA has not started yet, and unless the user has chosen.
-    if not any(variable in os.environ for variable in (_ALLOCATOR, "PYTORCH_ALLOC_CONF")):
-        os.environ[_ALLOCATOR] = "expandable_segments:True"
+    set_gpu_allocator()
     try:
         return str(torch.empty(0, device=name).device)
     except (RuntimeError, AssertionError) as error:

@@ -58,8 +58,9 @@ def prune(
     `calibration` replaces what the recipe names. A job found unfinished in OUT.partial goes on, unless `restart`.
     At most `hessians` of a stage are gathered in one pass over the tokens, which changes no result; by default as many
     as the memory plan says. `device_memory` and `host_memory` are limits in bytes that the job keeps to (see memory);
-    the host's counts the whole process. `progress` is told in words what is being done, and how many seconds are left
-    once a layer has shown its pace.
+    the host's counts the whole process, and holds where the program has called `prepare_process` and `give_back_freed`
+    of `rac_engine.base.process`, as the `rac` command does. `progress` is told in words what is being done, and how
+    many seconds are left once a layer has shown its pace.
     `finish` is given the whole folder before it becomes `out`, to put a report there.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.

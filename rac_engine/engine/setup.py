@@ -12,7 +12,7 @@ import psutil
 
 import rac_engine
 from rac_engine.base.errors import BadInput
-from rac_engine.base.process import give_back_freed, resident
+from rac_engine.base.process import resident
 from rac_engine.calibrate import Packing
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine.limits import device_name, machine_limits
@@ -72,8 +72,6 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     device, begun = device_name(request.device), resident()
     limits = machine_limits(device, request.device_memory, request.host_memory, begun)
     shape = Shape.of(model, settings, limits["on_gpu"])
-    if request.host_memory is not None:
-        give_back_freed()
     if find_method(settings.method).needs == "nothing":
         memory = plan_memory(shape, settings, 0, 0, **limits)
         return Setup(model, settings, skipped, device, None, None, memory, begun)

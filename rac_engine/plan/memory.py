@@ -9,7 +9,6 @@ many Hessians are gathered in one pass over the tokens. Results depend on the ch
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -41,14 +40,6 @@ from rac_engine.plan.shapes import Input, Shape, Stage
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import find_method
 from rac_kernels.ops.profile import ROWS_BYTES as SCORE_BYTES
-
-# oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert has
-# another number of tokens in every chunk, memory would grow by a hundred megabytes. Heeded if nothing was computed yet.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
-
-# Where freed memory is given back at once (see `prune`), what is asked for anew comes in pages of 2 MiB: a fifth less
-# time for the whole job than with those of 4 KiB.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 BEHIND = "weights written behind"
 

@@ -18,6 +18,8 @@ from rac_engine.plan.costs import FILE_BYTES
 from tests import tiny
 
 JOB = """
+from rac_engine.base.process import prepare_process
+prepare_process()
 import sys, torch
 from pathlib import Path
 from rac_engine.engine import prune
@@ -128,9 +130,11 @@ def peak(source: Path, out: Path) -> int:
 
 
 LIMITED = """
+from rac_engine.base import process
+process.prepare_process()
+process.give_back_freed()
 import sys, torch
 from pathlib import Path
-from rac_engine.base import process
 from rac_engine.engine import limits, prune
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.plan.memory import plan_memory
@@ -199,6 +203,8 @@ def test_a_job_with_a_limit_has_freed_memory_given_back() -> None:
 
 
 PLANNED = """
+from rac_engine.base.process import prepare_process
+prepare_process()
 import json, sys, torch
 from pathlib import Path
 from rac_engine.engine import prune
@@ -241,6 +247,8 @@ def test_what_is_planned_is_what_it_takes(tmp_path: Path, job: str, capsys: pyte
 
 
 OPEN = """
+from rac_engine.base.process import prepare_process
+prepare_process()
 import sys, torch
 from pathlib import Path
 from rac_engine.base.process import peak_memory, resident
