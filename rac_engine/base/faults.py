@@ -23,6 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rac_engine.base.linux import require_linux
+
+require_linux()
+
 OPERATIONS = ("write", "reserve", "truncate", "sync", "rename", "remove", "read")
 
 pwrite = os.pwrite

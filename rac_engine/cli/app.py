@@ -20,6 +20,7 @@ from types import FrameType
 
 from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
+from rac_engine.base.linux import require_linux
 from rac_engine.base.process import give_back_freed, prepare_process
 from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
@@ -65,6 +66,7 @@ def _dispatch(words: Sequence[str]) -> int:
         args = _parser(words).parse_args(words)
     except SystemExit as done:  # --help and --version have said it all
         return int(done.code or 0)
+    require_linux()
     if args.verbosity <= 0:  # transformers' own bars and advice would stand between our lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
