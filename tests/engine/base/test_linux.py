@@ -41,7 +41,7 @@ def test_a_command_that_would_work_is_one_line_and_exit_code_2(words: list[str])
     assert (done.returncode, done.stderr) == (2, f"rac: error: {SAID}\n")
 
 
-@pytest.mark.parametrize("module", ["base.files", "base.faults", "jobs.claim", "jobs.job", "checkpoint", "traces", "engine"])
+@pytest.mark.parametrize("module", ["base.files", "base.faults", "base.jsonfiles", "jobs.claim", "jobs.job"])
 def test_an_import_of_what_needs_linux_says_so(module: str) -> None:
     code = f"""
 try:
