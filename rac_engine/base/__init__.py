@@ -1,3 +1,3 @@
-"""What every room stands on: errors, sizes, faults, files, the console."""
+"""Foundations of every room: errors, sizes, files, faults, the process, the console."""
 
 from __future__ import annotations

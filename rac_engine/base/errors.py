@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BadInput(Exception):
-    """What was given cannot work. The message is one line: what, where, and how to mend it; the CLI exits with 2."""
+    """An input that cannot work. The message is one line: what, where, and how to mend it; the CLI exits with 2."""
 
 
 class Interrupted(Exception):
@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Damaged(Exception):
-    """What was read back is not what was there before: a disk or memory fails, or somebody else writes there.
+    """Data that was read back and is not as it was written: a disk or memory fails, or somebody else writes there.
 
     Nothing was published, and the same call goes on with what is still whole. The CLI exits with 1.
     """

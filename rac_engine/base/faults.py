@@ -1,4 +1,4 @@
-"""Where jobs meet the disk, by names that tests can make fail.
+"""System calls on files, by names that tests can make fail.
 
 Everything a job writes, publishes or reads back goes through the calls below. They are the system's own, so they cost
 nothing, unless RAC_FAULTS is in the environment when this module is first imported (or a test calls `arm`). It holds

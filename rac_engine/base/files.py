@@ -105,6 +105,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """A file descriptor of `file`, closed at the end; waits for no writer of a pipe."""
     # A pipe that nobody writes to would be waited for, without O_NONBLOCK; to regular files it means nothing.
     fd = os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
@@ -122,6 +123,7 @@ def regular_status(fd: int, file: Path) -> os.stat_result:
 
 
 def read_into(fd: int, file: Path, offset: int, target: memoryview) -> None:
+    """Fill `target` from byte `offset` of the file on; `BadInput` where the file ends before."""
     done = 0
     while done < len(target):
         count = faults.preadv(fd, [target[done : done + (1 << 30)]], offset + done)
@@ -131,6 +133,7 @@ def read_into(fd: int, file: Path, offset: int, target: memoryview) -> None:
 
 
 def read_at(fd: int, file: Path, offset: int, count: int) -> bytearray:
+    """`count` bytes from byte `offset` of the file on; `BadInput` where the file ends before."""
     data = bytearray(count)
     read_into(fd, file, offset, memoryview(data))
     return data
@@ -147,8 +150,10 @@ def pieces(file: Path, offset: int, count: int) -> Iterator[memoryview]:
 
 
 class _Locked(mmap.mmap):
-    """Pages that `unlock` is told of before they are unmapped: a finalizer would come after, when the next mapping may
-    have their address already."""
+    """Pages that call `unlock` before they are unmapped.
+
+    A finalizer would come after that, when the next mapping may have their address already.
+    """
 
     unlock: Callable[[], object] | None = None
 

@@ -1,4 +1,4 @@
-"""What has to be so in a file that this program wrote."""
+"""Models that a file of our own is checked by when it is read back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Stored(BaseModel):
-    """What has to be so in a file that this program wrote; whatever else stands there is kept as it is."""
+    """An object in a file that this program wrote. Fields that a model does not name are kept as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 

@@ -27,7 +27,7 @@ from rac_engine.recipe import PruneSettings, load_recipe, parse_pattern
 from rac_engine.solve import ReasonCode
 from rac_engine.traces import load_tokenizer
 
-# What vLLM and transformers would take for a compressed checkpoint; zeros in a dense one need no such key.
+# Keys by which vLLM and transformers know a compressed checkpoint; zeros in a dense one need no such key.
 _FORBIDDEN_KEYS = ("quantization_config", "sparsity_config", "compression_config")
 
 _SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what rounds to zero by itself
@@ -41,7 +41,7 @@ _LONGEST_PROBLEM = 500
 
 @dataclass
 class Verification:
-    """What was checked, and every problem found, one line each."""
+    """Counts of what was checked, and every problem found, one line each."""
 
     out: Path
     problems: list[str] = field(default_factory=list)
@@ -186,7 +186,7 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
 
 
 def _unasked(matrix: Matrix, row: dict[str, Any], settings: PruneSettings, said: dict[str, Any]) -> str | None:
-    """What became of a matrix, by its row of metrics.jsonl, though the recipe's settings do not ask for it.
+    """Words for a row of metrics.jsonl that the recipe's settings do not ask for; None for one that they do.
 
     `said` are the settings that metrics.jsonl tells of, for rows without a target of their own.
     """
@@ -276,7 +276,7 @@ def _check_tensor(
 
 @dataclass
 class _Tally:
-    """What is counted of a pruned matrix, piece by piece."""
+    """Counts over a pruned matrix, piece by piece."""
 
     pattern: str | None
     zeros: int = 0
@@ -286,6 +286,7 @@ class _Tally:
     """[columns] bool: those that are not all zero."""
 
     def add(self, piece: torch.Tensor) -> None:
+        """Count a run of rows [rows, columns]."""
         zero = piece == 0
         here = ~zero.all(0)
         self.live = here if self.live is None else self.live | here

@@ -1,4 +1,4 @@
-"""How good and how long a model's answers are: the same problems and random numbers for every model."""
+"""Evaluation: accuracy and length of a model's answers, to the same problems and random numbers for every model."""
 
 from __future__ import annotations
 

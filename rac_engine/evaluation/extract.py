@@ -20,7 +20,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the last complete `\\boxed{…}` holds, braces within it balanced."""
+    """The content of the last complete `\\boxed{…}`, braces within it balanced."""
     begun: list[int] = []  # where the braces that are open here begin to hold something, boxes among them
     boxes, last = set[int](), (-1, -1)
     for brace in _BRACE.finditer(text):

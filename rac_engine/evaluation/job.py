@@ -1,4 +1,4 @@
-"""How good and how long a model's answers are: the same problems and the same random numbers for every model.
+"""The evaluation job: a model answers problems, with the same random numbers for every model.
 
 An answer is what stands in the last `\boxed{…}` behind the last `</think>`, or behind `####` or `answer:` where
 there is no box. It is right if it equals the expected one as text, up to space, as a number or as an expression (see
@@ -33,7 +33,7 @@ ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `evaluate` found. `summary` and `rows` are as in the file of results at `path`."""
+    """The result of `evaluate`. `summary` and `rows` are as in the file of results at `path`."""
 
     path: Path
     summary: dict[str, Any]
@@ -115,7 +115,7 @@ def _questions(problems: list[Problem], settings: EvalSettings, decoder: Decoder
 def _identity(
     decoder: Decoder, judge: Judge, questions: list[_Question], settings: EvalSettings, device: str
 ) -> dict[str, Any]:
-    """What has to be the same for an unfinished evaluation to go on."""
+    """The identity of an evaluation: one that was stopped goes on only with the same."""
     given = [(each.problem.id, each.problem.answer, list(each.request.prompt)) for each in questions]
     return {
         "model": decoder.sha256,

@@ -21,7 +21,7 @@ from typing import IO
 
 SECONDS = 5
 
-"""For math-verify to read an answer, and again to compare it."""
+"""Time that math-verify has to read an answer, and again to compare it."""
 
 MEMORY = 4 << 30
 
@@ -41,7 +41,7 @@ class Judge:
     def __init__(self) -> None:
         self._worker: subprocess.Popen[str] | None = None
         self.how = "text and numbers"
-        """What an answer is compared as."""
+        """The ways in which answers are compared, in words."""
         if util.find_spec("math_verify") is not None:
             self.how += f", else by math-verify {metadata.version('math-verify')}"
 
@@ -63,7 +63,7 @@ class Judge:
         return "math-verify" in self.how and max(len(expected), len(given)) <= LONGEST and self._ask(expected, given)
 
     def _ask(self, expected: str, given: str) -> bool:
-        """What math-verify says; False where it says nothing in time."""
+        """Ask math-verify; False where it says nothing in time."""
         if self._worker is None:
             self._worker = subprocess.Popen(
                 [sys.executable, str(Path(__file__))],

@@ -1,4 +1,4 @@
-"""What all long jobs stand on: the claim of a folder, the journal, publication, and where everything lies in OUT."""
+"""Foundations of all long jobs: their protocol (`job`), and the one list of paths in OUT (`layout`)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class LongJob(ABC):
     """
 
     kind = "output"
-    """What OUT is called where it is refused."""
+    """The word for OUT in the message that refuses it."""
 
     def __init__(self, out: Path) -> None:
         self.out = out

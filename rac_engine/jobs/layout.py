@@ -1,4 +1,4 @@
-"""Where everything lies in an output folder: the one list of its paths.
+"""The one list of paths in an output folder.
 
 OUT of `rac prune` and `rac run` is a checkpoint with a folder `rac` beside the weights; OUT of `rac trace` is a folder
 of Parquet files; OUT of `rac eval` is a file. While a job works, all of it is in OUT.partial.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""What the name of OUT gets while a job works on it."""
+"""The ending that the name of OUT has while a job works on it."""
 
 # From OUT on.
 CARD = "README.md"
@@ -32,7 +32,7 @@ EVAL = "eval"
 VARIANTS = "variants"
 """Recipe and metrics of the models that a run compares with, a folder each."""
 WORK = "work"
-"""What a run needs only while it works."""
+"""Models that a run needs only while it works."""
 
 # Paths from OUT on, of what a job needs to go on.
 PRUNE_JOURNAL = f"{RAC}/journal.jsonl"
@@ -40,7 +40,7 @@ PRUNE_JOURNAL = f"{RAC}/journal.jsonl"
 RUN_JOURNAL = f"{RAC}/steps.jsonl"
 """The finished steps of a whole run."""
 ALLOCATION = f"{RAC}/allocation.json"
-"""What a first pass over the model has found."""
+"""The sparsities that a first pass over the model has found."""
 
 NOT_IN_MANIFEST = tuple(f"{RAC}/{name}" for name in (MANIFEST, REPORT, f"{EVAL}/", f"{TRACES}/", f"{VARIANTS}/"))
 """Beginnings of paths that are written into a finished folder later, by `rac eval` and `rac report`."""
@@ -52,7 +52,7 @@ TRACES_JOURNAL = "journal.jsonl"
 
 
 def partial_of(out: Path) -> Path:
-    """Where a job works whose result will be `out`."""
+    """The place where a job works whose result will be `out`."""
     return out.with_name(out.name + PARTIAL)
 
 

@@ -1,4 +1,4 @@
-"""What decides the last bits of a result beside its input: versions, sources and the machine."""
+"""Versions, sources and the machine: with the input they decide the last bits of a result."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def code_sha256() -> dict[str, str]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What of the machine decides the last bits of a result: processor, threads, device and kernels."""
+    """The machine, as far as it decides the last bits of a result: processor, threads, device and kernels."""
     import torch
 
     from rac_kernels.backends import native
@@ -58,7 +58,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def surroundings(device: str) -> dict[str, Any]:
-    """What decides the last bits of a result beside its input, by dotted names: versions, sources and the machine."""
+    """Versions, sources and the machine by dotted names: with the input they decide the last bits of a result."""
     import rac_engine
 
     parts = {
@@ -70,6 +70,7 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def version_of(name: str) -> str | None:
+    """The installed version of what is imported as `name`; None if it is not there."""
     try:
         return metadata.version(_DISTRIBUTIONS.get(name, name))
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Who worked when: reading, moving, computing and writing of each layer, to see what a job really waited for."""
+"""A timeline of reading, moving, computing and writing each layer, to see what a job really waited for."""
 
 from __future__ import annotations
 

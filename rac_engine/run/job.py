@@ -34,7 +34,7 @@ from rac_engine.traces import TRACE_TOKEN_BYTES, load_prompts
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `rac run` made: the folder, its comparison table, and its report."""
+    """The result of `rac run`: the folder, its comparison table, and its report."""
 
     out: Path
     rows: list[Row]

@@ -46,7 +46,7 @@ _REWRITTEN = (CARD, f"{RAC}/{RECIPE}")  # at the end, to tell of the whole job
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a job computes, and in how many bytes it prunes."""
+    """The device of a job, and the bytes that pruning keeps to."""
 
     device: str
     device_memory: int | None
@@ -60,15 +60,15 @@ def models_of(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSetti
 
 
 @dataclass(frozen=True)
-class _Step:
-    """What is done once: `act` does it, `files` are the SHA-256 of what that left, `undo` removes it."""
+class _RunStep:
+    """A piece of a run that is done once: `act` does it, `files` gives its files' SHA-256, `undo` removes them."""
 
     name: str
     act: Callable[[], None]
     files: Callable[[], dict[str, str]]
     undo: Callable[[], None]
     needs: Path | None = None
-    """What the step before has made for this one, and a later one removes."""
+    """A folder that the step before has made for this one, and a later one removes."""
 
 
 class Run:
@@ -134,26 +134,26 @@ class Run:
         write_manifest(self.folder)
         return rows
 
-    def _steps(self) -> list[_Step]:
+    def _steps(self) -> list[_RunStep]:
         recipe, traces = self.recipe, self.rac / TRACES
-        steps: list[_Step] = []
+        steps: list[_RunStep] = []
         if recipe.trace:
-            steps.append(_Step("traces", self._trace, partial(self._digests, traces), partial(_remove, traces)))
+            steps.append(_RunStep("traces", self._trace, partial(self._digests, traces), partial(_remove, traces)))
         if recipe.evaluate:
             steps.append(self._answers("the dense model", "dense", recipe.model))
         for name, calibration, settings in models_of(recipe):
             label = recipe.name if name == MAIN else name
             act = partial(self._prune, name, calibration, settings)
-            steps.append(_Step(f"prune {label}", act, partial(self._pruned, name), partial(self._unprune, name)))
+            steps.append(_RunStep(f"prune {label}", act, partial(self._pruned, name), partial(self._unprune, name)))
             if recipe.evaluate:
                 steps.append(self._answers(label, name, self.folder if name == MAIN else self.work / name))
         return steps
 
-    def _answers(self, label: str, name: str, model: Path) -> _Step:
+    def _answers(self, label: str, name: str, model: Path) -> _RunStep:
         file = results_of(self.folder, name)
         act, files = partial(self._evaluate, model, name), partial(self._digests, file)
         undo = partial(_remove, file, partial_of(file))
-        return _Step(f"answers of {label}", act, files, undo, model if model.is_relative_to(self.work) else None)
+        return _RunStep(f"answers of {label}", act, files, undo, model if model.is_relative_to(self.work) else None)
 
     def _digests(self, *made: Path) -> dict[str, str]:
         """SHA-256 of files, or of all that are in folders, by their names in the run's folder."""
@@ -224,7 +224,7 @@ class Run:
         return replace(calibration_of(recipe.model_copy(update={"calibration": here})), source=f"{RAC}/{TRACES}")
 
     def _home(self, name: str) -> Path:
-        """Where the metrics of a model are kept."""
+        """The folder that keeps the metrics of a model."""
         return self.rac if name == MAIN else self.rac / VARIANTS / name
 
 

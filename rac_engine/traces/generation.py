@@ -53,7 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TraceReport:
-    """What `generate` made: traces and tokens, of which `prompt_tokens` were given and the others sampled."""
+    """The result of `generate`: counts of traces and tokens, of which `prompt_tokens` were given, not sampled."""
 
     out: Path
     traces: int
@@ -63,6 +63,7 @@ class TraceReport:
     budget: int
 
     def describe(self) -> str:
+        """The counts in a line."""
         ends = ", ".join(f"{count} by {reason}" for reason, count in sorted(self.finish_reasons.items()))
         short = "" if self.tokens == self.budget else f"; the prompts gave fewer than the {self.budget:,} asked for"
         return (
@@ -129,7 +130,7 @@ def generate(
 
 
 def _identity(decoder: Decoder, prompts: list[Prompt], settings: TraceSettings, device: str) -> dict[str, Any]:
-    """What has to be the same for an unfinished sampling to go on."""
+    """The identity of a sampling: one that was stopped goes on only with the same."""
     asked = json.dumps([[prompt.id, prompt.messages] for prompt in prompts])
     return {
         "model": decoder.sha256,
@@ -142,7 +143,7 @@ def _identity(decoder: Decoder, prompts: list[Prompt], settings: TraceSettings, 
 
 
 def _common_columns(model: str, settings: TraceSettings, identity: dict[str, Any]) -> dict[str, Any]:
-    """What every row says of the sampling as a whole."""
+    """Columns that are the same in every row."""
     return {
         "seed": settings.seed,
         "sampling": json.dumps(settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})),
@@ -211,7 +212,7 @@ def _summarize(job: FolderJob, report: TraceReport, settings: TraceSettings, ide
 
 
 class _Counts:
-    """What was sampled so far, towards the budget."""
+    """Counts of the traces sampled so far, towards the budget of tokens."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -225,6 +226,7 @@ class _Counts:
         return self.budget - self.tokens
 
     def add(self, counts: dict[str, Any]) -> None:
+        """Add the counts of a batch."""
         self.traces += counts["traces"]
         self.tokens += counts["tokens"]
         self.prompt_tokens += counts["prompt_tokens"]
