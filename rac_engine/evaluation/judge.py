@@ -42,7 +42,8 @@ class Judge:
         self._worker: subprocess.Popen[str] | None = None
         self.how = "text and numbers"
         """The ways in which answers are compared, in words."""
-        if util.find_spec("math_verify") is not None:
+        self._knows_mathematics = util.find_spec("math_verify") is not None
+        if self._knows_mathematics:
             self.how += f", else by math-verify {metadata.version('math-verify')}"
 
     def __enter__(self) -> Judge:
@@ -60,7 +61,7 @@ class Judge:
         numbers = _number(expected), _number(given)
         if None not in numbers or (_FIGURES.fullmatch(expected) and _FIGURES.fullmatch(given)):
             return numbers[0] is not None and numbers[0] == numbers[1]
-        return "math-verify" in self.how and max(len(expected), len(given)) <= LONGEST and self._ask(expected, given)
+        return self._knows_mathematics and max(len(expected), len(given)) <= LONGEST and self._ask(expected, given)
 
     def _ask(self, expected: str, given: str) -> bool:
         """Ask math-verify; False where it says nothing in time."""
