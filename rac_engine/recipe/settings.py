@@ -91,9 +91,9 @@ class Override(Settings):
     the sparsity; what is not given stays as it is elsewhere."""
 
     modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
-    sparsity: float | None = Field(default=None, ge=0, lt=1)
-    pattern: Pattern | None = None
-    damping: float | None = Field(default=None, gt=0, le=1)
+    sparsity: float | None = Field(default=None, ge=0, lt=1, description="share of zeros in these matrices")
+    pattern: Pattern | None = Field(default=None, description="N:M for these matrices, in place of a sparsity")
+    damping: float | None = Field(default=None, gt=0, le=1, description="damping of these matrices")
 
     @model_validator(mode="before")
     @classmethod
@@ -181,7 +181,7 @@ class PruneSettings(Settings):
     unseen: Literal["dense", "magnitude"] = Field(
         default="dense", description="what becomes of a matrix that saw no calibration token"
     )
-    experts: ExpertSettings = ExpertSettings()
+    experts: ExpertSettings = Field(default=ExpertSettings(), description="what becomes of experts that saw few tokens")
     nonfinite: Literal["refuse", "dense"] = Field(
         default="refuse", description="a model whose weights hold NaN or Inf: refuse it, or leave those matrices dense"
     )
@@ -297,7 +297,7 @@ class EvalSettings(Settings):
 class Variant(Settings):
     """A model to compare the main one with: pruned otherwise, evaluated the same way, not kept."""
 
-    name: JobName
+    name: JobName = Field(description="what tables call this model")
     calibration: CalibrationSettings | None = Field(default=None, description="none: as the main model")
     prune: PruneSettings = Field(default=PruneSettings(), description="only what differs from the main model")
 
@@ -317,11 +317,11 @@ class Recipe(Settings):
 
     model: FilePath = Field(description="folder of a Hugging Face checkpoint")
     name: JobName = Field(default="pruned", description="what tables call the pruned model")
-    trace: TraceSettings | None = None
-    calibration: CalibrationSettings = CalibrationSettings()
-    prune: PruneSettings = PruneSettings()
-    evaluate: EvalSettings | None = None
-    compare: list[Variant] = []
+    trace: TraceSettings | None = Field(default=None, description="how traces are sampled; none: there are some")
+    calibration: CalibrationSettings = Field(default=CalibrationSettings(), description="what pruning decides on")
+    prune: PruneSettings = Field(default=PruneSettings(), description="what is pruned, how much, and how")
+    evaluate: EvalSettings | None = Field(default=None, description="which problems are asked; none: no evaluation")
+    compare: list[Variant] = Field(default=[], description="models to compare with")
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

@@ -85,6 +85,17 @@ def test_the_recipes_page_is_what_the_models_say() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text() == made, "run python docs/make_recipes.py"
 
 
+def test_every_key_is_described() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    assert len(rows) > 40
+    assert [key for key, said in rows if not said.partition("see [")[0].strip()] == []
+
+
+def test_pictures_are_small() -> None:
+    for file in (ROOT / "docs").glob("*.png"):
+        assert file.stat().st_size <= 300 << 10, file.name
+
+
 def anchors(text: str) -> set[str]:
     """Names that GitHub gives to the headings of a page."""
     text = FENCE.sub("", text)
