@@ -6,6 +6,7 @@ A command has a short help page (`--help`) with what people use, and a full one 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +78,13 @@ def has_option(model: type[BaseModel], name: str) -> bool:
 def add_fields(
     parser: Parser, title: str, model: type[BaseModel], names: Sequence[str], common: Collection[str] | None = None
 ) -> None:
-    """Add a group with an option for each of the model's fields `names`.
+    """Add a group with an option for each of the model's fields `names` that can be one.
 
     An option that is not given leaves no trace in the namespace. Only those in `common` are on the short help page;
     None: all.
     """
     group = parser.add_argument_group(title)
-    for name in names:
+    for name in filter(functools.partial(has_option, model), names):
         field = model.model_fields[name]
         kind = _kind(field.annotation)
         options: dict[str, Any] = {"default": argparse.SUPPRESS}

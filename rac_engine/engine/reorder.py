@@ -7,7 +7,7 @@ from torch import nn
 from rac_engine.calibrate import Statistic, Stream
 from rac_engine.engine.layer import Layer
 from rac_engine.models import Block, Matrix
-from rac_kernels import pattern_order
+from rac_kernels import all_finite, pattern_order
 
 
 def reorder_neurons(layer: Layer, stream: Stream, block: Block, number: int) -> None:
@@ -25,8 +25,8 @@ def reorder_neurons(layer: Layer, stream: Stream, block: Block, number: int) -> 
     with context.clock("calibrate"):
         statistic = Statistic(last.columns, False, context.device)
         stream.observe(block, {last.module: statistic}, keep=False)
-    if not bool(statistic.value.isfinite().all() and statistic.value.any()):
-        return
+    if not (all_finite(statistic.value) and statistic.value.any()):
+        return  # such an input says nothing
     with context.clock("solve"):
         order = pattern_order(layer.tensors[last.tensor].to(context.device), statistic.value, pattern).cpu()
     # The dense block beside stays as it is: what is asked of it does not depend on the order but for the last bits,

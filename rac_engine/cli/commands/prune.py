@@ -18,7 +18,6 @@ from rac_engine.cli.options import (
     add_model,
     add_restart,
     console_of,
-    has_option,
     resolved_device,
     settings_of,
 )
@@ -40,7 +39,6 @@ def _add_options(parser: Parser) -> None:
         help="traces folder or file of `rac trace`, a .jsonl, or text:FILE (magnitude needs none)",
     )
     names = [name for name in CalibrationSettings.model_fields if name != "source"]
-    names = [name for name in names if has_option(CalibrationSettings, name)]
     add_fields(parser, "calibration", CalibrationSettings, names, ("part", "tokens"))
     add_pruning(parser)
     parser.add_argument(
