@@ -11,7 +11,7 @@ from pydantic import Field
 from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.stored import Natural, Stored, Whole, mistake_in
-from rac_engine.jobs.layout import EVAL, RAC
+from rac_engine.jobs.layout import DENSE, EVAL, PRUNED, RAC
 
 
 class _StoredAnswer(Stored):
@@ -55,6 +55,6 @@ def load_evaluation(path: Path) -> dict[str, Any]:
 def evaluations(out: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
     """The results in `out`/rac/eval by name: dense first, then pruned, then `names`, then what else there is."""
     found = {path.stem: path for path in sorted((out / RAC / EVAL).glob("*.json"))}
-    order = [name for name in ("dense", "pruned", *names) if name in found]
+    order = [name for name in (DENSE, PRUNED, *names) if name in found]
     order += [name for name in found if name not in order]
     return {name: load_evaluation(found[name]) for name in order}

@@ -34,6 +34,10 @@ VARIANTS = "variants"
 WORK = "work"
 """Models that a run needs only while it works."""
 
+# Names of models among the results of evaluations; a variant has its own.
+DENSE = "dense"
+PRUNED = "pruned"
+
 # Paths from OUT on, of what a job needs to go on.
 PRUNE_JOURNAL = f"{RAC}/journal.jsonl"
 """The finished layers of a pruning job."""
@@ -57,5 +61,5 @@ def partial_of(out: Path) -> Path:
 
 
 def results_of(out: Path, name: str) -> Path:
-    """The results of an evaluation of the model `name` ("dense", "pruned" or a variant's) in the folder `out`."""
+    """The results of an evaluation of the model `name` (`DENSE`, `PRUNED` or a variant's) in the folder `out`."""
     return out / RAC / EVAL / f"{name}.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from rac_engine.base.sizes import percent
 from rac_engine.engine import Metrics, load_metrics
 from rac_engine.evaluation import evaluations
-from rac_engine.jobs.layout import RAC, RECIPE, VARIANTS
+from rac_engine.jobs.layout import DENSE, PRUNED, RAC, RECIPE, VARIANTS
 from rac_engine.recipe import Recipe, load_recipe
 
 
@@ -80,8 +80,8 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
     variants = [variant.name for variant in recipe.compare] if recipe else []
     rows = []
     for name, evaluation in evaluations(out, variants).items():
-        label = recipe.name if name == "pruned" and recipe else name
-        of = metrics if name == "pruned" else None
+        label = recipe.name if name == PRUNED and recipe else name
+        of = metrics if name == PRUNED else None
         if (out / RAC / VARIANTS / name).is_dir():
             of = load_metrics(out / RAC / VARIANTS / name)
         figures, run = evaluation["summary"], of.run if of else {}
@@ -92,14 +92,14 @@ def comparison(out: Path, metrics: Metrics | None = None) -> list[Row]:
                 calibration=calibration.get("label", ""),
                 method=run.get("settings", {}).get("method", ""),
                 description=calibration.get("description", "none" if of else ""),
-                sparsity=of.sparsity if of else 0.0 if name == "dense" else None,
+                sparsity=of.sparsity if of else 0.0 if name == DENSE else None,
                 accuracy=float(figures["accuracy"]),
                 ci95=(float(figures["ci95"][0]), float(figures["ci95"][1])),
                 mean_tokens=float(figures["mean_tokens"]),
                 p95_tokens=float(figures["p95_tokens"]),
                 cut_off_share=float(figures["cut_off_share"]),
                 problems=int(figures["problems"]),
-                main=name == "pruned",
+                main=name == PRUNED,
             )
         )
     return rows

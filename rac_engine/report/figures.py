@@ -9,6 +9,7 @@ from typing import Any
 
 from rac_engine.base.sizes import figure, percent
 from rac_engine.engine import Metrics, layer_of, place_of
+from rac_engine.jobs.layout import DENSE
 
 _BLUES = ("#eef4fa", "#cfe2f1", "#9cc5e2", "#5fa1cd", "#2d7bb2", "#12578b", "#08365c")
 _AMBERS = ("#fdf5e8", "#fae0b8", "#f4c279", "#e59a3f", "#c66d1c", "#954611", "#5e2708")
@@ -168,9 +169,9 @@ def decode_lengths(results: dict[str, dict[str, Any]], labels: dict[str, str]) -
     count = longest // width + 1
     shares = {name: _shares(result["rows"], width, count) for name, result in results.items()}
     bins = _Bins(width, count, max(map(max, shares.values())) or 1.0)
-    outline = _outline(shares["dense"], bins) if "dense" in shares else ""
+    outline = _outline(shares[DENSE], bins) if DENSE in shares else ""
     histograms = [
-        _histogram(labels[name], results[name]["summary"], own, bins, outline if name != "dense" else "")
+        _histogram(labels[name], results[name]["summary"], own, bins, outline if name != DENSE else "")
         for name, own in shares.items()
     ]
     span = count * width

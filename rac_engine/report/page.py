@@ -15,7 +15,7 @@ from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import format_seconds
 from rac_engine.engine import Metrics, environment, load_metrics, place_of
 from rac_engine.evaluation import evaluations
-from rac_engine.jobs.layout import RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
+from rac_engine.jobs.layout import DENSE, PRUNED, RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
 from rac_engine.jobs.steps import step_times
 from rac_engine.report.comparison import comparison, recipe_of
 from rac_engine.report.figures import decode_lengths, error_map, sparsity_map
@@ -57,7 +57,7 @@ def render(out: Path) -> str:
             end=metrics.end,
             metrics=metrics,
             rows=rows,
-            dense=next((row for row in rows if row.name == "dense"), None),
+            dense=next((row for row in rows if row.name == DENSE), None),
             main=next((row for row in rows if row.main), None),
             heatmaps=[sparsity_map(metrics), error_map(metrics)],
             lengths=decode_lengths(results, labels),
@@ -91,9 +91,9 @@ def _kinds(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> dict[s
 
 def _changes(results: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Problems that the dense model got right and the pruned one did not, and the number of those the other way."""
-    if not {"dense", "pruned"} <= results.keys():
+    if not {DENSE, PRUNED} <= results.keys():
         return None
-    pairs = list(zip(results["dense"]["rows"], results["pruned"]["rows"], strict=False))
+    pairs = list(zip(results[DENSE]["rows"], results[PRUNED]["rows"], strict=False))
     lost = [(dense, pruned) for dense, pruned in pairs if dense["correct"] and not pruned["correct"]]
     gained = sum(1 for dense, pruned in pairs if pruned["correct"] and not dense["correct"])
     return {"lost": lost[:_SHOWN_CHANGES], "lost_count": len(lost), "gained_count": gained, "pairs": len(pairs)}

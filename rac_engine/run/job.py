@@ -21,13 +21,13 @@ from rac_engine.checkpoint import Checkpoint
 from rac_engine.engine import calibration_of, require_memory, verify
 from rac_engine.evaluation import load_problems
 from rac_engine.jobs.job import FolderJob
-from rac_engine.jobs.layout import RAC, REPORT, RUN_JOURNAL
+from rac_engine.jobs.layout import PRUNED, RAC, REPORT, RUN_JOURNAL
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.models import Model
 from rac_engine.plan import not_finite, skipped_matrices
 from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
-from rac_engine.run.steps import MAIN, Limits, Run, models_of
+from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
 from rac_engine.traces import TRACE_TOKEN_BYTES, load_prompts
 
@@ -104,7 +104,7 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
     model = Model.open(Checkpoint.open(recipe.model))
     digests = {"model": model.checkpoint.sha256()}
     for name, calibration, settings in models_of(recipe):
-        label = recipe.name if name == MAIN else name
+        label = recipe.name if name == PRUNED else name
         try:
             skipped_matrices(model, settings)
             not_finite(model, settings)

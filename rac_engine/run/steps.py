@@ -20,9 +20,11 @@ from rac_engine.evaluation import evaluate
 from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.layout import (
     CARD,
+    DENSE,
     MANIFEST,
     METRICS,
     PRUNE_JOURNAL,
+    PRUNED,
     RAC,
     RECIPE,
     REPORT,
@@ -39,8 +41,6 @@ from rac_engine.report import Row, comparison, write_report
 from rac_engine.solve import find_method
 from rac_engine.traces import Calibration, generate
 
-MAIN = "pruned"
-
 _REWRITTEN = (CARD, f"{RAC}/{RECIPE}")  # at the end, to tell of the whole job
 
 
@@ -56,7 +56,7 @@ class Limits:
 def models_of(recipe: Recipe) -> list[tuple[str, CalibrationSettings, PruneSettings]]:
     """Name, calibration and settings of the main model and the variants."""
     variants = [(v.name, v.calibration or recipe.calibration, v.settings(recipe.prune)) for v in recipe.compare]
-    return [(MAIN, recipe.calibration, recipe.prune), *variants]
+    return [(PRUNED, recipe.calibration, recipe.prune), *variants]
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class Run:
         if recipe.trace:
             steps.append(_RunStep("traces", self._trace, partial(self._digests, traces), partial(_remove, traces)))
         if recipe.evaluate:
-            steps.append(self._answers("the dense model", "dense", recipe.model))
+            steps.append(self._answers("the dense model", DENSE, recipe.model))
         for name, calibration, settings in models_of(recipe):
-            label = recipe.name if name == MAIN else name
+            label = recipe.name if name == PRUNED else name
             act = partial(self._prune, name, calibration, settings)
             steps.append(_RunStep(f"prune {label}", act, partial(self._pruned, name), partial(self._unprune, name)))
             if recipe.evaluate:
-                steps.append(self._answers(label, name, self.folder if name == MAIN else self.work / name))
+                steps.append(self._answers(label, name, self.folder if name == PRUNED else self.work / name))
         return steps
 
     def _answers(self, label: str, name: str, model: Path) -> _RunStep:
@@ -162,18 +162,18 @@ class Run:
 
     def _pruned(self, name: str) -> dict[str, str]:
         """SHA-256 of what pruning left, the checkpoint's by its own manifest, without what `finish` writes again."""
-        at, rewritten = (self.folder, _REWRITTEN) if name == MAIN else (self.work / name, ())
+        at, rewritten = (self.folder, _REWRITTEN) if name == PRUNED else (self.work / name, ())
         manifest = read_json(at / RAC / MANIFEST)["files"]
         files = {
             str((at / file).relative_to(self.folder)): entry["sha256"]
             for file, entry in manifest.items()
             if file not in rewritten
         }
-        return files if name == MAIN else files | self._digests(self._home(name))
+        return files if name == PRUNED else files | self._digests(self._home(name))
 
     def _unprune(self, name: str) -> None:
         _remove(self.work / name, partial_of(self.work / name))
-        if name != MAIN:
+        if name != PRUNED:
             _remove(self._home(name))
             return
         _remove(*(entry for entry in self.folder.iterdir() if entry != self.rac))
@@ -209,7 +209,7 @@ class Run:
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
             tokens = None if find_method(settings.method).needs == "nothing" else self._tokens(recipe)
             prune(recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress)
-        if name == MAIN:
+        if name == PRUNED:
             _move_up(made, self.folder)
         else:
             self._home(name).mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ class Run:
 
     def _home(self, name: str) -> Path:
         """The folder that keeps the metrics of a model."""
-        return self.rac if name == MAIN else self.rac / VARIANTS / name
+        return self.rac if name == PRUNED else self.rac / VARIANTS / name
 
 
 def _remove(*entries: Path) -> None:
