@@ -36,7 +36,7 @@ from torch import Tensor
 from rac_engine import prune
 from rac_engine.base.sizes import parse_size
 from rac_engine.calibrate import DenseOutputs, DenseReference, Statistic, Stream
-from rac_engine.calibrate.stream import _recorders
+from rac_engine.calibrate.observers import recording
 from rac_engine.engine import experts, stages
 from rac_engine.engine.layer import Layer
 from rac_engine.evaluation import evaluate, wilson
@@ -51,9 +51,9 @@ def at_the_dense_routers_tokens(
     self: Stream, block: Block, statistics: Mapping[str, Statistic], beside: DenseReference
 ) -> None:
     """`Stream.observe_experts` with the dense block going first, and the pruned one asked for the same tokens."""
-    for (chunk, hidden), (_, original) in zip(self._chunks(), beside.stream._chunks(), strict=True):
+    for (chunk, hidden), (_, original) in zip(self.chunks(), beside.stream.chunks(), strict=True):
         weights, x, of_all = self._weights(chunk), block.norm(hidden), dict[str, Tensor]()
-        block.observe(x, chunk, _recorders(of_all, [name for name in statistics if not block.is_routed(name)]))
+        block.observe(x, chunk, recording(of_all, [name for name in statistics if not block.is_routed(name)]))
 
         def add(
             name: str,

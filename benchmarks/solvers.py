@@ -65,7 +65,7 @@ def of_model(folder: Path, traces: str, tokens: int) -> Iterator[tuple[str, Tens
     """Every matrix of a model with H of its input in the dense model."""
     model = Model.open(Checkpoint.open(folder))
     calibration = load_calibration(traces, part="all", tokens=tokens, tokenizer=load_tokenizer(folder))
-    stream = Stream(model, Packing.of(calibration, 8192), model.dtype, "cpu")
+    stream = Stream(model, Packing.of(calibration, 8192), model.dtype)
     for layer in range(model.layers):
         tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
         matrices = model.matrices(layer)

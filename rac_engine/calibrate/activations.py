@@ -1,4 +1,4 @@
-"""Activations of all calibration tokens, where there is room for them: on the device, in host memory, or in a file.
+"""The activations of all calibration tokens, kept on the device, in host memory, or in a file.
 
 Between two layers they are all that is kept of the calibration. They are gone through chunk by chunk: while one is
 computed on, the next is on its way to the device and the one before on its way back, so that neither is waited for.
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +31,28 @@ from rac_engine.jobs.timeline import Timeline
 
 Place = Literal["device", "host", "disk"]
 
+"""Where activations live: on the device; in host memory, pinned where the device is a GPU; or in a file."""
+
 Span = tuple[int, int]
 
 """Tokens from the first up to the second."""
 
 AHEAD = 2  # chunks in flight in each direction: one is used or filled while the other moves
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where activations live, and the device that computes on them."""
+
+    device: str = "cpu"
+    place: Place = "host"
+    folder: Path | None = None
+    """Folder of the file, for the disk; None: the system's for temporary files."""
+    timeline: Timeline | None = None
+    """Record of the time that moving takes, and waiting for it."""
+
+
+IN_MEMORY = Storage()  # for a CPU that computes
 
 
 class Activations(ABC):
@@ -44,34 +62,22 @@ class Activations(ABC):
     be on its way when `write` returns. One thread at a time.
     """
 
-    def __init__(
-        self, tokens: int, width: int, dtype: torch.dtype, device: str, timeline: Timeline | None = None
-    ) -> None:
-        self.tokens, self.width, self.dtype, self.device = tokens, width, dtype, device
-        self._timeline = timeline or Timeline()
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype, storage: Storage) -> None:
+        self.tokens, self.width, self.dtype, self.device = tokens, width, dtype, storage.device
+        self._timeline = storage.timeline or Timeline()
 
     @staticmethod
-    def make(
-        tokens: int,
-        width: int,
-        dtype: torch.dtype,
-        device: str = "cpu",
-        place: Place = "host",
-        folder: str | Path | None = None,
-        timeline: Timeline | None = None,
-    ) -> Activations:
+    def make(tokens: int, width: int, dtype: torch.dtype, storage: Storage = IN_MEMORY) -> Activations:
         """Room for [tokens, width], not filled.
 
-        `place`: "device"; "host", in pinned memory where `device` is a GPU; or "disk", in a file in `folder` that has
-        its whole size at once and no name, so that nothing is left of it when the process ends, however it ends.
-        `timeline` is told of the time that moving takes, and of waiting for it. Raises `BadInput` where the disk is
-        full.
+        On disk it is a file that has its whole size at once and no name, so that nothing is left of it when the process
+        ends, however it ends. Raises `BadInput` where the disk is full.
         """
-        if place == "disk":
-            return _OnDisk(tokens, width, dtype, device, Path(folder or tempfile.gettempdir()), timeline)
-        if place == "host" and torch.device(device).type == "cuda":
-            return _Pinned(tokens, width, dtype, device, timeline)
-        return _Resident(tokens, width, dtype, device)
+        if storage.place == "disk":
+            return _OnDisk(tokens, width, dtype, storage)
+        if storage.place == "host" and torch.device(storage.device).type == "cuda":
+            return _Pinned(tokens, width, dtype, storage)
+        return _Resident(tokens, width, dtype, storage)
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +90,9 @@ class Activations(ABC):
 
     @abstractmethod
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
-        """The tokens of each span in turn, as by `read`, the next ones on their way while these are used.
+        """The tokens of each span in turn, the next ones on their way while these are used.
 
-        Meanwhile only those that have been given out may be written.
+        Each holds until the next. Meanwhile only those that have been given out may be written.
         """
 
     @abstractmethod
@@ -94,22 +100,24 @@ class Activations(ABC):
         """Put values [n, width] in the place of tokens `start` up to `start` + n. They must not be changed later."""
 
     def prepare(self, spans: Sequence[Span]) -> None:  # noqa: B027 - most have nothing to fetch
-        """Have the first of them on their way for an `each` to come, while something else is done."""
+        """Start to fetch the first of the spans for an `each` to come, while something else is done."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to close
-        """Let go of files and threads. Nothing can be read or written any more."""
+        """Close files and threads. Nothing can be read or written any more."""
 
     def __len__(self) -> int:
         return self.tokens
 
 
 class _Resident(Activations):
-    """On the device, or in the memory of the CPU that computes: reading moves nothing."""
+    """Activations on the device, or in the memory of the CPU that computes: reading moves nothing."""
 
-    def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
-        super().__init__(tokens, width, dtype, device)
-        on_cpu = torch.device(device).type == "cpu"
-        flat = host_tensor(tokens * width, dtype) if on_cpu else torch.empty(tokens * width, dtype=dtype, device=device)
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype, storage: Storage) -> None:
+        super().__init__(tokens, width, dtype, storage)
+        if torch.device(self.device).type == "cpu":
+            flat = host_tensor(tokens * width, dtype)
+        else:
+            flat = torch.empty(tokens * width, dtype=dtype, device=self.device)
         self._all = flat.view(tokens, width)
 
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
@@ -131,7 +139,7 @@ class _Transfer:
         self._timed: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def to_device(self, source: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """Start to copy pinned `source` to the device: where it will be once the event has come."""
+        """Start to copy pinned `source` to the device; returns where it will be, and the event of its arrival."""
         self._turn = (self._turn + 1) % AHEAD
         if self._buffers[self._turn].numel() < source.numel() or self._buffers[self._turn].dtype != source.dtype:
             self._buffers[self._turn] = torch.empty(source.numel(), dtype=source.dtype, device=self.device)
@@ -143,13 +151,13 @@ class _Transfer:
         return target, self._copy(self._in, source, target)
 
     def wait(self, arriving: tuple[Tensor, torch.cuda.Event]) -> Tensor:
-        """What `arrive` has begun, for the current stream."""
+        """The chunk that `to_device` has begun to copy; the current stream waits for it."""
         target, arrived = arriving
         torch.cuda.current_stream(self.device).wait_event(arrived)
         return target
 
     def to_host(self, values: Tensor, target: Tensor) -> torch.cuda.Event:
-        """Start to copy `values` from the device to pinned `target`."""
+        """Start to copy `values` from the device to pinned `target`; returns the event of its arrival."""
         self._out.wait_stream(torch.cuda.current_stream(self.device))
         left = self._copy(self._out, values, target)
         values.record_stream(self._out)
@@ -161,7 +169,7 @@ class _Transfer:
         return left
 
     def synchronize(self) -> None:
-        """Until nothing is on its way: host memory that chunks came from or went to may be used for others, or go."""
+        """Wait until nothing is on its way, so that the host memory of all chunks may be used for others, or freed."""
         with self._timeline.waiting():
             self._in.synchronize()
             self._out.synchronize()
@@ -181,12 +189,12 @@ class _Transfer:
 
 
 class _Pinned(Activations):
-    """In page-locked host memory, for a GPU that computes on a chunk while the next one is copied."""
+    """Activations in page-locked host memory, for a GPU that computes on a chunk while the next one is copied."""
 
-    def __init__(self, tokens: int, width: int, dtype: torch.dtype, device: str, timeline: Timeline | None) -> None:
-        super().__init__(tokens, width, dtype, device, timeline)
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype, storage: Storage) -> None:
+        super().__init__(tokens, width, dtype, storage)
         self._all = host_tensor(tokens * width, dtype, pin=True).view(tokens, width)
-        self._transfer = _Transfer(device, self._timeline)
+        self._transfer = _Transfer(self.device, self._timeline)
 
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
@@ -203,24 +211,23 @@ class _Pinned(Activations):
 
 
 class _OnDisk(Activations):
-    """In a file, read ahead and written behind by a thread each, through a few chunks of host memory.
+    """Activations in a file, read ahead and written behind by a thread each, through a few chunks of host memory.
 
     A CRC-32 of each token stays in memory: what is read is held against it (`Damaged`).
     """
 
-    def __init__(
-        self, tokens: int, width: int, dtype: torch.dtype, device: str, folder: Path, timeline: Timeline | None
-    ) -> None:
-        super().__init__(tokens, width, dtype, device, timeline)
-        self._folder = folder
-        with disk_errors(folder):
-            self._fd = _nameless_file(folder)
+    def __init__(self, tokens: int, width: int, dtype: torch.dtype, storage: Storage) -> None:
+        super().__init__(tokens, width, dtype, storage)
+        self._folder = storage.folder or Path(tempfile.gettempdir())
+        with disk_errors(self._folder):
+            self._fd = _nameless_file(self._folder)
             self._close = weakref.finalize(self, os.close, self._fd)
             if self.nbytes:
                 faults.reserve(self._fd, 0, self.nbytes)
         self._row = width * dtype.itemsize
         self._sums = np.full(tokens, zlib.crc32(bytes(self._row)), np.uint32)  # the file is zeros as yet
-        self._transfer = _Transfer(device, self._timeline) if torch.device(device).type == "cuda" else None
+        on_gpu = torch.device(self.device).type == "cuda"
+        self._transfer = _Transfer(self.device, self._timeline) if on_gpu else None
         self._reader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._in = [torch.empty(0, dtype=dtype) for _ in range(AHEAD)]
         self._out = [torch.empty(0, dtype=dtype) for _ in range(AHEAD)]
@@ -243,7 +250,7 @@ class _OnDisk(Activations):
                 for at in range(number + len(reads), min(number + AHEAD, len(spans))):
                     reads.append(self._fetch(spans[at], at))
                 yield self._wait(reads.popleft())
-            self._again(spans)
+            self._prepare_again(spans)
             return
         coming: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         for number in range(len(spans)):
@@ -255,10 +262,10 @@ class _OnDisk(Activations):
                 arriving[1].synchronize()  # its host buffer is free
                 reads.append(self._fetch(spans[number + AHEAD], number))
             yield self._transfer.wait(arriving)
-        self._again(spans)
+        self._prepare_again(spans)
 
-    def _again(self, spans: Sequence[Span]) -> None:
-        """Whoever has gone through all tokens will do so again, and in the same chunks."""
+    def _prepare_again(self, spans: Sequence[Span]) -> None:
+        """Fetch the first spans again after a pass over all tokens: the next pass will ask for the same chunks."""
         if sum(stop - start for start, stop in spans) == self.tokens:
             self.prepare(spans)
 

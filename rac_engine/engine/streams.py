@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rac_engine.calibrate import Packing, Stream
+from rac_engine.calibrate import Packing, Storage, Stream
 from rac_engine.engine.context import Context
 from rac_engine.engine.embeddings import pruned_embeddings
 
@@ -23,11 +23,8 @@ def open_streams(context: Context, packing: Packing, folder: Path) -> None:
             model,
             packing,
             context.dtype,
-            context.device,
-            choice.place,
-            folder,
+            Storage(context.device, choice.place, folder, context.timeline),
             choice.keep_bytes,
-            context.timeline,
             table,
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rac_engine.base.files import disk_errors, replace_file
 from rac_engine.base.sizes import percent
-from rac_engine.calibrate import Packing, Statistic, Stream
+from rac_engine.calibrate import Packing, Statistic, Storage, Stream
 from rac_engine.jobs.layout import ALLOCATION
 from rac_engine.models import Matrix, Model
 from rac_engine.plan import Choice, dtype_of
@@ -115,7 +115,7 @@ def _survey(
     """Every input of the dense model with its profile, and the share of outliers in its layer."""
     last = max((layer for layer, matrices in enumerate(layers) if matrices), default=-1)
     dtype = dtype_of(model, settings, torch.device(device).type == "cuda")
-    stream = Stream(model, packing, dtype, device, choice.place, folder, choice.keep_bytes)
+    stream = Stream(model, packing, dtype, Storage(device, choice.place, folder), choice.keep_bytes)
     found: list[tuple[_Seen, float]] = []
     try:
         for layer in range(last + 1):

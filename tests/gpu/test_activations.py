@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rac_engine.calibrate.activations import Activations, host_tensor
+from rac_engine.calibrate.activations import Activations, Storage, host_tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -17,7 +17,7 @@ def test_passes_read_what_the_one_before_wrote(place, tmp_path):
     """Chunks change on the device pass after pass, while others move; a slow kernel runs between reads and writes."""
     torch.manual_seed(0)
     expected = torch.randint(0, 100, (5000, 256)).to(torch.bfloat16)
-    stored = Activations.make(5000, 256, torch.bfloat16, "cuda", place, tmp_path)
+    stored = Activations.make(5000, 256, torch.bfloat16, Storage("cuda", place, tmp_path))
     for start, stop in SPANS:
         stored.write(start, expected[start:stop].cuda())
     busy = torch.randn(2048, 2048, device="cuda")
@@ -36,7 +36,7 @@ def test_passes_read_what_the_one_before_wrote(place, tmp_path):
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_the_device_holds_chunks_only(place, tmp_path):
     torch.cuda.synchronize()
-    stored = Activations.make(200_000, 512, torch.bfloat16, "cuda", place, tmp_path)
+    stored = Activations.make(200_000, 512, torch.bfloat16, Storage("cuda", place, tmp_path))
     spans = [(at, at + 2000) for at in range(0, 200_000, 2000)]
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

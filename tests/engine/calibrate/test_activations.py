@@ -14,7 +14,7 @@ import torch
 
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput, Damaged
-from rac_engine.calibrate.activations import Activations, Place
+from rac_engine.calibrate.activations import Activations, Place, Storage
 
 SPANS = [(0, 5), (5, 6), (6, 30), (30, 37)]
 
@@ -24,7 +24,7 @@ SPANS = [(0, 5), (5, 6), (6, 30), (30, 37)]
 def test_what_is_written_is_read(place: Place, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.randn(37, 6).to(dtype)
-    stored = Activations.make(37, 6, dtype, "cpu", place, tmp_path)
+    stored = Activations.make(37, 6, dtype, Storage("cpu", place, tmp_path))
     for start, stop in SPANS:
         stored.write(start, expected[start:stop].clone())
     for _ in range(3):  # each pass reads what the one before wrote, some of it still on its way
@@ -40,16 +40,16 @@ def test_what_is_written_is_read(place: Place, dtype: torch.dtype, tmp_path: Pat
 
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_nothing_and_single_tokens(place: Place, tmp_path: Path) -> None:
-    none = Activations.make(0, 6, torch.float32, "cpu", place, tmp_path)
+    none = Activations.make(0, 6, torch.float32, Storage("cpu", place, tmp_path))
     assert list(none.each([])) == []
     assert none.read(0, 0).shape == (0, 6)
-    one = Activations.make(1, 1, torch.float32, "cpu", place, tmp_path)
+    one = Activations.make(1, 1, torch.float32, Storage("cpu", place, tmp_path))
     one.write(0, torch.ones(1, 1))
     assert one.read(0, 1).item() == 1
 
 
 def test_strided_values_are_stored_by_value(tmp_path: Path) -> None:
-    stored = Activations.make(4, 3, torch.float32, "cpu", "disk", tmp_path)
+    stored = Activations.make(4, 3, torch.float32, Storage("cpu", "disk", tmp_path))
     values = torch.arange(12.0).view(3, 4).T
     stored.write(0, values)
     assert torch.equal(stored.read(0, 4), values)
@@ -57,7 +57,7 @@ def test_strided_values_are_stored_by_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_read_that_lies_is_found_out(number: int, tmp_path: Path) -> None:
-    stored = Activations.make(37, 6, torch.bfloat16, "cpu", "disk", tmp_path)
+    stored = Activations.make(37, 6, torch.bfloat16, Storage("cpu", "disk", tmp_path))
     stored.write(0, torch.randn(30, 6).bfloat16())  # the others are zeros yet
     faults.arm(f"flip:read:{number}")
     try:
@@ -69,7 +69,7 @@ def test_a_read_that_lies_is_found_out(number: int, tmp_path: Path) -> None:
 
 
 def test_a_pass_that_was_left_in_the_middle_harms_no_other(tmp_path: Path) -> None:
-    stored = Activations.make(40, 3, torch.float32, "cpu", "disk", tmp_path)
+    stored = Activations.make(40, 3, torch.float32, Storage("cpu", "disk", tmp_path))
     values = torch.randn(40, 3)
     stored.write(0, values)
     spans = [(at, at + 4) for at in range(0, 40, 4)]
@@ -80,7 +80,7 @@ def test_a_pass_that_was_left_in_the_middle_harms_no_other(tmp_path: Path) -> No
 def test_the_next_pass_is_on_its_way_when_one_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first chunks are read meanwhile, once, and again only if they were written since."""
     spans = [(at, at + 4) for at in range(0, 20, 4)]
-    stored = Activations.make(20, 3, torch.float32, "cpu", "disk", tmp_path)
+    stored = Activations.make(20, 3, torch.float32, Storage("cpu", "disk", tmp_path))
     values = torch.randn(20, 3)
     stored.write(0, values)
     preadv, starts = faults.preadv, queue.SimpleQueue[int]()
@@ -114,11 +114,11 @@ def test_full_disk_is_said_before_anything_is_computed(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(faults, "reserve", full)
     with pytest.raises(BadInput, match="free some space"):
-        Activations.make(4, 3, torch.float32, "cpu", "disk", tmp_path)
+        Activations.make(4, 3, torch.float32, Storage("cpu", "disk", tmp_path))
 
 
 def test_error_of_the_writing_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = Activations.make(8, 3, torch.float32, "cpu", "disk", tmp_path)
+    stored = Activations.make(8, 3, torch.float32, Storage("cpu", "disk", tmp_path))
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -132,7 +132,7 @@ def test_error_of_the_writing_thread_is_raised(tmp_path: Path, monkeypatch: pyte
 BOUNDED = """
 import sys, torch
 from pathlib import Path
-from rac_engine.calibrate.activations import Activations
+from rac_engine.calibrate.activations import Activations, Storage
 
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
@@ -141,7 +141,7 @@ torch.set_num_threads(1)
 tokens, width, step = 40_000, 1024, 1000
 spans = [(at, at + step) for at in range(0, tokens, step)]
 for place in ("disk", "host"):
-    stored = Activations.make(tokens, width, torch.float32, "cpu", place, sys.argv[1])
+    stored = Activations.make(tokens, width, torch.float32, Storage("cpu", place, Path(sys.argv[1])))
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     for start, stop in spans:

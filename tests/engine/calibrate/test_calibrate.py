@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rac_engine.calibrate.activations import Place
+from rac_engine.calibrate.activations import Place, Storage
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import Statistic
 from rac_engine.calibrate.stream import Stream
@@ -72,7 +72,7 @@ def packed_hessians(
 ) -> dict[str, Tensor]:
     """The same from the packed stream, either in stages or in one pass through the layer."""
     model, layers = opened(folder)
-    stream = Stream(model, Packing.of(calibration, chunk_tokens), model.dtype, "cpu")
+    stream = Stream(model, Packing.of(calibration, chunk_tokens), model.dtype)
     for blocks in layers[:layer]:
         for block in blocks:
             stream.advance(block)
@@ -129,7 +129,7 @@ class Exact:
 def exact_hessians(folder: Path, calibration: Calibration, chunk_tokens: int) -> list[Tensor]:
     """H in fp64 of a layer's inputs, behind a layer that was gone through, from activations in fp64."""
     model, layers = opened(folder, torch.float64)
-    stream: Any = Stream(model, Packing.of(calibration, chunk_tokens), torch.float64, "cpu")
+    stream: Any = Stream(model, Packing.of(calibration, chunk_tokens), torch.float64)
     for block in layers[0]:
         stream.advance(block)
     found = []
@@ -164,14 +164,14 @@ def test_kept_activations_change_no_bit(checkpoint: Make, tmp_path: Path, place:
     hidden = []
     for keep_bytes, kept_expected in ((1 << 30, True), (0, False)):
         packing = Packing.of(tiny.calibration(), 50)
-        stream = Stream(model, packing, model.dtype, "cpu", place, tmp_path, keep_bytes)
+        stream = Stream(model, packing, model.dtype, Storage("cpu", place, tmp_path), keep_bytes)
         for block in layers[0]:
             assert block.last is not None
             kept = stream.observe(block, {block.last: Statistic(block.width, full=False, device="cpu")})
             assert (kept is not None) == (kept_expected or block.plan.attention)
             stream.advance(block, kept)
         hidden.append(whole(stream))
-    replayed = Stream(model, Packing.of(tiny.calibration(), 50), model.dtype, "cpu")
+    replayed = Stream(model, Packing.of(tiny.calibration(), 50), model.dtype)
     for block in layers[0]:
         replayed.advance(block)
     assert torch.equal(hidden[0], whole(replayed))
@@ -189,7 +189,7 @@ def test_moving_on_with_the_next_pass_changes_no_bit(
     found: list[list[Tensor]] = []
     for later in (False, True):
         packing = Packing.of(tiny.calibration(), 50)
-        stream = Stream(model, packing, model.dtype, "cpu", place, tmp_path, keep_bytes)
+        stream = Stream(model, packing, model.dtype, Storage("cpu", place, tmp_path), keep_bytes)
         gathered = list[Tensor]()
         for blocks in layers:
             for block in blocks:

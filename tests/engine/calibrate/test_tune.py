@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rac_engine.base.errors import Interrupted
 from rac_engine.calibrate import tuning
-from rac_engine.calibrate.activations import Place
+from rac_engine.calibrate.activations import Place, Storage
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import Checkpoint
@@ -127,7 +127,7 @@ def test_it_makes_no_difference_where_activations_live(checkpoint: Make, tmp_pat
     for place in places:
         with torch.inference_mode():
             block, dense = (model.build_layer(0, tensors, torch.float32, "cpu")[1] for _ in range(2))
-            stream, wanted = (Stream(model, packing, torch.float32, "cpu", place, tmp_path) for _ in range(2))
+            stream, wanted = (Stream(model, packing, torch.float32, Storage("cpu", place, tmp_path)) for _ in range(2))
             wanted.advance(dense)
             weights = {name: linear.get_parameter("weight").clone() for name, linear in block.linears.items()}
             for weight in weights.values():

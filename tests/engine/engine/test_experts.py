@@ -163,7 +163,7 @@ def test_experts_are_tied_to_the_dense_ones_at_the_pruned_routers_tokens(
     with torch.inference_mode():
         for folder in (out, source):
             model = Model.open(Checkpoint.open(folder))
-            stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
+            stream = Stream(model, Packing.of(calibration, 64), model.dtype)
             for layer in range(model.layers):
                 tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
                 parts = model.build_layer(layer, tensors, model.dtype, "cpu")
@@ -280,7 +280,7 @@ def test_stacked_experts_leave_the_dense_model_beside_as_it_is(
     monkeypatch.setattr(loop, "prune_layer", noted)
     prune(source, tmp_path / "whole", settings(dtype="bfloat16"), calibration)
     model = Model.open(Checkpoint.open(source))
-    stream = Stream(model, Packing.of(calibration, 64), model.dtype, "cpu")
+    stream = Stream(model, Packing.of(calibration, 64), model.dtype)
     for layer, hidden in enumerate(beside):
         assert torch.equal(hidden, stream.hidden.read(0, TOKENS)), layer
         tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}

@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def stream_through(folder: Path, chunk_tokens: int) -> tuple[Model, Stream]:
     """All calibration tokens sent through all layers as they are."""
     model = Model.open(Checkpoint.open(folder))
-    stream = Stream(model, Packing.of(tiny.calibration(), chunk_tokens), model.dtype, "cpu")
+    stream = Stream(model, Packing.of(tiny.calibration(), chunk_tokens), model.dtype)
     for layer in range(model.layers):
         tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
         for block in model.build_layer(layer, tensors, model.dtype, "cpu"):

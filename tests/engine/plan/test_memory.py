@@ -70,7 +70,7 @@ def deepened(source: Path, folder: Path, times: int) -> Path:
 LONG = """
 import sys, torch
 from pathlib import Path
-from rac_engine.calibrate import Packing, Statistic, Stream
+from rac_engine.calibrate import Packing, Statistic, Storage, Stream
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.base.process import peak_memory
 from rac_engine.models import Model
@@ -84,7 +84,7 @@ with torch.inference_mode():
         packing = Packing.of(tiny.calibration([length]), 512)
         peak_memory(reset=True)
         before = peak_memory()
-        stream = Stream(model, packing, model.dtype, "cpu", "disk", Path(sys.argv[2]), keep_bytes=0)
+        stream = Stream(model, packing, model.dtype, Storage("cpu", "disk", Path(sys.argv[2])), keep_bytes=0)
         for block in blocks:
             stream.advance(block, stream.observe(block, {block.last: Statistic(block.width, False, "cpu")}))
         print(peak_memory() - before)
