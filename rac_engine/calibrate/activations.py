@@ -31,7 +31,7 @@ from rac_engine.jobs.timeline import Timeline
 
 Place = Literal["device", "host", "disk"]
 
-"""Where activations live: on the device; in host memory, pinned where the device is a GPU; or in a file."""
+"""A home of activations: on the device; in host memory, pinned where the device is a GPU; or in a file."""
 
 Span = tuple[int, int]
 
@@ -42,7 +42,7 @@ AHEAD = 2  # chunks in flight in each direction: one is used or filled while the
 
 @dataclass(frozen=True)
 class Storage:
-    """Where activations live, and the device that computes on them."""
+    """The home of activations, and the device that computes on them."""
 
     device: str = "cpu"
     place: Place = "host"

@@ -1,4 +1,4 @@
-"""What is gathered from an input: the Hessian or its diagonal, and what ties it to the dense model."""
+"""Statistics of an input: the Hessian or its diagonal, and what matches the pruned model with the dense one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rac_kernels import (
 
 
 class Statistic:
-    """What a solver wants to know about an input: H = Σ w x xᵀ, or its diagonal only.
+    """The Hessian H = Σ w x xᵀ of an input, or its diagonal only.
 
     `value` is fp32, [columns, columns] (upper triangle) or [columns]; `tokens` are the tokens counted, `dropped` those
-    left out because they hold NaN or Inf, which would spoil all of H. `match` is what ties the input to the dense
-    model, where its outputs are to be reconstructed.
+    left out because they hold NaN or Inf, which would spoil all of H. `match` gathers what the dense model has in the
+    same place, where its outputs are to be reconstructed.
     """
 
     def __init__(self, columns: int, full: bool, device: str, match: DenseInputs | DenseOutputs | None = None) -> None:
@@ -36,10 +36,9 @@ class Statistic:
         self._count(*finite_tokens(weights, x))
 
     def add_matched(self, given: Tensor, others: Sequence[Tensor], weights: Tensor | None) -> None:
-        """Count tokens `given` here, and in `match` with what belongs to them (see its `add`): the same tokens.
+        """Count tokens `given` [tokens, columns] here, and in `match` together with the `others` that its `add` takes.
 
-        What all solvers take for granted is that H and C are of the same tokens; one that is not finite in either
-        model counts in neither.
+        All solvers rely on H and C being of the same tokens: one that is not finite in either model counts in neither.
         """
         (given, *others), weights, dropped = finite_tokens(weights, given, *others)
         self._count([given], weights, dropped)
@@ -54,14 +53,14 @@ class Statistic:
             self._accumulate(self.value, x, weights)
 
     def blend(self, other: Statistic, weight: float) -> None:
-        """Add `weight` times what was gathered by another, which stays as it is."""
+        """Add `weight` times another's sums, which stay as they are."""
         blend_(self.value, other.value, weight)
         if isinstance(self.match, DenseInputs) and isinstance(other.match, DenseInputs):
             self.match.blend(other.match, weight)
 
 
 class DenseInputs:
-    """What ties a group's inputs X′ in the pruned model to the inputs X that the same group has in the dense one.
+    """The match of a group's inputs X′ in the pruned model with the inputs X that the same group has in the dense one.
 
     `cross` is X′ᵀX [columns, columns], `gram` is XᵀX (upper triangle), both fp32, each token counted with its weight.
     """
@@ -76,15 +75,15 @@ class DenseInputs:
         hessian_accumulate_(self.gram, dense, weights)
 
     def blend(self, other: DenseInputs, weight: float) -> None:
-        """Add `weight` times what was gathered by another, which stays as it is."""
+        """Add `weight` times another's sums, which stay as they are."""
         blend_(self.cross, other.cross, weight)
         blend_(self.gram, other.gram, weight)
 
 
 class DenseOutputs:
-    """What ties a matrix's inputs X′ to the outputs Y that are wanted of it.
+    """The match of a matrix's inputs X′ with the outputs Y that are wanted of it.
 
-    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `dense` the square of what the dense matrix gives.
+    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `dense` the squared norm of the dense matrix's outputs.
     """
 
     def __init__(self, columns: int, rows: int, device: str) -> None:

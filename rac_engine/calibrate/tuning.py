@@ -1,10 +1,11 @@
 """Tuning a pruned block as a whole: the weights that stay are moved until its hidden states are the dense model's.
 
-What a method solves is one matrix after the other, each for its own outputs. Products of two matrices' outputs (gate
+A method solves one matrix after the other, each for its own outputs. Products of two matrices' outputs (gate
 and up, queries and keys), and how well a later matrix can make up for an earlier one, are seen by none of these
 problems alone. Here the block's error ‖hidden′ − hidden‖², hidden′ being what it hands on of what the pruned model
 gives it and hidden what the dense model has there, is minimised over all its pruned matrices at once, by Adam on
-shuffled sequences, in fp32. Masks stay.
+shuffled sequences, in fp32. Masks stay. Here it is said which tokens make a step; error, schedule and steps are
+`rac_kernels.Tuning`'s.
 
 Reference: block-wise fine-tuning as in Guo et al., "EBFT" (arXiv 2402.12419).
 """
@@ -30,7 +31,7 @@ STEPS = 150  # steps in an epoch at most, whole sequences and chunks permitting
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning came to: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names."""
+    """The outcome of tuning: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names."""
 
     before: float
     after: float

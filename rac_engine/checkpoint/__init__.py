@@ -1,4 +1,9 @@
-"""Hugging Face checkpoints as files: read tensor by tensor by their on-disk names, written back in the same layout."""
+"""Hugging Face checkpoints as files: read tensor by tensor by their on-disk names, written back in the same layout.
+
+Begin at `Checkpoint.open(folder)`, which checks config, index and headers before anything in them is believed, and
+`CheckpointWriter(source, folder)`, which writes a checkpoint with the same names, dtypes and shards. Nothing here
+knows what a tensor is for. Block-scaled FP8 is read as the bf16 that it stands for.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-scaled FP8 weights, read as the bf16 that they stand for."""
+"""Block-scaled FP8 weights, presented as the bf16 that they stand for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _as_bf16(
+def as_bf16(
     folder: Path,
     config: dict[str, Any],
     tensors: dict[str, TensorInfo],

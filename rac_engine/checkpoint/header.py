@@ -1,4 +1,4 @@
-"""Headers of safetensors files, of which nothing is believed before it is checked."""
+"""Headers of safetensors files, checked before anything in them is believed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _MEND = "fetch the checkpoint again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes from `offset` (of the file's start) in `file`."""
+    """A tensor's place: `nbytes` bytes from `offset` (of the file's start) in `file`."""
 
     name: str
     file: Path
@@ -53,13 +53,12 @@ class TensorInfo:
     offset: int
     nbytes: int
     scaled: Scaled | None = None
-    """Of a tensor that is read as `dtype` and takes `nbytes` so, but lies in the file as FP8; `offset` is then that of
-    the FP8 bytes."""
+    """Set where the tensor lies in the file as FP8, from `offset` on; `dtype` and `nbytes` are those it is read in."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """How FP8 becomes bf16: a block of rows and columns is multiplied by one number."""
+    """FP8 in the file: every block of rows and columns is multiplied by one number to become bf16."""
 
     dtype: torch.dtype
     scales: TensorInfo

@@ -16,7 +16,7 @@ import torch
 
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import read_small
-from rac_engine.checkpoint.fp8 import _as_bf16, fp8_block
+from rac_engine.checkpoint.fp8 import as_bf16, fp8_block
 from rac_engine.checkpoint.header import TensorInfo, read_config, read_header
 from rac_engine.checkpoint.tensors import bytes_of, is_finite, pieces_of, read_tensor
 from rac_engine.jobs.layout import CARD, RAC
@@ -90,11 +90,11 @@ class Checkpoint:
             if name not in tensors:
                 raise BadInput(f"{index}: {name!r} is not in {(weight_map or {})[name]}; fetch the checkpoint again")
         if fp8_block(config) is not None:
-            tensors, shards = _as_bf16(folder, config, tensors, shards)
+            tensors, shards = as_bf16(folder, config, tensors, shards)
         return cls(folder, config, tensors, shards)
 
     def copied_file(self, name: str) -> bytes:
-        """What a copy of the checkpoint has in a file beside the weights: in config.json, no FP8."""
+        """Bytes of a file beside the weights as a copy of the checkpoint has it: config.json says nothing of FP8."""
         if name == "config.json" and fp8_block(self.config) is not None:
             config = {key: value for key, value in self.config.items() if key != "quantization_config"}
             return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -103,8 +103,7 @@ class Checkpoint:
     def read(self, name: str, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
         """The tensor (or its rows from `rows[0]` up to `rows[1]`) in its own dtype, on the CPU, pinned with `pin`.
 
-        Once the checkpoint was gone through (`sha256`), a whole tensor is held against what it was then: `Damaged` if
-        it is read as something else.
+        Once `sha256` has been computed, a whole tensor is compared with what it was then (see `check_unchanged`).
         """
         tensor = read_tensor(self.tensors[name], rows, pin)
         if rows is None:
@@ -112,7 +111,7 @@ class Checkpoint:
         return tensor
 
     def check_unchanged(self, name: str, read: Any) -> None:
-        """Raise `Damaged` if `read` (the bytes of a tensor, or their digest) is not what `sha256` went through."""
+        """Raise `Damaged` if a tensor's bytes or their digest (`read`) are not those that `sha256` has seen."""
         if "_content" in self.__dict__:
             digest = read if hasattr(read, "hexdigest") else hashlib.sha256(read)
             if digest.hexdigest() != self._content[name][0]:
@@ -124,7 +123,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """SHA-256 over config.json and the name, dtype, shape and SHA-256 of every tensor.
 
-        Computed once, with all cores; from then on what is read is held against it.
+        Computed once, with all cores; from then on what is read is compared with it.
         """
         config = json.dumps(self.config, sort_keys=True)
         if config != json.dumps(read_config(inside(self.path, "config.json")), sort_keys=True):
@@ -189,6 +188,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor by an index; `BadInput` for files that are not safetensors of its folder."""
     weight_map = read_config(inside(index.parent, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput(f"{index}: has no weight_map; fetch the checkpoint again")

@@ -1,4 +1,4 @@
-"""Tensors as bytes in files."""
+"""Tensors read from the bytes of safetensors files, and seen as bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def pieces_of(info: TensorInfo) -> Iterator[memoryview]:
-    """Runs of a tensor's bytes, of FP8 those of the bf16 that it stands for: never much more of it than a run."""
+    """A tensor's bytes run by run, FP8 as the bf16 that it stands for; never much more than a run is in memory."""
     if info.scaled is None:
         yield from pieces(info.file, info.offset, info.nbytes)
         return

@@ -21,13 +21,13 @@ class CheckpointWriter:
     """Writes a checkpoint that has the names, dtypes, shapes and shards of `source` into `folder`.
 
     Every shard has its full size on disk before the first tensor is written, so a disk that is too small shows at once.
-    Files of an earlier, unfinished writer in the folder are taken over as they are: `digest` tells what they hold.
-    `beside` are bytes that the disk has to have free for others while this one writes.
+    Files of an earlier, unfinished writer in the folder stay as they are: `reuse` takes tensors over from them.
+    `beside` is how many bytes more the disk has to have free, for others that write meanwhile.
     """
 
     def __init__(self, source: Checkpoint, folder: Path, beside: int = 0) -> None:
         self.source, self.folder = source, folder
-        self._places: dict[str, TensorInfo] = {}
+        self._infos: dict[str, TensorInfo] = {}
         self._written: set[str] = set()
         self._dirty: set[Path] = set()
         self.total_size = sum(info.nbytes for info in source.tensors.values())
@@ -36,7 +36,7 @@ class CheckpointWriter:
             file = folder / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
             header, places = file_layout(file, infos)
             headers[file] = header, len(header) + sum(info.nbytes for info in infos)
-            self._places.update(places)
+            self._infos.update(places)
         others = {name: inside(source.path, name) for name in other_files(source.path)}
         with disk_errors(folder):
             taken = sum(file.stat().st_blocks * 512 for file in headers if file.exists())
@@ -61,7 +61,8 @@ class CheckpointWriter:
         return self._put(name, tensor)
 
     def _put(self, name: str, tensor: torch.Tensor) -> str:
-        place = self._places[name]
+        """`write` without a look at the values."""
+        place = self._infos[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} given for {place.dtype} {place.shape}")
         data = bytes_of(tensor.detach().cpu().contiguous())
@@ -72,7 +73,7 @@ class CheckpointWriter:
 
     def copy(self, name: str) -> str:
         """Put the source's bytes of a tensor (FP8 as bf16) in their place and return their SHA-256."""
-        there, place = self.source.tensors[name], self._places[name]
+        there, place = self.source.tensors[name], self._infos[name]
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), opened(place.file, os.O_WRONLY) as target:
             for piece in pieces_of(there):
@@ -84,8 +85,8 @@ class CheckpointWriter:
         return digest.hexdigest()
 
     def reuse(self, name: str, digest: str) -> torch.Tensor | None:
-        """Take over and return what an earlier writer left of this tensor, if its SHA-256 is `digest`."""
-        tensor = read_tensor(self._places[name])
+        """Take over and return the tensor as an earlier writer left it, if its SHA-256 is `digest`; else None."""
+        tensor = read_tensor(self._infos[name])
         if hashlib.sha256(bytes_of(tensor)).hexdigest() != digest:
             return None
         self._written.add(name)
@@ -103,12 +104,12 @@ class CheckpointWriter:
 
         Returns the SHA-256 of each tensor that was copied.
         """
-        copied = {name: self.copy(name) for name in self._places if name not in self._written}
+        copied = {name: self.copy(name) for name in self._infos if name not in self._written}
         self.sync()
         if len(self.source.shards) > 1:
             index = {
                 "metadata": {"total_size": self.total_size},
-                "weight_map": {name: self._places[name].file.name for name in sorted(self._places)},
+                "weight_map": {name: self._infos[name].file.name for name in sorted(self._infos)},
             }
             with disk_errors(self.folder):
                 write_file(self.folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
@@ -120,6 +121,7 @@ class CheckpointWriter:
 
 
 def _reserve(file: Path, header: bytes, size: int) -> None:
+    """Give a shard its full size on disk and its header."""
     with opened(file, os.O_WRONLY | os.O_CREAT) as fd:
         faults.truncate(fd, min(size, os.fstat(fd).st_size))
         faults.reserve(fd, 0, size)

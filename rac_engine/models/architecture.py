@@ -1,4 +1,4 @@
-"""What a model's decoder layers are made of, by its family and config alone, without weights.
+"""The make-up of a model's decoder layers, by its family and config alone, without weights.
 
 A decoder layer is a row of residual blocks, hidden + scale · after(output(inner(norm(hidden)))): attention and MLP. The
 matrices at the entrance of `inner` (q, k, v; gate, up) share one input, the matrix `output` (o; down) has an input of
@@ -88,7 +88,7 @@ class Architecture:
             return self.family.make("DecoderLayer", self.config, layer)
 
     def _layer(self, layer: int) -> nn.Module:
-        """The same with every expert as a module of its own."""
+        """The layer without weights, every expert a module of its own."""
         bare = self._bare_layer(layer)
         for plan in self.plans(layer):
             if plan.experts is not None:

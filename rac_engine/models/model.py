@@ -73,7 +73,7 @@ class Model(Architecture):
         return range(self.layers, self.layers + (count if type(count) is int else 0))
 
     def notes(self) -> list[str]:
-        """What a user should know of how this checkpoint is read and written, for the report."""
+        """Remarks for the report on how this checkpoint is read and written."""
         found = []
         if (block := fp8_block(self.checkpoint.config)) is not None:
             found.append(

@@ -42,7 +42,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers builds models of one `model_type`: class names start with `prefix`."""
+    """The models of one `model_type` as transformers builds them: class names start with `prefix`."""
 
     model_type: str
     prefix: str

@@ -1,4 +1,9 @@
-"""Traces: what the model writes on its own prompts, sampled, stored, and read back as calibration tokens."""
+"""Traces: prompts with the model's own completions, sampled, stored, and read back as calibration tokens.
+
+Begin at `generate`, which samples traces into Parquet files with a `Decoder`, and at `load_calibration`, which reads
+these and other layouts (JSONL, text) as `TokenSequence`s. Token ids are the truth: a trace is never rendered or
+tokenized again. A chat template is applied in `render` alone.
+"""
 
 from __future__ import annotations
 

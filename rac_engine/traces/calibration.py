@@ -11,7 +11,7 @@ which its finish_reason "budget" says. If the prompts run out first there are fe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,14 @@ import numpy as np
 
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe import TEXT_PREFIX
-from rac_engine.traces.files import from_jsonl, from_parquet, from_text
+from rac_engine.traces.files import Trace, from_jsonl, from_parquet, from_text
 
 Part = Literal["all", "prompt", "completion"]
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens that the model sees in one go; `weights` [tokens] fp32 say how much each counts in H (None: 1 each)."""
+    """Tokens of one sequence of the model; `weights` [tokens] fp32 say how much each counts in H (None: 1 each)."""
 
     token_ids: np.ndarray
     prompt_length: int
@@ -36,7 +36,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Weighting:
-    """How much tokens count in H: by what they belong to, by place in the completion, by the traces' own weights.
+    """Weights of tokens in H: by what they belong to, by place in the completion, by the traces' own weights.
 
     `positions` are (share of the completion, weight), linear in between and constant beyond; the three are multiplied.
     """
@@ -79,7 +79,7 @@ class Calibration:
     part: Part
     sequences: list[TokenSequence]
     weighting: str = ""
-    """In words: how much tokens count, where not 1 each."""
+    """The weights of tokens in words; empty where all are 1."""
 
     @property
     def tokens(self) -> int:
@@ -127,24 +127,11 @@ def load_calibration(
 
     Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
     """
-    if source.startswith(TEXT_PREFIX):
-        pairs, kind = from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length), "pieces of text"
-        if part != "all":
-            raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
-        if weighting.describe():
-            raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
-        if path.is_dir() or path.suffix == ".parquet":
-            pairs, kind = from_parquet(path, weighting.column), "traces"
-        else:
-            pairs, kind = from_jsonl(path, tokenizer, weighting.column), "sequences"
+    traces, kind = _open_source(source, part, tokenizer, sequence_length, weighting)
     size = len(tokenizer)
     sequences: list[TokenSequence] = []
     left, completions = tokens, 0
-    for number, (prompt, completion, own, where) in enumerate(pairs, 1):
+    for number, (prompt, completion, own, where) in enumerate(traces, 1):
         if left == 0:
             break
         sequence = _sequence(prompt, completion, part, left)
@@ -173,6 +160,25 @@ def load_calibration(
     if kind == "sequences" and not completions:
         kind = "prompts"
     return Calibration(source, kind, part, sequences, weighting.describe())
+
+
+def _open_source(
+    source: str, part: Part, tokenizer: Any, sequence_length: int, weighting: Weighting
+) -> tuple[Iterable[Trace], str]:
+    """The traces of a `source` and what to call them, in the plural (see `load_calibration`)."""
+    if source.startswith(TEXT_PREFIX):
+        pieces = from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length)
+        if part != "all":
+            raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
+        if weighting.describe():
+            raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
+        return pieces, "pieces of text"
+    path = Path(source)
+    if not path.exists():
+        raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
+    if path.is_dir() or path.suffix == ".parquet":
+        return from_parquet(path, weighting.column), "traces"
+    return from_jsonl(path, tokenizer, weighting.column), "sequences"
 
 
 def _sequence(prompt: Sequence[int], completion: Sequence[int], part: Part, left: int | None) -> TokenSequence | None:

@@ -61,13 +61,13 @@ class _Cache:
             for layer, tensors in self.layers.items():
                 self.layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))
 
-    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key and value [tokens, heads, d] at their places [tokens] = row * capacity + position."""
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put key and value [tokens, heads, d] at their slots [tokens] = row * capacity + position."""
         if layer not in self.layers:
             self.layers[layer] = (self._empty(key), self._empty(value))
         held = self.layers[layer]
         for buffer, new in zip(held, (key, value), strict=True):
-            buffer.view(-1, *new.shape[1:]).index_copy_(0, places, new)
+            buffer.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
         return held
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -102,7 +102,7 @@ class _DecodeStep:
             rows.append(np.full(len(sequence.tokens), row))
         last = np.cumsum([1] * old + self.lengths) - 1
         self.tokens, self.positions = self._tensor(tokens), self._tensor(np.concatenate(positions))
-        self.places = self._tensor(np.concatenate(rows)) * cache.capacity + self.positions
+        self.slots = self._tensor(np.concatenate(rows)) * cache.capacity + self.positions
         self.last = self._tensor(last)
         self._masks: dict[int | None, Tensor] = {}
 
@@ -111,7 +111,7 @@ class _DecodeStep:
 
         Returns [1, tokens, heads, d].
         """
-        keys, values = self.cache.write(layer, self.places, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        keys, values = self.cache.write(layer, self.slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
         parts = []
         if self.old:
             held, worth = (x[: self.old, : self.span].transpose(1, 2) for x in (keys, values))
@@ -156,7 +156,7 @@ class Decoder:
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         source = Model.open(Checkpoint.open(path))
         self.sha256 = source.checkpoint.sha256()
-        """Of the checkpoint."""
+        """SHA-256 of the checkpoint."""
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(

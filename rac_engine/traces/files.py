@@ -1,4 +1,4 @@
-"""Traces and text read back, in every layout that is known: token ids of prompt and completion."""
+"""Readers of traces and text in every layout that is known: token ids of prompt and completion."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ _SUMMARY = 64 << 20  # bytes of the summary beside the traces, at most
 
 _BATCH = 1 << 30  # bytes that 256 rows of traces take, at most
 
-_Trace = tuple[Sequence[int], Sequence[int], Any, str]
+Trace = tuple[Sequence[int], Sequence[int], Any, str]
 
 """Ids of prompt and completion, what the column of weights holds, and where it was read."""
 
 
-def from_text(path: Path, tokenizer: Any, length: int) -> Iterable[_Trace]:
+def from_text(path: Path, tokenizer: Any, length: int) -> Iterable[Trace]:
+    """A text file, tokenized whole and cut into pieces of `length` tokens."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -39,7 +40,8 @@ def from_text(path: Path, tokenizer: Any, length: int) -> Iterable[_Trace]:
     return [((), ids[at : at + length], None, "") for at in range(0, len(ids), length)]
 
 
-def from_parquet(path: Path, weights: str | None) -> Iterator[_Trace]:
+def from_parquet(path: Path, weights: str | None) -> Iterator[Trace]:
+    """Traces of a Parquet file or a folder of them; `weights` names their column of weights, if they have one."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"calibration {path}: holds no .parquet file; is this a folder of `rac trace`?")
@@ -105,7 +107,8 @@ def _known_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def from_jsonl(path: Path, tokenizer: Any, weights: str | None) -> Iterator[_Trace]:
+def from_jsonl(path: Path, tokenizer: Any, weights: str | None) -> Iterator[Trace]:
+    """Traces of a JSONL file (see `_from_record`); `weights` names their field of weights, if they have one."""
     for where, record in read_jsonl(path):
         if weights is not None and weights not in record:
             raise BadInput(f"{where}: has no field {weights!r} of weights")

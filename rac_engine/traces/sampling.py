@@ -1,4 +1,8 @@
-"""How tokens are drawn: requests, random numbers by counter, and the nucleus."""
+"""Sampling of tokens: requests, random numbers by counter, and the nucleus.
+
+This stands in the driver, not among the kernels: no weight or activation of the model is changed here. Logits go in,
+and token ids come out.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ FinishReason = Literal["stop", "length"]
 
 
 def at_a_time(batch_size: int) -> int:
-    """How many sequences of a batch are in flight: half, so that rows are filled again as they become free.
+    """Number of a batch's sequences that are in flight: half, so that rows are filled again as they become free.
 
     A batch is what a job decodes between two entries of its journal, and so what an interruption costs at most. It is
     decoded by itself, so that one done again gets the same tokens: what else is in flight may change the last bits of
@@ -30,7 +34,7 @@ def at_a_time(batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 takes the likeliest."""
+    """Settings of sampling; temperature 0 takes the likeliest token."""
 
     max_new_tokens: int
     temperature: float = 0.6
@@ -47,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was sampled for a request, the token that stopped it included."""
+    """The tokens sampled for a request, the one that stopped it included."""
 
     token_ids: list[int]
     finish: FinishReason
@@ -55,7 +59,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a decoding is: `tokens` were sampled, `rate` a second."""
+    """Progress of a decoding: `tokens` were sampled, `rate` a second."""
 
     finished: int
     requests: int

@@ -29,7 +29,7 @@ FUSED_WIDTH = 256  # of heads, at most, in the kernels that hold no scores
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores become shares: softmax(softcap · tanh(scale · q·k / softcap)) over the keys that a query sees."""
+    """The shares of keys: softmax(softcap · tanh(scale · q·k / softcap)) over the keys that a query sees."""
 
     scale: float
     window: int | None = None
@@ -47,7 +47,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the memory of `packed_attention` depends on."""
+    """Sizes that the memory of `packed_attention` depends on."""
 
     tokens: int
     """Queries."""
@@ -184,7 +184,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-    """The same as `_fused` by `eager_attention`: a key's head after the other, and some queries at a time."""
+    """Like `_fused`, by `eager_attention`: one head of the keys after the other, and some queries at a time."""
     count, heads, queries, _ = q.shape
     group, window = heads // k.shape[1], scoring.window
     size = torch.promote_types(q.dtype, torch.float32).itemsize
@@ -205,7 +205,7 @@ def _within(window: int | None, k: Tensor) -> int | None:
 
 
 def _keys(rows: int, length: int, window: int | None) -> int:
-    """How many keys so many queries in a row see, of a sequence of `length` tokens."""
+    """Number of keys that so many queries in a row see, of a sequence of `length` tokens."""
     return length if window is None else min(length, window + rows)
 
 
