@@ -149,7 +149,7 @@ def calibration(lengths: Sequence[int] = (40, 17, 40, 25, 1, 9) * 4, seed: int =
 
 
 def weighted() -> Calibration:
-    """As `calibration`, each token with a weight of its own, some of them 0."""
+    """The sequences of `calibration`, each token with a weight of its own, some of them 0."""
     plain, draw = calibration(), np.random.default_rng(1)
     weights = [np.maximum(draw.random(len(s.token_ids)) * 3 - 0.5, 0).astype(np.float32) for s in plain.sequences]
     return replace(plain, sequences=[replace(s, weights=w) for s, w in zip(plain.sequences, weights, strict=True)])

@@ -13,6 +13,7 @@ a step follows from the requests.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,36 +218,34 @@ class Decoder:
         rows: int,
         progress: Callable[[Progress], None],
     ) -> list[Completion]:
-        began, sampled, waiting = time.monotonic(), 0, 0
-        cache = _Cache(min(rows, len(requests)))
+        began, sampled = time.monotonic(), 0
+        cache, waiting = _Cache(min(rows, len(requests))), deque(enumerate(requests))
         flying: list[_InFlight] = []
         completions: dict[int, Completion] = {}
         while len(completions) < len(requests):
-            old, room = len(flying), PROMPT_TOKENS
-            while waiting < len(requests) and len(flying) < cache.rows:
-                request = requests[waiting]
-                if len(request.prompt) > room and len(flying) > old:
-                    break
-                room -= len(request.prompt)
-                flying.append(_InFlight(waiting, request.key, len(request.prompt), list(request.prompt)))
-                waiting += 1
+            old = len(flying)
+            _join(flying, waiting, cache.rows)
             self._extend(cache, flying, old, sampling)
             sampled += len(flying)
-            row = 0
-            while row < len(flying):
-                sequence = flying[row]
-                stopped = sequence.tokens[-1] in self.stops
-                if not stopped and len(sequence.tokens) < sequence.prompt + sampling.max_new_tokens:
-                    row += 1
-                    continue
-                said = sequence.tokens[sequence.prompt :]
-                completions[sequence.index] = Completion(said, "stop" if stopped else "length")
-                last = flying.pop()
-                if row < len(flying):  # the last row takes the place that is free now
-                    cache.move(len(flying), row, len(last.tokens))
-                    flying[row] = last
+            completions.update(self._retire(cache, flying, sampling))
             progress(Progress(len(completions), len(requests), sampled, sampled / (time.monotonic() - began)))
         return [completions[index] for index in range(len(requests))]
+
+    def _retire(self, cache: _Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        """Take out the sequences that have ended; the last row takes the place that becomes free."""
+        row = 0
+        while row < len(flying):
+            sequence = flying[row]
+            stopped = sequence.tokens[-1] in self.stops
+            if not stopped and len(sequence.tokens) < sequence.prompt + sampling.max_new_tokens:
+                row += 1
+                continue
+            said = sequence.tokens[sequence.prompt :]
+            yield sequence.index, Completion(said, "stop" if stopped else "length")
+            last = flying.pop()
+            if row < len(flying):
+                cache.move(len(flying), row, len(last.tokens))
+                flying[row] = last
 
     def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
@@ -264,6 +263,18 @@ class Decoder:
         chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
         for sequence, token in zip(flying, chosen, strict=True):
             sequence.tokens.append(token)
+
+
+def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: int) -> None:
+    """Let requests join, in their order, while rows are free and one step has room for their prompts."""
+    old, room = len(flying), PROMPT_TOKENS
+    while waiting and len(flying) < rows:
+        index, request = waiting[0]
+        if len(request.prompt) > room and len(flying) > old:
+            break
+        room -= len(request.prompt)
+        flying.append(_InFlight(index, request.key, len(request.prompt), list(request.prompt)))
+        waiting.popleft()
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""What the matrices of a model are given, from forward hooks on transformers' own pass."""
+"""Inputs of the matrices of a model, from forward hooks on transformers' own pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.inference_mode()
 def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
-    """What every linear layer and norm of a model is given, all sequences behind one another, in fp64.
+    """Inputs of every linear layer and norm of a model, all sequences behind one another, in fp64.
 
     "… experts: chosen" [tokens, k] are the experts that each token goes to.
     """

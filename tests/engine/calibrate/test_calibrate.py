@@ -1,4 +1,4 @@
-"""What is gathered from packed tokens is what transformers' own layers see, sequence by sequence."""
+"""Statistics of packed tokens are those of what transformers' own layers see, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def hooked_hessians(folder: Path, calibration: Calibration, layer: int) -> dict[
 def packed_hessians(
     folder: Path, calibration: Calibration, layer: int, chunk_tokens: int, way: str
 ) -> dict[str, Tensor]:
-    """The same from the packed stream, either in stages or in one pass through the layer."""
+    """Statistics from the packed stream, either in stages or in one pass through the layer."""
     model, layers = opened(folder)
     stream = Stream(model, Packing.of(calibration, chunk_tokens), model.dtype)
     for blocks in layers[:layer]:
@@ -116,7 +116,7 @@ def test_hessians_do_not_depend_on_the_chunks(checkpoint: Make, way: str) -> Non
 
 
 class Exact:
-    """As `Statistic`, in fp64."""
+    """A `Statistic` in fp64."""
 
     def __init__(self, columns: int) -> None:
         self.value = torch.zeros(columns, columns, dtype=torch.float64)
@@ -184,7 +184,7 @@ def test_kept_activations_change_no_bit(checkpoint: Make, tmp_path: Path, place:
 def test_moving_on_with_the_next_pass_changes_no_bit(
     checkpoint: Make, tmp_path: Path, place: Place, keep_bytes: int
 ) -> None:
-    """The same statistics and hidden states, whether the tokens go through a block at once or on their next way."""
+    """Statistics and hidden states are the same whether the tokens go through a block at once or on the next pass."""
     model, layers = opened(checkpoint("qwen2"))
     found: list[list[Tensor]] = []
     for later in (False, True):

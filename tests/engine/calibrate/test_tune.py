@@ -1,4 +1,4 @@
-"""What is done for patterns that keep little: blocks tuned as a whole, inner neurons in an order that suits them."""
+"""Extra effort for patterns that keep little: blocks tuned as a whole, inner neurons in an order that suits them."""
 
 from __future__ import annotations
 

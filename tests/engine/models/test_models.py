@@ -216,7 +216,7 @@ def test_sixteen_bits_are_computed_in_fp32_where_a_processor_is_slow_with_them(m
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
 def test_heads_beyond_any_model_are_refused_at_once(checkpoint: Make, family: str) -> None:
-    """Whose angles transformers would compute, 6 GB and half a minute of them, before any tensor is compared."""
+    """transformers would compute their angles, 6 GB and half a minute of them, before any tensor is compared."""
     config = json.loads((checkpoint(family) / "config.json").read_text())
     with pytest.raises(BadInput, match=r"heads of more than 1,048,576 elements"):
         Model.of_config(Path("m"), {**config, "head_dim": 1 << 32})

@@ -35,7 +35,7 @@ def requests(seed: int = 0) -> list[Request]:
 
 
 def generated(folder: Path, tokens: int) -> list[list[int]]:
-    """What transformers' own generate says, one prompt at a time."""
+    """Tokens of transformers' own generate, one prompt at a time."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         return [
@@ -153,7 +153,7 @@ def test_weights_that_are_broken_are_not_sampled_from(tmp_path: Path) -> None:
 def test_a_bit_that_transformers_reads_otherwise_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """As if the disk gave other bytes to it than to the checksum before."""
+    """The disk gives other bytes to it than to the checksum before."""
     folder, load = save(tmp_path, family), AutoModelForCausalLM.from_pretrained
     Decoder(folder)
 
