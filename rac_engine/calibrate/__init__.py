@@ -7,17 +7,16 @@ pruned model with the dense one) before it moves the tokens on. `tune` moves a p
 
 from __future__ import annotations
 
-from rac_engine.calibrate.activations import AHEAD, Activations, Place, Storage
-from rac_engine.calibrate.packing import Packing
-from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic
-from rac_engine.calibrate.stream import KEEP_BYTES, DenseReference, Stream
-from rac_engine.calibrate.tuning import BATCH, STEPS, tune
+from rac_engine.calibrate.activations import Activations, Place, Storage, storing_bytes
+from rac_engine.calibrate.packing import TOKEN_MEMORY, Packing
+from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic, match_bytes, statistic_bytes
+from rac_engine.calibrate.stream import KEEP_BYTES, DenseReference, Stream, keeps_inner
+from rac_engine.calibrate.tuning import attention_inner, step_tokens, tune
+from rac_engine.calibrate.tuning import workspace as tuning_bytes
 
 __all__ = [
-    "AHEAD",
-    "BATCH",
     "KEEP_BYTES",
-    "STEPS",
+    "TOKEN_MEMORY",
     "Activations",
     "DenseInputs",
     "DenseOutputs",
@@ -27,5 +26,12 @@ __all__ = [
     "Statistic",
     "Storage",
     "Stream",
+    "attention_inner",
+    "keeps_inner",
+    "match_bytes",
+    "statistic_bytes",
+    "step_tokens",
+    "storing_bytes",
     "tune",
+    "tuning_bytes",
 ]

@@ -364,3 +364,21 @@ def _read(fd: int, target: memoryview, offset: int) -> None:
         if count == 0:
             raise OSError(f"the file of activations ends before byte {offset + len(target)}")
         done += count
+
+
+def storing_bytes(place: Place, on_gpu: bool, whole: int, chunk: int) -> tuple[dict[str, int], dict[str, int], int]:
+    """Bytes by purpose that activations take on the device and on the host, and those in files.
+
+    `whole` are the bytes of all tokens, `chunk` those of a chunk. On a CPU the device is the host.
+    """
+    device, host = dict[str, int](), dict[str, int]()
+    coming, going = AHEAD * chunk, (AHEAD + 1) * chunk
+    if place == "device":
+        device["activations"] = whole
+    elif place == "host":
+        host["activations"] = whole
+    if on_gpu and place != "device":
+        device["chunks of activations moving"] = coming + going
+    if place == "disk":
+        host["chunks of activations moving"] = coming + (AHEAD * chunk if on_gpu else going)
+    return device, host, whole if place == "disk" else 0

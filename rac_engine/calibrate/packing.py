@@ -11,6 +11,8 @@ from torch import Tensor
 from rac_engine.models import Chunk
 from rac_engine.traces import Calibration
 
+TOKEN_MEMORY = 24  # bytes of a calibration token: its id as it was read and as it is packed, a weight, and a checksum
+
 
 @dataclass
 class Packing:

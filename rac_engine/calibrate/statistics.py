@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rac_engine.solve import Needs
 from rac_kernels import (
     blend_,
     column_norm_accumulate_,
@@ -15,6 +16,16 @@ from rac_kernels import (
     hessian_accumulate_,
     squared_norm_accumulate_,
 )
+
+
+def statistic_bytes(columns: int, needs: Needs) -> int:
+    """Bytes of a `Statistic` of an input of so many columns."""
+    return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[needs]
+
+
+def match_bytes(columns: int, rows: int | None) -> int:
+    """Bytes of `DenseOutputs` of a matrix with so many rows; without rows, of `DenseInputs`."""
+    return 8 * columns**2 if rows is None else 4 * columns * rows
 
 
 class Statistic:

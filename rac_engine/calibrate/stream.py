@@ -23,6 +23,11 @@ from rac_engine.models import Block, Chunk, Model
 KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
 
+def keeps_inner(attention: bool, tokens: int, width: int, dtype_bytes: int, keep_bytes: int) -> bool:
+    """Whether a block's inner activations [tokens, width] are kept, not computed twice: attention's always are."""
+    return attention or tokens * width * dtype_bytes <= keep_bytes
+
+
 class Stream:
     """The hidden states of all calibration tokens, moved from layer to layer.
 
@@ -192,8 +197,9 @@ class Stream:
 
     def _room_for(self, block: Block) -> Activations | None:
         """Room for a block's inner activations; None if they are too large to be kept."""
-        fits = len(self.hidden) * block.width * self.dtype.itemsize <= self._keep_bytes
-        return self._make_activations(block.width) if fits or block.plan.attention else None
+        sizes = len(self.hidden), block.width, self.dtype.itemsize
+        keep = keeps_inner(block.plan.attention, *sizes, self._keep_bytes)
+        return self._make_activations(block.width) if keep else None
 
     def _make_activations(self, width: int) -> Activations:
         return Activations.make(len(self.packing.token_ids), width, self.dtype, self._storage)

@@ -29,6 +29,14 @@ BATCH = 256  # tokens in a step at least, and
 STEPS = 150  # steps in an epoch at most, whole sequences and chunks permitting
 
 
+# Bytes a weight while a block is tuned: fp32 itself, its gradient, two means and their root.
+WEIGHT_BYTES = 20
+
+# Copies in fp32 of a token's activations and their gradients: of hidden states, of queries, keys and values, and of
+# attention's scores where they are in the open.
+HIDDEN_COPIES, QUERY_COPIES, SCORE_COPIES = 8, 2, 4
+
+
 @dataclass(frozen=True)
 class Tuned:
     """The outcome of tuning: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names."""
@@ -50,7 +58,7 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
     wanted.flush()
     every = _sequences(stream.packing.chunks, block.plan.attention)
     most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
-    size = min(max(BATCH, sum(length for _, length in every) // STEPS), most)
+    size = min(step_tokens(sum(length for _, length in every)), most)
     # What was made in inference mode, as all of a job is, takes part in no gradient.
     with torch.inference_mode(False), block.copied() as linears, _computing(stream):
         tuned = [linears[name].get_parameter("weight") for name in weights]
@@ -75,6 +83,27 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
             weight.requires_grad_(False).copy_(new)
         after = _error(stream, wanted, block, every, size)
     return Tuned(before, after, found) if after < before else Tuned(before, before, {})
+
+
+def step_tokens(tokens: int) -> int:
+    """How many of a block's tokens a step is made of, if sequences and chunks permit."""
+    return max(BATCH, tokens // STEPS)
+
+
+def workspace(weights: int, tokens: int, hidden: int, inner: int) -> dict[str, int]:
+    """Bytes by purpose while a block of so many weights is tuned by steps of `tokens`.
+
+    `hidden` is the width of the hidden states, `inner` the elements in fp32 that a token has between entrance and exit.
+    """
+    return {
+        "weights in fp32, gradients and their means": WEIGHT_BYTES * weights,
+        "activations of a batch and their gradients": 4 * tokens * (HIDDEN_COPIES * hidden + inner),
+    }
+
+
+def attention_inner(queries: int, key_values: int, scores: int) -> int:
+    """`inner` of `workspace` for an attention with so many queries, keys and values, and scores in the open a token."""
+    return QUERY_COPIES * (queries + key_values) + SCORE_COPIES * scores
 
 
 def _sequences(chunks: Sequence[Chunk], attention: bool) -> list[tuple[int, int]]:

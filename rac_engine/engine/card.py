@@ -10,16 +10,20 @@ import jinja2
 
 from rac_engine.base.sizes import figure, format_bytes, format_count, format_seconds, percent
 from rac_engine.engine.metrics import Metrics, layer_of, place_of, rule_text
+from rac_engine.solve import Method, find_method, why_unknown
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
-METHODS = {
-    "admm": "ADMM and masked least squares",
-    "sparsegpt": "SparseGPT",
-    "alps": "ALPS",
-    "wanda": "Wanda",
-    "magnitude": "magnitude pruning",
-}
+
+def method_called(name: str) -> Method | None:
+    """The method that a record names; None for one that is not here, as an earlier version's."""
+    return None if why_unknown(name) else find_method(name)
+
+
+def method_title(name: str) -> str:
+    """A method's title in sentences, or its bare name where the method is not here."""
+    method = method_called(name)
+    return method.title if method else name
 
 
 def code(text: object) -> str:
@@ -51,7 +55,7 @@ def environment(templates: Path, autoescape: bool) -> jinja2.Environment:
         place=place_of,
         capitalize_first=lambda text: text[:1].upper() + text[1:],
         signed=lambda value: f"{value:+.1f}".replace("-", "−"),
-        method=lambda name: METHODS.get(name, name),
+        method=method_title,
     )
     return made
 
@@ -67,5 +71,10 @@ def model_card(run: dict[str, Any]) -> str:
     return (
         environment(_TEMPLATES, autoescape=False)
         .get_template("model_card.md.j2")
-        .render(run=run, name=" ".join(name.split()), totals=Metrics(run, run.get("matrices", [])))
+        .render(
+            run=run,
+            name=" ".join(name.split()),
+            method=method_called(run["settings"]["method"]),
+            totals=Metrics(run, run.get("matrices", [])),
+        )
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import torch
@@ -14,14 +13,14 @@ from rac_engine.base.errors import BadInput
 from rac_engine.base.process import GPU_ALLOCATOR, resident, set_gpu_allocator
 from rac_engine.base.sizes import format_bytes
 from rac_engine.models import Model
-from rac_engine.plan import PROGRAM_BYTES, Shape, plan_memory
+from rac_engine.plan import PROGRAM_BYTES, Machine, Shape, Tokens, plan_memory
 from rac_engine.recipe import PruneSettings
 
 _PROGRAM_STEP = 256 << 20
 
 
-def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> dict[str, Any]:
-    """Arguments of `plan_memory`: memory of the machine, less what others use, and the limits in bytes that were given.
+def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> Machine:
+    """The memory of the machine, less what others use, and the limits in bytes that were given.
 
     `begun` are the bytes that this process has already. Raises `BadInput` for limits that do not fit the device.
     """
@@ -39,14 +38,14 @@ def machine_limits(device: str, device_memory: int | None, host_memory: int | No
             )
     # In steps, so that a job that goes on elsewhere on the same machine finds the same plan.
     program = max(PROGRAM_BYTES, -(-begun // _PROGRAM_STEP) * _PROGRAM_STEP)
-    return {
-        "on_gpu": on_gpu,
-        "device_limit": device_memory,
-        "device_spare": free,
-        "host_limit": host_memory,
-        "spare": psutil.virtual_memory().available + begun,
-        "program": program,
-    }
+    return Machine(
+        on_gpu=on_gpu,
+        device_limit=device_memory,
+        host_limit=host_memory,
+        device_spare=free,
+        host_spare=psutil.virtual_memory().available + begun,
+        program=program,
+    )
 
 
 @contextmanager
@@ -83,8 +82,8 @@ def require_memory(
 ) -> None:
     """Raise `BadInput` for limits, those of `prune`, in which not even a single token goes through the model."""
     with allocator_restored():
-        limits = machine_limits(device_name(device), device_memory, host_memory, resident())
-    plan_memory(Shape.of(model, settings, limits["on_gpu"]), settings, 1, 1, **limits)
+        machine = machine_limits(device_name(device), device_memory, host_memory, resident())
+    plan_memory(Shape.of(model, settings, machine.on_gpu), settings, Tokens(1, 1), machine)
 
 
 def device_name(name: str) -> str:

@@ -20,7 +20,7 @@ from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
 from rac_engine.models import Model
-from rac_engine.plan import MemoryPlan, Shape, not_finite, plan_memory, skipped_matrices
+from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
 from rac_engine.recipe import PruneSettings, Recipe
 from rac_engine.solve import Reason, find_method
 from rac_engine.traces import Calibration, Weighting, load_calibration, load_tokenizer
@@ -70,17 +70,17 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     model = Model.open(Checkpoint.open(request.recipe.model))
     skipped = {**skipped_matrices(model, settings), **not_finite(model, settings)}
     device, begun = device_name(request.device), resident()
-    limits = machine_limits(device, request.device_memory, request.host_memory, begun)
-    shape = Shape.of(model, settings, limits["on_gpu"])
+    machine = machine_limits(device, request.device_memory, request.host_memory, begun)
+    shape = Shape.of(model, settings, machine.on_gpu)
     if find_method(settings.method).needs == "nothing":
-        memory = plan_memory(shape, settings, 0, 0, **limits)
+        memory = plan_memory(shape, settings, Tokens(0, 0), machine)
         return Setup(model, settings, skipped, device, None, None, memory, begun)
     calibration = request.calibration or calibration_of(request.recipe)
     lengths = [len(sequence.token_ids) for sequence in calibration.sequences]  # tokens that do not count too
     chunk = None if request.restart else _begun_with(partial)
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
-    longest = max(lengths, default=0)
-    memory = plan_memory(shape, settings, sum(lengths), longest, chunk=chunk, weighted=weighted, **limits)
+    tokens = Tokens(sum(lengths), max(lengths, default=0), weighted)
+    memory = plan_memory(shape, settings, tokens, machine, chunk=chunk)
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rac_engine.plan.costs import PROGRAM_BYTES
-from rac_engine.plan.memory import Choice, MemoryPlan, plan_memory
+from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.phases import Choice, Machine, Tokens
 from rac_engine.plan.plan import make_plan
 from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import not_finite, skipped_matrices, target_of
@@ -13,8 +14,10 @@ from rac_engine.plan.work import device_peaks
 __all__ = [
     "PROGRAM_BYTES",
     "Choice",
+    "Machine",
     "MemoryPlan",
     "Shape",
+    "Tokens",
     "device_peaks",
     "dtype_of",
     "make_plan",

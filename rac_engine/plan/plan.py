@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rac_engine.calibrate import statistic_bytes
 from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_config
 from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.phases import Machine, Tokens
 from rac_engine.plan.shapes import Shape
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import find_method
 from rac_kernels.measure.roofline import Peaks
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedGroup:
     """Matrices of a layer that share their input, pruned together: they share a Hessian [columns, columns]."""
 
     modules: list[str]
@@ -46,7 +47,7 @@ class Plan:
     left_dense: Mapping[str, str]
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
-    stages: list[Stage]
+    groups: list[PlannedGroup]
     """Of the first layer, and of the first with experts; the experts' by that of one; and of lm_head if it is one."""
     memory: MemoryPlan
     passes: int
@@ -104,17 +105,10 @@ def make_plan(
         if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
-    calibrated = tokens if find_method(settings.method).needs != "nothing" else 0
+    calibrated = tokens if settings.solver.needs != "nothing" else 0
     shape = Shape.of(opened, settings, on_gpu)
-    memory = plan_memory(
-        shape,
-        settings,
-        calibrated,
-        max(length, max_length or 0),
-        on_gpu=on_gpu,
-        device_limit=device_memory,
-        host_limit=host_memory,
-    )
+    machine = Machine(on_gpu, device_memory, host_memory)
+    memory = plan_memory(shape, settings, Tokens(calibrated, max(length, max_length or 0)), machine)
     passes = expert_passes(shape, memory)
     mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))
     further = mixtures * max(passes - 2, 0)
@@ -132,11 +126,11 @@ def make_plan(
         matrices=len(pruned),
         left_dense=left_dense,
         tokens=tokens,
-        stages=[_stage(group, settings.method) for group in [*first, head] if group],
+        groups=[_planned(group, settings) for group in [*first, head] if group],
         memory=memory,
         passes=passes,
         disk=disk,
-        hessians=find_method(settings.method).needs == "hessian",
+        hessians=settings.solver.needs == "hessian",
         work=work,
         seconds=None if peaks is None else job_seconds(work, disk, memory, opened.layers, further, peaks),
     )
@@ -148,18 +142,13 @@ def _open(path: Path) -> Model:
     return Model.of_config(path, read_config(path / "config.json"))
 
 
-def _stage(matrices: list[Matrix], method: str) -> Stage:
-    return Stage(
+def _planned(matrices: list[Matrix], settings: PruneSettings) -> PlannedGroup:
+    return PlannedGroup(
         modules=[matrix.module for matrix in matrices],
         rows=sum(matrix.rows for matrix in matrices),
         columns=matrices[0].columns,
-        bytes=_statistic_bytes(method, matrices[0].columns),
+        bytes=statistic_bytes(matrices[0].columns, settings.solver.needs),
     )
-
-
-def _statistic_bytes(method: str, columns: int) -> int:
-    """What is gathered from an input of that many columns, in fp32."""
-    return {"hessian": 4 * columns**2, "norms": 4 * columns, "nothing": 0}[find_method(method).needs]
 
 
 def _elements(info: TensorInfo) -> int:

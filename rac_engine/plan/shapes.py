@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from rac_engine.calibrate import match_bytes, statistic_bytes
 from rac_engine.checkpoint import fp8_block
 from rac_engine.models import Model, working_dtype
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import TOGETHER, WHOLE, find_method
+from rac_engine.solve import Needs, run_of_rows
 from rac_kernels.ops import attention
 
 
@@ -47,16 +48,13 @@ class Input:
         """Whether what ties it to the dense model is its matrix's outputs, not the inputs."""
         return self.last or (self.count > 1 and self.matrices == 1 and self.rows < self.columns)
 
-    def statistic(self, method: str) -> int:
-        """Bytes of what is gathered from one such input, in fp32."""
-        return {"hessian": 4 * self.columns**2, "norms": 4 * self.columns, "nothing": 0}[find_method(method).needs]
-
-    def tied(self, method: str) -> int:
-        """The same with what ties it to the dense model, but for the outputs of a block's last matrix."""
-        own = self.statistic(method)
-        if self.by_outputs:
-            return own + (0 if self.last else 4 * self.columns * self.rows)
-        return 3 * own
+    def gathered(self, needs: Needs, tied: bool) -> int:
+        """Bytes of what is gathered from one such input: its statistic and, where it is `tied` to the dense model, what
+        ties it, but for the outputs of a block's last matrix."""
+        own = statistic_bytes(self.columns, needs)
+        if not tied or self.last:
+            return own
+        return own + match_bytes(self.columns, self.rows if self.by_outputs else None)
 
 
 def dtype_of(model: Model, settings: PruneSettings, on_gpu: bool) -> torch.dtype:
@@ -178,7 +176,7 @@ class Shape:
         head: Stage | None = None
         if "lm_head" in settings.also:
             (matrix,) = model.matrices(model.layers)
-            run = matrix.rows if matrix.rows * matrix.columns <= WHOLE else TOGETHER // matrix.columns
+            run = run_of_rows(matrix.rows, matrix.columns)
             head = Stage((Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False),), 0, 0)
         return cls(
             head=head,

@@ -17,7 +17,7 @@ def render(plan: Plan) -> str:
         "Matrices of a layer that share an input",
     ]
     rows = [
-        (_names(stage.modules), f"{stage.rows} × {stage.columns}", format_bytes(stage.bytes)) for stage in plan.stages
+        (_names(stage.modules), f"{stage.rows} × {stage.columns}", format_bytes(stage.bytes)) for stage in plan.groups
     ]
     lines += _columns([("modules", "rows × columns", "Hessian" if plan.hessians else "norms"), *rows])
     by_reason: dict[str, list[str]] = {}

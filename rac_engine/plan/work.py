@@ -14,14 +14,9 @@ from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.shapes import Shape
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import find_method
-from rac_engine.solve.methods import admm, alps
 from rac_kernels.measure import roofline
 from rac_kernels.measure.roofline import Peaks
-from rac_kernels.ops import column_norm, factor, hessian, sweep
-from rac_kernels.solvers import refine
-from rac_kernels.solvers.admm import inversions
-from rac_kernels.solvers.alps import CHECK
+from rac_kernels.ops import column_norm, factor, hessian
 
 # Of an H200, as measured by `rac_kernels.measure.roofline`: for plans of jobs on a GPU where there is none.
 H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
@@ -97,7 +92,7 @@ def job_work(
     shares = [group[0].group.share for group in groups if group]
     routed = ", by the router's share" if min(shares, default=1) < 1 else ""
     work: list[Work] = []
-    needs = find_method(settings.method).needs
+    needs, arithmetic = settings.solver.needs, settings.solver.arithmetic
     if settings.allocation != "uniform":
         first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
         first += sum(s * column_norm.limit(tokens, n).flops for (n, _), s in zip(stages, shares, strict=True))
@@ -129,20 +124,9 @@ def job_work(
             flops = 2.0 * sum(matrix.rows * matrix.columns for matrix in whole) * tokens
             flops += 2.0 * width * length * tokens * len(layers)
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
-        if settings.method == "admm":
-            inverses = inversions(admm.STEPS)
-            products = admm.STEPS - 1 + admm.REFINING_STEPS + 2  # none in the first step; two of refine measure
-            flops = sum(2.0 * rows * n * n * products + n**3 * inverses for n, rows in stages)
-            work.append(Work("mask and weights", flops, f"{products} · 2 · rows · n² + {inverses} · n³"))
-        elif settings.method == "alps":
-            flops = sum(
-                refine.limit(rows, n, alps.REFINING_STEPS).flops
-                + alps.STEPS * (2.0 * rows * n * n + 2.0 * n**3 / CHECK)
-                for n, rows in stages
-            )
-            work.append(Work("mask and weights", flops, f"{alps.STEPS} · (2 · rows · n² + 2 · n³ / {CHECK}) at most"))
-        else:
-            work.append(Work("sweep", sum(sweep.limit(rows, n).flops for n, rows in stages), "rows · n²"))
+    if arithmetic is not None:
+        solving = sum(arithmetic.flops(rows, n) for n, rows in stages)
+        work.append(Work(arithmetic.name, solving, arithmetic.rule))
     return work
 
 

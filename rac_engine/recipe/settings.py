@@ -26,13 +26,11 @@ from rac_engine.recipe.fields import (
     Source,
     parse_pattern,
 )
-from rac_engine.solve import DEFAULT_METHOD, method_names
+from rac_engine.solve import DEFAULT_METHOD, Method, find_method, method_names
 
 RESERVED_NAMES = ("dense", "pruned")
 
-EPOCHS = 10
-
-TUNED_BELOW = 0.3  # share of weights that a pattern keeps: with more there is little to gain for the time
+KEEPS_LITTLE = 0.3  # share of weights that a pattern keeps: with more there is little to gain by tuning for the time
 
 
 class TraceSettings(Settings):
@@ -136,15 +134,15 @@ class PruneSettings(Settings):
         default="auto",
         description="what pruned matrices should give: the dense model's outputs (dense), those and hidden states "
         "(residual), or what dense matrices would make of the pruned model's inputs (layer, as published); "
-        "auto is residual for admm, layer for the others",
+        "auto is what the method is best with, residual for the default one",
     )
     tune: int | None = Field(
         default=None,
         ge=0,
         le=1000,
         description="epochs over the tokens in which a block's kept weights are moved together, so that its hidden "
-        f"states come nearer to the dense model's; 0 for none (by default {EPOCHS} for admm and patterns that keep "
-        f"less than {TUNED_BELOW:.0%}, else none)",
+        "states come nearer to the dense model's; 0 for none (by default none, but where the default method "
+        f"is left less than {KEEPS_LITTLE:.0%} by a pattern)",
     )
     reorder: Literal["auto", "none", "mlp"] = Field(
         default="auto",
@@ -215,14 +213,14 @@ class PruneSettings(Settings):
         if self.allocation != "uniform":
             if self.pattern is not None:
                 raise ValueError(f"allocation: {self.allocation} is for unstructured sparsity, not for a pattern")
-            if self.method == "magnitude":
-                raise ValueError(f"allocation: {self.allocation} needs a method with calibration, not magnitude")
+            if self.solver.needs == "nothing":
+                raise ValueError(f"allocation: {self.allocation} needs a method with calibration, not {self.method}")
         if self.reconstruct in ("residual", "dense"):
             if self.order == "layer":
                 raise ValueError(f"reconstruct: {self.reconstruct} needs order: staged")
-            if self.method in ("wanda", "magnitude"):
+            if self.solver.needs != "hessian":
                 raise ValueError(f"reconstruct: {self.reconstruct} needs a method with a Hessian, not {self.method}")
-        if self.reorder == "mlp" and (self.order == "layer" or self.method == "magnitude"):
+        if self.reorder == "mlp" and (self.order == "layer" or self.solver.needs == "nothing"):
             raise ValueError("reorder: mlp needs order: staged and a method with calibration")
         if self.tune and self.reconstructs == "layer":
             raise ValueError(f"tune: {self.tune} needs the dense model beside: reconstruct: residual or dense")
@@ -248,34 +246,43 @@ class PruneSettings(Settings):
         return any(each.names(*names) and (each.sparsity, each.pattern) != (None, None) for each in self.overrides)
 
     @property
+    def solver(self) -> Method:
+        """All that is known of the method. Imports torch when first asked for."""
+        return find_method(self.method)
+
+    @property
     def allocation_reach(self) -> float:
         """How far an allocated sparsity may be from the model's."""
         return {"uniform": 0.0, "owl": self.outlier_range, "error": self.allocation_bounds}[self.allocation]
 
     @property
     def reconstructs(self) -> Literal["residual", "dense", "layer"]:
-        """What `reconstruct` comes to."""
+        """What pruned matrices should give: `reconstruct`, with auto as the method and the order have it."""
         if self.reconstruct == "auto":
-            return "residual" if self.method == "admm" and self.order == "staged" else "layer"
+            return self.solver.reconstruct if self.order == "staged" else "layer"
         return self.reconstruct
 
     @property
     def epochs(self) -> int:
-        """What `tune` comes to."""
-        return EPOCHS * self._keeps_little if self.tune is None else self.tune
+        """How often blocks are tuned: `tune`, or by default the method's epochs where a pattern keeps little."""
+        if self.tune is not None:
+            return self.tune
+        return self.solver.epochs if self._keeps_little else 0
 
     @property
     def reorders(self) -> bool:
-        """What `reorder` comes to."""
-        return self._keeps_little if self.reorder == "auto" else self.reorder == "mlp"
+        """Whether an MLP's inner neurons get another order: `reorder`, with auto as the method has it."""
+        if self.reorder != "auto":
+            return self.reorder == "mlp"
+        return self._keeps_little and self.solver.reorders
 
     @property
     def _keeps_little(self) -> bool:
-        """Whether it is the default method with a pattern for which more effort pays."""
-        if self.method != "admm" or self.reconstructs == "layer" or self.pattern is None:
+        """Whether the pattern keeps so little that more effort pays, and the dense model is there to tune by."""
+        if self.pattern is None or self.reconstructs == "layer":
             return False
         n, m = parse_pattern(self.pattern)
-        return n / m < TUNED_BELOW
+        return n / m < KEEPS_LITTLE
 
 
 class EvalSettings(Settings):

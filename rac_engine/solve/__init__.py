@@ -13,9 +13,8 @@ from rac_engine.solve.methods import DEFAULT_METHOD, find_method, method_names, 
 
 if TYPE_CHECKING:
     from rac_engine.solve.allocation import levelled, owl, settled, zeros_at
+    from rac_engine.solve.costs import GroupShape, solving_bytes
     from rac_engine.solve.matrices import (
-        TOGETHER,
-        WHOLE,
         MatrixResult,
         Outputs,
         joined,
@@ -23,19 +22,20 @@ if TYPE_CHECKING:
         prune_matrices,
         prune_matrix,
         prune_table,
+        run_of_rows,
         split_rows,
     )
-    from rac_engine.solve.method import Gram, LayerProblem, Method, Solution, Target
+    from rac_engine.solve.method import Gram, LayerProblem, Method, Needs, Solution, Target
     from rac_engine.solve.reasons import Reason, ReasonCode
 
 __all__ = [
     "DEFAULT_METHOD",
-    "TOGETHER",
-    "WHOLE",
     "Gram",
+    "GroupShape",
     "LayerProblem",
     "MatrixResult",
     "Method",
+    "Needs",
     "Outputs",
     "Reason",
     "ReasonCode",
@@ -50,7 +50,9 @@ __all__ = [
     "prune_matrices",
     "prune_matrix",
     "prune_table",
+    "run_of_rows",
     "settled",
+    "solving_bytes",
     "split_rows",
     "why_unknown",
     "zeros_at",
@@ -62,7 +64,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """What `__all__` names, from the module that has it."""
         if name in __all__:
-            for module in ("method", "matrices", "allocation", "reasons"):
+            for module in ("method", "matrices", "costs", "allocation", "reasons"):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

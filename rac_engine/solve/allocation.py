@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rac_kernels.ops.pattern import zeros_of
+from rac_engine.solve.methods import find_method
 from rac_kernels.ops.profile import BINS_AN_OCTAVE, LOWEST, ScoreProfile
 
 _STEPS = 100  # of a bisection: more than doubles can tell apart
@@ -81,13 +81,8 @@ def _share_below(profile: ScoreProfile) -> Callable[[float], float] | None:
 
 
 def zeros_at(method: str, sparsity: float, rows: int, columns: int, block_size: int) -> int:
-    """How many zeros a method makes of a matrix at that sparsity: it rounds down by row, by block, or once."""
-    if method == "wanda":
-        return rows * zeros_of(sparsity, columns)
-    if method == "sparsegpt":
-        whole, rest = divmod(columns, block_size)
-        return whole * zeros_of(sparsity, rows * block_size) + zeros_of(sparsity, rows * rest)
-    return zeros_of(sparsity, rows * columns)
+    """How many zeros a method makes of a matrix [rows, columns] at that sparsity."""
+    return find_method(method).zeros(sparsity, rows, columns, block_size)
 
 
 def settled(

@@ -189,9 +189,20 @@ def prune_matrices(
     return compared
 
 
+def run_of_rows(rows: int, columns: int) -> int:
+    """How many rows of a matrix are solved together: all, but for tables of a large vocabulary."""
+    return rows if rows * columns <= WHOLE else max(TOGETHER // columns, 1)
+
+
 def split_rows(weight: Tensor) -> list[Tensor]:
-    """A matrix as the runs of rows that it is solved by: whole, but for tables of a large vocabulary."""
-    return [weight] if weight.numel() <= WHOLE else list(weight.split(max(TOGETHER // weight.shape[1], 1)))
+    """A matrix as the runs of rows that it is solved by."""
+    run = run_of_rows(*weight.shape)
+    return [weight] if run == len(weight) else list(weight.split(run))
+
+
+def together(weights: int, largest: int) -> int:
+    """How many of so many weights are solved together, `largest` being those of the largest matrix."""
+    return min(weights, max(largest, TOGETHER))
 
 
 def joined(results: Sequence[MatrixResult]) -> MatrixResult:

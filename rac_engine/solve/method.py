@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from rac_kernels import Factor, factor_, symmetrize_
+from rac_kernels.ops.pattern import zeros_of
 
 Needs = Literal["hessian", "norms", "nothing"]
+
+SOLVING = "fp32 working copies"
+"""What plans call the bytes of a solver that need no name of their own."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +132,64 @@ class Solution:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Matrices that are solved together, as a plan knows them."""
+
+    weights: int
+    """Elements of all of them."""
+    columns: int
+    largest: int
+    """Elements of the largest."""
+    sparsity: float
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a solver computes for matrices that share their input."""
+
+    name: str
+    """In plans."""
+    rule: str
+    """How the FLOPs are counted, in words."""
+    flops: Callable[[int, int], float]
+    """FLOPs by rows, of all matrices, and columns."""
+
+
+def zeros_by_matrix(sparsity: float, rows: int, columns: int, block_size: int) -> int:
+    """Zeros of a method that chooses in the whole matrix: they are rounded down once."""
+    return zeros_of(sparsity, rows * columns)
+
+
+@dataclass(frozen=True)
 class Method:
     """A way to prune. Its file in `methods` is the one place that knows it."""
 
     name: str
-    """In recipes, that of its file."""
+    """In recipes: the name of its file."""
     title: str
     """In sentences."""
     needs: Needs
-    """What of an input is gathered for it."""
+    """What is gathered from an input for it."""
     solve: Callable[[LayerProblem], Solution]
+    workspace: Callable[[Stacked], dict[str, int]]
+    """Bytes by purpose that `solve` takes beside the weights it is given. One is SOLVING, for what needs no name."""
+    arithmetic: Arithmetic | None = None
+    """What `solve` computes, if it is worth a line in a plan."""
+    exact_factor: bool = False
+    """Whether it asks for the factor of H in fp64 (`Gram.factor`), not for one to overwrite (`Gram.borrow`)."""
+    zeros: Callable[[float, int, int, int], int] = zeros_by_matrix
+    """How many zeros it makes of a matrix, by sparsity, rows, columns and block size."""
+    does: str = ""
+    """A clause for the model card that stands behind the title."""
+    knobs: tuple[Literal["damping", "block_size"], ...] = ()
+    """The fields of a `Target` that it uses, beside sparsity and pattern."""
+    reconstruct: Literal["residual", "dense", "layer"] = "layer"
+    """What `reconstruct: auto` means for it, where the order is staged."""
+    epochs: int = 0
+    """What `tune` is by default where a pattern keeps little."""
+    reorders: bool = False
+    """Whether `reorder: auto` means `mlp` where a pattern keeps little."""
 
 
 def stack(weights: list[Tensor]) -> Tensor:

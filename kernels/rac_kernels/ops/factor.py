@@ -381,3 +381,8 @@ _CHOLESKY: dict[str, Callable[[Tensor], Tensor]] = {
 def limit(n: int, matrices: int = 1) -> Limit:
     """One Cholesky factorization, n³/3, of each matrix [n, n]: the fp32 triangle read and written."""
     return Limit(matrices * n**3 / 3, matrices * 4.0 * n * (n + 1), "tf32x3")
+
+
+def workspace(n: int, device: torch.device, exact: bool = True) -> int:
+    """Bytes that `factor_` takes for an H [n, n] where a CPU factors it in fp64: two copies, and some of LAPACK's."""
+    return 20 * n * n if exact and device.type == "cpu" and n <= EXACT else 0

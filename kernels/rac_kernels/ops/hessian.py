@@ -338,3 +338,13 @@ def limit(tokens: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
     """One triangle of XᵀX, the diagonal included: X [tokens, n] read, the fp32 triangle read and written."""
     triangle = n * (n + 1) / 2
     return Limit(2 * tokens * triangle, tokens * n * dtype.itemsize + 8 * triangle, PRODUCT_PEAKS[dtype])
+
+
+PACKED_BYTES = 8 << 20  # of tokens as the CPU's sums take them, at a time, but a run of them at least (hessian.cpp):
+
+PACKED_RUN = 1024  # bytes a column
+
+
+def workspace(tokens: int, n: int, device: torch.device) -> int:
+    """Bytes that `hessian_accumulate_` takes for X [tokens, n] beside X and H."""
+    return 0 if device.type == "cuda" else min(max(PACKED_BYTES, PACKED_RUN * n), 4 * n * tokens)

@@ -61,3 +61,8 @@ def _inverse_reference_(U: Tensor) -> None:
         beyond.copy_((own.T @ beyond).addmm_(U[: here.start, here].T, U[: here.start, here.stop :]))
         own = (own.T @ own).addmm_(U[: here.start, here].T, U[: here.start, here])
         corner.copy_(own.triu_().add_(corner.tril(-1)))
+
+
+def workspace(n: int) -> int:
+    """Bytes that the reference takes for a U [n, n]: a few bands of its columns."""
+    return 12 * side_of(n) * n

@@ -58,3 +58,10 @@ def reconstruction_error(Q: Tensor, H: Tensor, C: Tensor, power: float) -> float
 
 def _rows(n: int) -> int:
     return max(ROWS_BYTES // (8 * max(n, 1)), 1)
+
+
+def workspace(rows: int, n: int) -> int:
+    """Bytes that `objective` and `reconstruction_error` take for a Q [rows, n], beside what they are given."""
+    some = min(rows, _rows(n))
+    products = 8 * some * n + 8 * COLUMNS * (3 * some + 2 * min(COLUMNS, n) + n)
+    return max(24 * some * n, products)

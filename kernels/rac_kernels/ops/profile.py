@@ -79,3 +79,8 @@ def _roots(W: Tensor, norms: Tensor) -> Iterator[Tensor]:
 def _check(W: Tensor, norms: Tensor) -> None:
     if W.ndim != 2 or norms.shape != (W.shape[1],):
         raise ValueError(f"norms must be [{W.shape[-1]}] to fit W {list(W.shape)}, not {list(norms.shape)}")
+
+
+def workspace(rows: int, n: int) -> int:
+    """Bytes that the profile of W [rows, n] takes: fp64 copies of the rows that are counted at a time."""
+    return 6 * min(8 * rows * n, ROWS_BYTES)

@@ -345,3 +345,8 @@ class Selection:
 def limit(count: int) -> Limit:
     """A comparison for each of so many fp32 scores, which are read."""
     return Limit(float(count), 4.0 * count, "fp32")
+
+
+def workspace(count: int, per: str = "row") -> int:
+    """Bytes that `mask_by_score` and what makes its scores take, of `count` weights in all."""
+    return (16 if per == "row" else 10) * count

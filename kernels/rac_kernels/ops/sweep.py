@@ -438,3 +438,8 @@ def limit(rows: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
     """Every column's error spread over the columns to its right: W [rows, n] read, Q written in fp32, the fp32 triangle
     of U read."""
     return Limit(float(rows * n * n), rows * n * (dtype.itemsize + 4) + 2.0 * n * (n + 1), "tf32x3")
+
+
+def workspace(weights: int, device: torch.device) -> int:
+    """Bytes that `sweep` holds of so many weights, the fp32 result included; more on a CPU, as was measured."""
+    return (8 if device.type == "cuda" else 10) * weights

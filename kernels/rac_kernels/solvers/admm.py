@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rac_kernels.backends import native
 from rac_kernels.backends.dispatch import choose
+from rac_kernels.ops import inverse
 from rac_kernels.ops.cross import cross_accumulate_
 from rac_kernels.ops.factor import Factor, refactor_, refactor_with_
 from rac_kernels.ops.inverse import inverse_, side_of
@@ -222,3 +223,8 @@ class _Int16(_State):
         keep, group = pattern or (0, 0)
         for part in self.parts:
             admm_step(*part, zeros_of(sparsity, part[-2] * part[-1]), keep, group, relaxation, shrink, threads)
+
+
+def workspace(weights: int, n: int, device: torch.device) -> int:
+    """Bytes that `admm_short_` holds of so many weights in rows of n, the fp32 result included, and M beside U."""
+    return (20 if device.type == "cuda" else 23) * weights + 2 * n * n + inverse.workspace(n)

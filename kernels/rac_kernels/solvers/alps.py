@@ -79,3 +79,13 @@ def _one(
             penalty *= next(factor for share, factor in RAISES if moved >= share * kept)
             inverse = None
     return Q, steps
+
+
+def held(n: int) -> int:
+    """Bytes that `admm` holds of H [n, n] in fp32: itself, scaled, its eigenvectors, and an inverse."""
+    return 16 * n * n
+
+
+def workspace(weights: int, n: int) -> int:
+    """Bytes that `admm` takes beside, of so many weights in rows of n or for the eigenvectors of H."""
+    return max(32 * weights, 12 * n * n)

@@ -49,3 +49,11 @@ def matched_target(factor: Factor, C: Tensor, W: Tensor) -> Tensor:
         V[some] = torch.linalg.solve_triangular(U.T, half, upper=False).T
     V[:, factor.dead] = 0
     return V
+
+
+def workspace(weights: int, n: int, shared: bool) -> int:
+    """Bytes that V takes while it is made of so many weights in rows of n, V included.
+
+    `shared`: whether C is made of X′ᵀX first (`output_cross`).
+    """
+    return (8 if shared else 4) * weights + 12 * min(weights, _ROWS * n)

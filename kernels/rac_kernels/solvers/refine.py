@@ -567,3 +567,15 @@ def limit(rows: int, n: int, iterations: int) -> Limit:
     and the product are read and those four written, in fp32."""
     products = iterations + 2
     return Limit(2.0 * rows * n * n * products, products * (4.0 * n * n + 4.0 * 8 * rows * n), "fp32")
+
+
+def workspace(rows: int, n: int, kept: int, iterations: int, device: torch.device, method: str = "auto") -> int:
+    """Bytes that `refine` takes for a Q [rows, n] with `kept` weights a row in the mean, beside what it is given and
+    returns. Rows are refined some at a time; native code takes less for them than torch."""
+    some = min(rows, ROWS, max(ELEMENTS[device.type] // n, 1))
+    exactly = method == "exact" or (method == "auto" and solves_exactly(kept, n, iterations, device))
+    # The row that keeps most has half as many again as the mean.
+    gathered = 40 * min(EXACT_ELEMENTS, some * (3 * kept // 2) ** 2) if exactly else 0
+    if device.type == "cuda" or not native.available():
+        return 58 * some * n + gathered
+    return 28 * some * n + 2 * n * n + gathered  # H in 16-bit integers

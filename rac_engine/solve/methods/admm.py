@@ -8,14 +8,20 @@ the same λ holds in the target and in the solver.
 
 from __future__ import annotations
 
-from rac_engine.solve.method import LayerProblem, Method, Solution
+import math
+
+from rac_engine.solve.method import SOLVING, Arithmetic, LayerProblem, Method, Solution, Stacked
 from rac_kernels import admm_, refine, symmetrize_
+from rac_kernels.solvers import admm
+from rac_kernels.solvers import refine as refining
 
 STEPS = 36
 
 REFINING_STEPS = 7
 
 TOLERANCE = 1e-2
+
+LEFT = 12  # bytes a weight: what ADMM was given and gives, beside the refined ones
 
 
 def solve(problem: LayerProblem) -> Solution:
@@ -31,4 +37,28 @@ def solve(problem: LayerProblem) -> Solution:
     return Solution(refined, factor.damping, STEPS + how.iterations)
 
 
-METHOD = Method(name="admm", title="ADMM and masked least squares", needs="hessian", solve=solve)
+def workspace(stacked: Stacked) -> dict[str, int]:
+    searching = admm.workspace(stacked.weights, stacked.columns, stacked.device)
+    rows, kept = stacked.weights // stacked.columns, math.ceil((1 - stacked.sparsity) * stacked.columns)
+    improving = refining.workspace(rows, stacked.columns, kept, REFINING_STEPS, stacked.device)
+    return {SOLVING: max(searching, LEFT * stacked.weights + improving)}
+
+
+PRODUCTS = STEPS - 1 + REFINING_STEPS + 2  # none in the first step; two of refine measure
+
+METHOD = Method(
+    name="admm",
+    title="ADMM and masked least squares",
+    needs="hessian",
+    solve=solve,
+    workspace=workspace,
+    arithmetic=Arithmetic(
+        "mask and weights",
+        f"{PRODUCTS} · 2 · rows · n² + {admm.inversions(STEPS)} · n³",
+        lambda rows, n: 2.0 * rows * n * n * PRODUCTS + n**3 * admm.inversions(STEPS),
+    ),
+    knobs=("damping",),
+    reconstruct="residual",
+    epochs=10,
+    reorders=True,
+)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rac_engine.solve.method import LayerProblem, Method, Solution
+from rac_engine.solve.method import SOLVING, LayerProblem, Method, Solution
 from rac_kernels import mask_by_score
+from rac_kernels.ops import select
 
 
 def solve(problem: LayerProblem) -> Solution:
@@ -17,4 +18,10 @@ def solve(problem: LayerProblem) -> Solution:
     return Solution(problem.weights.masked_fill(torch.cat(masks), 0))
 
 
-METHOD = Method(name="magnitude", title="magnitude pruning", needs="nothing", solve=solve)
+METHOD = Method(
+    name="magnitude",
+    title="magnitude pruning",
+    needs="nothing",
+    solve=solve,
+    workspace=lambda stacked: {SOLVING: select.workspace(stacked.largest, per="matrix")},
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from rac_engine.solve.method import LayerProblem, Method, Solution
+from rac_engine.solve.method import SOLVING, LayerProblem, Method, Solution
 from rac_kernels import mask_by_score
+from rac_kernels.ops import select
+from rac_kernels.ops.pattern import zeros_of
 
 
 def solve(problem: LayerProblem) -> Solution:
@@ -13,4 +15,11 @@ def solve(problem: LayerProblem) -> Solution:
     return Solution(problem.weights.masked_fill(mask, 0))
 
 
-METHOD = Method(name="wanda", title="Wanda", needs="norms", solve=solve)
+METHOD = Method(
+    name="wanda",
+    title="Wanda",
+    needs="norms",
+    solve=solve,
+    workspace=lambda stacked: {SOLVING: select.workspace(stacked.weights, per="row")},
+    zeros=lambda sparsity, rows, columns, _: rows * zeros_of(sparsity, columns),
+)

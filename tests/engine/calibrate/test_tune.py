@@ -22,14 +22,15 @@ from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.models.model import Model
-from rac_engine.recipe.settings import EPOCHS, PruneSettings
+from rac_engine.recipe.settings import PruneSettings
 from rac_engine.solve.method import Solution
-from rac_engine.solve.methods import wanda
+from rac_engine.solve.methods import admm, wanda
 from rac_engine.traces.calibration import Calibration
 from rac_kernels.solvers import tuning as steps
 from tests import tiny
 
 Make = Callable[..., Path]
+EPOCHS = admm.METHOD.epochs
 
 
 def settings(**changes: Any) -> PruneSettings:

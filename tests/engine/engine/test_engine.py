@@ -41,6 +41,7 @@ from rac_engine.jobs.surroundings import machine
 from rac_engine.models.block import Block
 from rac_engine.models.model import Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.phases import Tokens
 from rac_engine.recipe.files import dump, load_recipe
 from rac_engine.recipe.settings import PruneSettings, Recipe
 from rac_engine.report.page import write_report
@@ -549,7 +550,7 @@ def test_a_device_goes_by_its_full_name_and_its_limit_is_no_more_than_it_has(mon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
     limits = module.machine_limits("cuda:0", 8 << 30, None, 0)
-    assert (limits["device_limit"], limits["device_spare"]) == (8 << 30, 7 << 30)
+    assert (limits.device_limit, limits.device_spare) == (8 << 30, 7 << 30)
     with pytest.raises(BadInput, match=r"--device-memory 9 GiB: cuda:0 has 8 GiB"):
         module.machine_limits("cuda:0", 9 << 30, None, 0)
 
@@ -560,9 +561,9 @@ def test_memory_is_planned_for_all_tokens_those_that_do_not_count_too(
     planned: list[int] = []
     plan = plan_memory
 
-    def noted(shape: Any, settings: PruneSettings, tokens: int, longest: int, **limits: Any) -> MemoryPlan:
-        planned.append(tokens)
-        return plan(shape, settings, tokens, longest, **limits)
+    def noted(shape: Any, settings: PruneSettings, tokens: Tokens, *others: Any, **options: Any) -> MemoryPlan:
+        planned.append(tokens.count)
+        return plan(shape, settings, tokens, *others, **options)
 
     monkeypatch.setattr("rac_engine.engine.setup.plan_memory", noted)
     report = prune(checkpoint("qwen2"), tmp_path / "out", settings(method="wanda"), tiny.calibration(part="completion"))

@@ -257,7 +257,7 @@ def test_a_plan_counts_what_the_router_sends(checkpoint: Make, tmp_path: Path) -
     layer = triangle[48] + triangle[24] + triangle[16] + triangle[32]
     of_all = 3 * layer + triangle[48] + triangle[80] + 2 * (triangle[48] + triangle[32])
     assert work["Hessian"] == pytest.approx(1000 * (of_all + 2 * 3 * (triangle[48] + triangle[32])))
-    modules = [stage.modules[0] for stage in plan.stages]
+    modules = [group.modules[0] for group in plan.groups]
     assert modules == [
         *("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj", "self_attn.o_proj"),
         *("mlp.gate_proj", "mlp.down_proj", "mlp.shared_experts.gate_proj", "mlp.experts.0.gate_proj"),

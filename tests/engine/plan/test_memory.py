@@ -137,7 +137,9 @@ import sys, torch
 from pathlib import Path
 from rac_engine.engine import limits, prune
 from rac_engine.checkpoint import Checkpoint
+from dataclasses import replace
 from rac_engine.plan.memory import plan_memory
+from rac_engine.plan.phases import Tokens
 from rac_engine.plan.shapes import Shape
 from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings
@@ -148,7 +150,7 @@ settings = PruneSettings(method="wanda", chunk_tokens=512)
 calibration = tiny.calibration([2048] * 8 + [128] * 64)
 shape = Shape.of(Model.open(Checkpoint.open(sys.argv[1])), settings, on_gpu=False)
 machine = limits.machine_limits("cpu", None, None, process.resident())
-ample = plan_memory(shape, settings, calibration.tokens, 2048, **{**machine, "host_limit": 1 << 40})
+ample = plan_memory(shape, settings, Tokens(calibration.tokens, 2048), replace(machine, host_limit=1 << 40))
 assert ample.choice.place == "host"
 limit = ample.host_peak - (20 << 20)
 report = prune(Path(sys.argv[1]), Path(sys.argv[2]), settings, calibration, host_memory=limit)

@@ -10,6 +10,7 @@ import pytest
 from rac_engine.base.errors import BadInput
 from rac_engine.models.model import Model
 from rac_engine.plan import memory
+from rac_engine.plan.phases import Machine, Tokens
 from rac_engine.plan.plan import make_plan
 from rac_engine.plan.shapes import Shape
 from rac_engine.plan.text import render
@@ -39,13 +40,13 @@ def test_a_config_alone_is_enough_for_a_plan(qwen2_7b):
     plan = make_plan(qwen2_7b, tokens=1_000_000)
     assert plan.parameters == 7_615_616_512  # as published
     assert plan.matrices == 28 * 7
-    assert [(len(stage.modules), stage.columns) for stage in plan.stages] == [
+    assert [(len(group.modules), group.columns) for group in plan.groups] == [
         (3, 3584),
         (1, 3584),
         (2, 3584),
         (1, 18944),
     ]
-    assert plan.stages[3].bytes == 4 * 18944**2
+    assert plan.groups[3].bytes == 4 * 18944**2
     assert plan.disk == 2 * plan.parameters + (qwen2_7b / "config.json").stat().st_size
 
 
@@ -180,7 +181,7 @@ def test_lm_head_of_a_large_vocabulary_fits_the_same_small_gpu(qwen2_7b):
     plan = planned("lm_head", "embeddings")
     assert plan.matrices == 28 * 7 + 2
     assert plan.weights == make_plan(qwen2_7b).weights + 2 * 152064 * 3584
-    assert plan.stages[-1].modules == ["lm_head"]
+    assert plan.groups[-1].modules == ["lm_head"]
     solving = plan.memory.phases[-1]
     assert solving.name == "solve lm_head"
     held = 152064 * 3584 * 2
@@ -228,16 +229,16 @@ def test_what_is_free_is_the_limit_where_none_is_given(qwen2_7b):
     shape = Shape.of(Model.of_config(qwen2_7b, QWEN2_7B), settings, on_gpu=True)
 
     def plan(**limits):
-        return memory.plan_memory(shape, settings, 1_000_000, 32_768, on_gpu=True, **limits)
+        return memory.plan_memory(shape, settings, Tokens(1_000_000, 32_768), Machine(on_gpu=True, **limits))
 
-    ample = plan(device_spare=78 * GIB, spare=128 * GIB)
+    ample = plan(device_spare=78 * GIB, host_spare=128 * GIB)
     assert (ample.choice.chunk_tokens, ample.device_limit) == (16384, None)
-    tight = plan(device_spare=4 * GIB, spare=128 * GIB)
+    tight = plan(device_spare=4 * GIB, host_spare=128 * GIB)
     assert tight.device_peak <= 4 * GIB and tight.choice.chunk_tokens < 16384
     with pytest.raises(BadInput, match=r"^the device has 2 GiB free: at least .* is needed \(solve mlp.*down_proj\)"):
         plan(device_spare=2 * GIB)
     with pytest.raises(BadInput, match=r"^the machine has 1 GiB of memory free: at least .* is needed \("):
-        plan(device_limit=12 * GIB, spare=GIB)
+        plan(device_limit=12 * GIB, host_spare=GIB)
 
 
 def test_without_limits_the_chunks_are_those_of_the_settings(qwen2_7b):
@@ -258,8 +259,8 @@ def test_a_checkpoint_and_its_config_alone_give_the_same_plan(checkpoint, family
     folder = checkpoint(family)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     whole, bare = make_plan(folder, tokens=1000), make_plan(tmp_path, tokens=1000)
-    assert (whole.stages, whole.memory, whole.work, whole.parameters) == (
-        bare.stages,
+    assert (whole.groups, whole.memory, whole.work, whole.parameters) == (
+        bare.groups,
         bare.memory,
         bare.work,
         bare.parameters,
@@ -278,7 +279,7 @@ def test_what_is_left_dense_is_counted_out_and_named(checkpoint):
 def test_methods_cost_what_they_need(checkpoint, method, kinds):
     plan = make_plan(checkpoint(), PruneSettings(method=method), tokens=1000)
     assert [work.name for work in plan.work] == kinds
-    assert plan.stages[0].bytes == (4 * 48 if kinds else 0)
+    assert plan.groups[0].bytes == (4 * 48 if kinds else 0)
 
 
 def test_the_page_and_the_json_say_the_same(checkpoint):
