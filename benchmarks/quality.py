@@ -70,6 +70,8 @@ class Cell:
     """The kind of problem that no trace is of, and that is answered."""
     effort: str | None = None
     """Which of EFFORTS, where it is not what the pattern has by default."""
+    allocation: str = "uniform"
+    """How the sparsity is spread over the model."""
 
     @property
     def variant(self) -> list[str]:
@@ -78,6 +80,7 @@ class Cell:
         found += [] if self.damping is None else [f"damping {self.damping:g}"]
         found += [] if self.tokens is None else [f"{self.tokens / 1000:g}k tokens"]
         found += [] if self.effort is None else [self.effort]
+        found += [] if self.allocation == "uniform" else [f"allocation {self.allocation}"]
         return found + ([] if self.without is None else [f"no {self.without} in the traces, all answered are"])
 
     @property
@@ -87,6 +90,7 @@ class Cell:
         parts += [] if self.damping is None else [f"damping{self.damping:g}"]
         parts += [] if self.tokens is None else [f"tokens{self.tokens}"]
         parts += [] if self.effort is None else [self.effort.replace(" ", "-")]
+        parts += [] if self.allocation == "uniform" else [self.allocation]
         return "-".join(parts + ([] if self.without is None else [f"without-{self.without}"]))
 
 
@@ -137,6 +141,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         args.token_counts or [None],
         args.without or [None],
         args.efforts or [None],
+        args.allocations,
     )
     return [
         Cell(method, calibration, sparsity, *variant)
@@ -257,6 +262,8 @@ def _recipe(args: argparse.Namespace, cell: Cell) -> Recipe:
         asked["damping"] = cell.damping
     if cell.effort is not None:
         asked |= EFFORTS[cell.effort]
+    if not pattern and cell.method != "magnitude":
+        asked["allocation"] = cell.allocation
     tokens = cell.tokens or args.tokens
     return Recipe(
         model=args.model,
@@ -379,6 +386,7 @@ def _arguments() -> argparse.Namespace:
         choices=EFFORTS,
         help="less than the default does at 1:4, or tuning elsewhere",
     )
+    parser.add_argument("--allocations", nargs="+", choices=("uniform", "owl", "error"), default=["uniform"])
     parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")

@@ -23,7 +23,7 @@ from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.models import Matrix, Model
-from rac_engine.recipe import PruneSettings, load_recipe, parse_pattern
+from rac_engine.recipe import PruneSettings, load_recipe, pruning_pattern
 from rac_engine.solve import ReasonCode
 from rac_engine.traces import load_tokenizer
 
@@ -292,7 +292,7 @@ class _Tally:
         self.live = here if self.live is None else self.live | here
         self.zeros += int(zero.sum())
         self.negative = self.negative or bool((piece.signbit() & zero).any())
-        self.fits = self.fits and (self.pattern is None or _fits(piece, *parse_pattern(self.pattern)))
+        self.fits = self.fits and (self.pattern is None or _fits(piece, *pruning_pattern(self.pattern)))
 
 
 def _check_matrix(
@@ -336,7 +336,7 @@ def target_of(matrix: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any
 def _least_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int) -> int:
     """Zeros that the target leads to at least: solvers round down, by row or by block of columns."""
     if target["pattern"]:
-        n, m = parse_pattern(target["pattern"])
+        n, m = pruning_pattern(target["pattern"])
         return rows * (columns // m) * (m - n)
     return int(target["sparsity"] * rows * columns) - max(rows, -(-columns // block_size))
 
@@ -345,7 +345,7 @@ def _most_zeros(target: dict[str, Any], block_size: int, rows: int, columns: int
     """Zeros that the target leads to at most, in a matrix without zeros whose inputs are all alive."""
     slack = max(rows, -(-columns // block_size), int(_SLACK * rows * columns))
     if target["pattern"]:
-        n, m = parse_pattern(target["pattern"])
+        n, m = pruning_pattern(target["pattern"])
         return rows * -(-columns // m) * (m - n) + slack
     return int(target["sparsity"] * rows * columns) + slack
 

@@ -6,7 +6,7 @@ import re
 
 from rac_engine.base.errors import BadInput
 from rac_engine.models import Matrix, Model
-from rac_engine.recipe import PruneSettings, parse_pattern
+from rac_engine.recipe import PruneSettings, pruning_pattern
 from rac_engine.solve import Reason, ReasonCode, Target
 
 
@@ -34,7 +34,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]
             skipped[matrix.name] = Reason(ReasonCode.ASKED_DENSE, f"left dense by {found[0]!r}")
         elif own.pattern is None and own.sparsity == 0:
             skipped[matrix.name] = Reason(ReasonCode.SPARSITY_ZERO, "sparsity 0")
-        elif own.pattern is not None and matrix.columns % parse_pattern(own.pattern)[1]:
+        elif own.pattern is not None and matrix.columns % pruning_pattern(own.pattern)[1]:
             raise BadInput(
                 f"{matrix.path}: its {matrix.columns} columns are no whole groups for pattern {own.pattern}; "
                 "choose another pattern, or name the matrix under `dense`"

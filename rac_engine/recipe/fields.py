@@ -52,7 +52,7 @@ def _source(value: str, info: ValidationInfo) -> str:
 
 def _pattern(value: str) -> str:
     try:
-        parse_pattern(value)
+        pruning_pattern(value)
     except BadInput as error:
         raise ValueError(str(error)) from None
     return value
@@ -113,18 +113,22 @@ ModuleName = Annotated[str, AfterValidator(_regex)]
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 
 
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read "N:M" (at most N nonzeros in every M consecutive columns of a row) as `(N, M)`, with 0 < N < M.
+def pruning_pattern(pattern: str) -> tuple[int, int]:
+    """Read "N:M" as `rac_kernels` does, for a pattern that prunes something: `(N, M)` with 0 < N < M.
 
-    Raises `BadInput` for anything else.
+    Raises `BadInput` for anything else. Imports torch.
     """
-    found = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", pattern)
-    if found is None:
+    from rac_kernels.ops.pattern import FORM, parse_pattern
+
+    if not FORM.fullmatch(pattern):
         raise BadInput(f"pattern {pattern!r} is not N:M; write for example 2:4 (2 of every 4 weights stay)")
-    n, m = int(found[1]), int(found[2])
-    if not 0 < n < m:
+    try:
+        found = parse_pattern(pattern)
+    except ValueError:
+        found = None
+    if found is None or found[0] == found[1]:
         raise BadInput(f"pattern {pattern}: N of every M weights stay, so 0 < N < M is needed; write for example 2:4")
-    return n, m
+    return found
 
 
 class Settings(BaseModel):

@@ -24,7 +24,7 @@ from rac_engine.recipe.fields import (
     Seed,
     Settings,
     Source,
-    parse_pattern,
+    pruning_pattern,
 )
 from rac_engine.solve import DEFAULT_METHOD, Method, find_method, method_names
 
@@ -196,7 +196,7 @@ class PruneSettings(Settings):
     def _sparsity_follows_pattern(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and "sparsity" not in data and isinstance(data.get("pattern"), str):
             try:
-                n, m = parse_pattern(data["pattern"])
+                n, m = pruning_pattern(data["pattern"])
             except BadInput:
                 return data
             return {**data, "sparsity": 1 - n / m}
@@ -205,7 +205,7 @@ class PruneSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> PruneSettings:
         if self.pattern is not None:
-            n, m = parse_pattern(self.pattern)
+            n, m = pruning_pattern(self.pattern)
             if abs(self.sparsity - (1 - n / m)) > 0.005:
                 raise ValueError(
                     f"pattern {self.pattern} means sparsity {1 - n / m:.3g}, not {self.sparsity:g}; drop one"
@@ -235,7 +235,7 @@ class PruneSettings(Settings):
             if override.sparsity is not None:
                 changed |= {"sparsity": override.sparsity, "pattern": None}
             elif override.pattern is not None:
-                n, m = parse_pattern(override.pattern)
+                n, m = pruning_pattern(override.pattern)
                 changed |= {"sparsity": 1 - n / m, "pattern": override.pattern}
             if override.damping is not None:
                 changed["damping"] = override.damping
@@ -281,7 +281,7 @@ class PruneSettings(Settings):
         """Whether the pattern keeps so little that more effort pays, and the dense model is there to tune by."""
         if self.pattern is None or self.reconstructs == "layer":
             return False
-        n, m = parse_pattern(self.pattern)
+        n, m = pruning_pattern(self.pattern)
         return n / m < KEEPS_LITTLE
 
 

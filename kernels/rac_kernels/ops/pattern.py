@@ -6,16 +6,20 @@ import re
 
 Pattern = tuple[int, int]
 
+FORM = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
+"""N:M as text."""
+
 
 def parse_pattern(pattern: str | Pattern | None) -> Pattern | None:
     """``"2:4"`` or ``(2, 4)`` → ``(2, 4)``: N weights stay of every M. None stays None.
 
-    N is what stays, as in the N:M literature. Raises ValueError unless 1 <= N <= M.
+    N is what stays, as in the N:M literature. Where N = M all weights stay: a pattern like any other to an op, though a
+    recipe refuses it. Raises ValueError for other text, and unless 1 <= N <= M.
     """
     if pattern is None:
         return None
     if isinstance(pattern, str):
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", pattern)
+        match = FORM.fullmatch(pattern)
         if not match:
             raise ValueError(f"pattern {pattern!r} is not of the form N:M, such as 2:4")
         pattern = int(match[1]), int(match[2])

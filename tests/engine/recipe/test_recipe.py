@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_engine.base.errors import BadInput
-from rac_engine.recipe.fields import parse_pattern
+from rac_engine.recipe.fields import pruning_pattern
 from rac_engine.recipe.files import build, dump, load_recipe
 from rac_engine.recipe.settings import CalibrationSettings, PruneSettings, Recipe, TraceSettings
 
@@ -78,7 +78,7 @@ def test_a_variant_changes_only_what_it_names(write):
 
 @pytest.mark.parametrize("pattern", ["1:4", "1:3", "4:8"])
 def test_a_pattern_sets_the_sparsity(pattern):
-    n, m = parse_pattern(pattern)
+    n, m = pruning_pattern(pattern)
     assert PruneSettings(pattern=pattern).sparsity == 1 - n / m
 
 
@@ -95,6 +95,8 @@ def test_a_pattern_sets_the_sparsity(pattern):
         ),
         ("model: m\nprune: {method: spargpt}\n", "2:17", "'spargpt' is not known; did you mean 'sparsegpt'?"),
         ("model: m\nprune:\n  pattern: 5:4\n", "3:12", "0 < N < M"),
+        ("model: m\nprune:\n  pattern: 4:4\n", "3:12", "0 < N < M"),
+        ("model: m\nprune:\n  pattern: 0:4\n", "3:12", "0 < N < M"),
         ("model: m\nprune:\n  pattern: '2:4 '\n", "3:12", "not N:M"),
         ("model: m\nprune:\n  pattern: 1:4\n  sparsity: 0.5\n", "3:3", "pattern 1:4 means sparsity 0.75"),
         ("model: m\nprune: {dense: ['(']}\n", "2:17", "regular expression"),
