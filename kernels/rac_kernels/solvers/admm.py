@@ -226,5 +226,5 @@ class _Int16(_State):
 
 
 def workspace(weights: int, n: int, device: torch.device) -> int:
-    """Bytes that `admm_short_` holds of so many weights in rows of n, the fp32 result included, and M beside U."""
+    """Bytes that `admm_` holds of so many weights in rows of n, the fp32 result included, and M beside U."""
     return (20 if device.type == "cuda" else 23) * weights + 2 * n * n + inverse.workspace(n)
