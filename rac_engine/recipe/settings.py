@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
@@ -26,7 +26,10 @@ from rac_engine.recipe.fields import (
     Source,
     pruning_pattern,
 )
-from rac_engine.solve import DEFAULT_METHOD, Method, find_method, method_names
+from rac_engine.solve import DEFAULT_METHOD, find_method, method_names
+
+if TYPE_CHECKING:
+    from rac_engine.solve import Method
 
 RESERVED_NAMES = ("dense", "pruned")
 
