@@ -20,7 +20,6 @@ from rac_engine.plan.phases import BEHIND, Choice, Machine, Phase, PhasePlanner,
 from rac_engine.plan.shapes import Shape
 from rac_engine.recipe import PruneSettings
 
-
 SMALL_CHUNK = 1024  # tokens, fewer than which leave a device idle
 
 SMALLEST_CHUNK = 256
