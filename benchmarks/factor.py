@@ -1,7 +1,7 @@
 """H + λI = U Uᵀ in place, against the published chain of three factorizations and torch's one Cholesky.
 
-On a GPU also cuSOLVER's one call in our place, which says what `WHOLE` in rac_kernels/factor.py should be, and the
-three matrices of a small layer in one batched call. `error` is the largest of |U Uᵀ − H − λI| by √(H_ii H_jj).
+On a GPU also the three matrices of a small layer in one batched call. `error` is the largest of |U Uᵀ − H − λI| by
+√(H_ii H_jj).
 """
 
 from __future__ import annotations
@@ -30,10 +30,6 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         wrong = triangle[some].double() @ triangle.double().T - full[some].double()
         return {"error": f"{(wrong.abs_() / scale / scale[some, None]).max().item():.1e}"}
 
-    def whole() -> Tensor:
-        torch.ops.rac.factor_(work[None], 0.01, 1.0, True, "whole")
-        return work
-
     # llm-compressor's factor is the published chain, inside its sparsify_weight.
     once = "torch: one cholesky"
     cases: dict[str, common.Case] = {
@@ -42,10 +38,6 @@ def one(bench: Bench, n: int) -> list[Measurement]:
         once: lambda: torch.linalg.cholesky_ex(full),
     }
     extra = {OURS: error(factor_(work.copy_(H), 0.01).U.triu()), once: error(torch.linalg.cholesky_ex(full)[0])}
-    if bench.cuda():
-        name = f"{OURS}, cuSOLVER in one call"
-        work.copy_(H)
-        cases[name], extra[name] = whole, error(whole().triu())
     return bench.measure(
         "factor",
         f"n={n}",

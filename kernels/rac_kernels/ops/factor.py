@@ -29,10 +29,6 @@ BLOCK = 128  # columns the reference factors at a time; the rest of the work is 
 # near-ties between scores, which was seen to cost small ill-conditioned matrices 5% in the objective.
 EXACT = 4096
 
-# Up to this n "auto" leaves a matrix on a GPU to cuSOLVER's one call, at the price of two more matrices in memory.
-# Nobody has measured yet where that is the faster way, so it is taken nowhere; benchmarks/factor.py times both.
-WHOLE = 0
-
 FIRST_STEP = 1e-6  # where escalation goes from no damping at all
 
 
@@ -104,14 +100,14 @@ def factor_(
     """
     if H.ndim != 2 or H.shape[0] != H.shape[1] or H.dtype != torch.float32 or (len(H) > 1 and H.stride(1) != 1):
         raise ValueError(f"H must be a square fp32 matrix with contiguous rows, not {H.dtype} {list(H.shape)}")
-    way = _way(H, damping, max_damping, backend)
-    diagonal, dead, used = _factor_op(H[None], damping, max_damping, exact, way)
+    chosen = _choose(H, damping, max_damping, backend)
+    diagonal, dead, used = _factor_op(H[None], damping, max_damping, exact, chosen)
     return Factor(H, diagonal[0], dead[0], damping, used[0])
 
 
 def factor_batch_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, backend: str = "auto") -> list[Factor]:
-    """As ``factor_``, for several matrices of one size at once; each has a factor, dead columns and a damping of its
-    own, bit for bit what ``factor_`` gives for it alone.
+    """``factor_`` for several matrices of one size at once; each has a factor, dead columns and a damping of its own,
+    bit for bit what ``factor_`` gives for it alone.
 
     H: [matrices, n, n] fp32 with contiguous rows, not overlapping. On a GPU a launch serves all of them, as small
     matrices leave most of it idle; on a CPU they follow each other, with all threads at each. The damping is raised
@@ -120,16 +116,14 @@ def factor_batch_(H: Tensor, damping: float = 0.01, max_damping: float = 1.0, ba
     """
     if H.ndim != 3 or H.shape[1] != H.shape[2] or H.dtype != torch.float32 or (H.shape[1] > 1 and H.stride(2) != 1):
         raise ValueError(f"H must be square fp32 matrices with contiguous rows, not {H.dtype} {list(H.shape)}")
-    diagonals, dead, used = _factor_op(H, damping, max_damping, True, _way(H, damping, max_damping, backend))
+    diagonals, dead, used = _factor_op(H, damping, max_damping, True, _choose(H, damping, max_damping, backend))
     return [Factor(H[i], diagonals[i], dead[i], damping, used[i]) for i in range(len(H))]
 
 
-def _way(H: Tensor, damping: float, max_damping: float, backend: str) -> str:
-    """The backend, or "whole" where one call of torch's linear algebra does it all."""
+def _choose(H: Tensor, damping: float, max_damping: float, backend: str) -> str:
+    """The implementation that runs. Raises ValueError for dampings that cannot be meant."""
     if not 0 <= damping <= max_damping:
         raise ValueError(f"damping {damping} must lie between 0 and max_damping, {max_damping}")
-    if backend == "auto" and H.is_cuda and H.shape[-1] <= WHOLE:
-        return "whole"
     return choose(backend, H.device, triton=True, cuda=True)
 
 
@@ -155,7 +149,7 @@ def _(U: Tensor, diagonal: Tensor, backend: str) -> None:
 
 
 def refactor_with_(U: Tensor, diagonal: Tensor, backend: str) -> None:
-    """`refactor_` to that whole diagonal and past torch's dispatcher, whose time small matrices notice."""
+    """`refactor_` with the diagonal that the sum has, past torch's dispatcher, whose time small matrices notice."""
     H = U[None]
     mirror(backend)(H, False)
     U.diagonal().copy_(diagonal)
@@ -171,11 +165,11 @@ def _raised(damping: float) -> float:
 def _factor_op(
     H: Tensor, damping: float, max_damping: float, exact: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of H [matrices, n, n]: the diagonals [matrices, n], the dead columns [matrices, n] and, on the CPU, (damping, λ)
-    that did it [matrices, 2] fp64."""
+    """Factors H [matrices, n, n]. Returns the diagonals [matrices, n], the dead columns [matrices, n] and, on the CPU,
+    the (damping, λ) that did it [matrices, 2] fp64."""
     matrices, n = H.shape[:2]
     names = [f"H{f'[{i}]' if matrices > 1 else ''} [{n}, {n}]" for i in range(matrices)]
-    mirror_ = mirror(choose("auto", H.device, triton=True) if backend == "whole" else backend)
+    mirror_ = mirror(backend)
     finite = mirror_(H, True)
     diagonals = H.diagonal(0, 1, 2).clone()
     dead = diagonals == 0
@@ -236,25 +230,7 @@ def _(H: Tensor, damping: float, max_damping: float, exact: bool, backend: str) 
 # half done.
 
 
-def _cholesky_native_(H: Tensor) -> Tensor:
-    run, threads = native.library().factor, native.threads()
-    ended = [run(one.data_ptr(), len(one), one.stride(0), threads) for one in H]
-    return torch.tensor([end == native.DONE for end in ended], dtype=torch.bool)
-
-
-def _cholesky_exact_(H: Tensor) -> Tensor:
-    """In fp64 and rounded to H's dtype at the end, one by one: fp64 takes memory."""
-    return torch.cat([_cholesky_whole_(one, torch.float64) for one in H.split(1)])
-
-
-def _cholesky_whole_(H: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """By LAPACK or cuSOLVER in one call, at the price of two more matrices of `dtype`; nothing waits for a GPU."""
-    L, info = torch.linalg.cholesky_ex(H.flip(1, 2).to(dtype))
-    H.tril_(-1).add_(L.flip(1, 2).to(H.dtype).triu_())
-    return info == 0
-
-
-def _cholesky_(H: Tensor) -> Tensor:
+def _cholesky_reference_(H: Tensor) -> Tensor:
     """Left-looking from the last block of columns to the first: a block is final once the products of the columns to
     its right are taken off and its own corner is factored, which a flip makes an ordinary Cholesky."""
     done = torch.ones(len(H), dtype=torch.bool, device=H.device)
@@ -271,6 +247,22 @@ def _cholesky_(H: Tensor) -> Tensor:
         H[:, :lo, lo:hi] = torch.linalg.solve_triangular(U.mT, H[:, :lo, lo:hi], upper=False, left=False)
         hi = lo
     return done
+
+
+def _cholesky_exact_(H: Tensor) -> Tensor:
+    """LAPACK's in fp64, rounded to H's dtype at the end: one matrix after the other, as fp64 takes memory."""
+    done = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    for one, ended in zip(H, done, strict=True):
+        L, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())
+        one.tril_(-1).add_(L.flip(0, 1).to(H.dtype).triu_())
+        ended.copy_(info == 0)
+    return done
+
+
+def _cholesky_native_(H: Tensor) -> Tensor:
+    run, threads = native.library().factor, native.threads()
+    ended = [run(one.data_ptr(), len(one), one.stride(0), threads) for one in H]
+    return torch.tensor([end == native.DONE for end in ended], dtype=torch.bool)
 
 
 @gpu.jit()
@@ -347,7 +339,7 @@ PANEL = {"ROWS": 32, "STEP": 32, "num_warps": 8}
 
 
 def _cholesky_triton_(H: Tensor, cuda_corners: bool = False) -> Tensor:
-    """As `_cholesky_`; nothing waits for the device."""
+    """The reference's blocks by Triton's kernels, or the corners by CUDA's; nothing waits for the device."""
     matrices, hi = H.shape[:2]
     inverses = torch.zeros(matrices, 1, COLUMNS, COLUMNS, dtype=torch.float32, device=H.device)
     status = torch.zeros(matrices, dtype=torch.int32, device=H.device)
@@ -370,11 +362,10 @@ def _cholesky_triton_(H: Tensor, cuda_corners: bool = False) -> Tensor:
 
 
 _CHOLESKY: dict[str, Callable[[Tensor], Tensor]] = {
-    "reference": _cholesky_,
+    "reference": _cholesky_reference_,
     "native": _cholesky_native_,
     "triton": _cholesky_triton_,
     "cuda": partial(_cholesky_triton_, cuda_corners=True),
-    "whole": _cholesky_whole_,
 }
 
 

@@ -14,6 +14,7 @@ Reference: Frantar, Alistarh, "SparseGPT" (arXiv 2301.00774). Masks and weights 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -97,14 +98,14 @@ def _sweep_op(
     row_groups: Sequence[int],
     backend: str,
 ) -> Tensor:
-    """keep = group = 0 is unstructured."""
+    """The sweep by one backend, the arguments having been checked; keep = group = 0 is unstructured."""
     ways: dict[str, Callable[..., Tensor]] = {
         "native": _native,
         "triton": _triton,
         "cuda": partial(_triton, selection="cuda"),
     }
     run = ways.get(backend, _reference) if U.dtype == torch.float32 else _reference
-    return run(W, U, dead, sparsity, keep, group, block_size, row_groups)
+    return run(W, U, dead, _Goal(sparsity, keep, group, block_size, tuple(row_groups)))
 
 
 @_sweep_op.register_fake
@@ -122,20 +123,57 @@ def _(
     return W.new_empty(W.shape, dtype=U.dtype)
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """Which weights are to go, as the schema has it."""
+
+    sparsity: float
+    """The share that goes where `group` is 0, of each block and row group."""
+    keep: int
+    """Weights that stay of each `group` columns of a row; 0 with `group` 0."""
+    group: int
+    block_size: int
+    """Columns a block: whole groups."""
+    row_groups: tuple[int, ...]
+    """Row counts."""
+
+
 def _not_finite(W: Tensor) -> ValueError:
     return ValueError(f"W {tuple(W.shape)} holds NaN or infinities")
 
 
-def _native(
-    W: Tensor,
-    U: Tensor,
-    dead: Tensor | None,
-    sparsity: float,
-    keep: int,
-    group: int,
-    block_size: int,
-    row_groups: Sequence[int],
-) -> Tensor:
+def _reference(W: Tensor, U: Tensor, dead: Tensor | None, goal: _Goal) -> Tensor:
+    """The sweep in plain torch, in U's dtype: with an fp64 U it is the published loop's exact counterpart."""
+    if not W.isfinite().all():
+        raise _not_finite(W)
+    n = W.shape[1]
+    D = W.to(U.dtype, copy=True)  # becomes W − Q, block by block
+    if dead is not None:
+        D[:, dead] = 0
+    Q = torch.empty_like(D)
+    for lo in range(0, n, goal.block_size):
+        hi = min(lo + goal.block_size, n)
+        corner, scale, block = U[lo:hi, lo:hi], U.diagonal()[lo:hi], D[:, lo:hi]
+        pull = D[:, :lo] @ U[:lo, lo:hi]  # D U of the columns before, in this block's
+        prune = torch.zeros_like(pull, dtype=torch.bool)
+        if not goal.group:
+            scores = _scores(block, pull, corner)
+            for some, mask in zip(scores.split(goal.row_groups), prune.split(goal.row_groups), strict=True):
+                mask.copy_(smallest(some, zeros_of(goal.sparsity, some.numel())))
+        for j in range(hi - lo):
+            if goal.group and j % goal.group == 0:
+                now = slice(j, j + goal.group)
+                scores = _scores(block[:, now], pull[:, now], corner[now, now])
+                prune[:, now] = smallest_per_group(scores, (goal.keep, goal.group))
+            d = block[:, j]
+            q = (d + pull[:, j] / scale[j]).masked_fill_(prune[:, j], 0) + 0.0  # −0.0 + 0.0 = +0.0
+            Q[:, lo + j] = q
+            d -= q
+            pull[:, j + 1 :].addr_(d, corner[j, j + 1 :])
+    return Q
+
+
+def _native(W: Tensor, U: Tensor, dead: Tensor | None, goal: _Goal) -> Tensor:
     if W.dtype not in native.DTYPES:
         W = W.float()
     W = W if W.stride(-1) == 1 else W.contiguous()
@@ -151,55 +189,15 @@ def _native(
         U.data_ptr(),
         U.stride(0),
         0 if dead is None else dead.data_ptr(),
-        sparsity,
-        keep,
-        group,
-        block_size,
-        list(row_groups),
+        goal.sparsity,
+        goal.keep,
+        goal.group,
+        goal.block_size,
+        list(goal.row_groups),
         native.threads(),
     )
     if ended == native.NOT_FINITE:
         raise _not_finite(W)
-    return Q
-
-
-def _reference(
-    W: Tensor,
-    U: Tensor,
-    dead: Tensor | None,
-    sparsity: float,
-    keep: int,
-    group: int,
-    block_size: int,
-    row_groups: Sequence[int],
-) -> Tensor:
-    """The sweep in plain torch, in U's dtype: with an fp64 U it is the published loop's exact counterpart."""
-    if not W.isfinite().all():
-        raise _not_finite(W)
-    n = W.shape[1]
-    D = W.to(U.dtype, copy=True)  # becomes W − Q, block by block
-    if dead is not None:
-        D[:, dead] = 0
-    Q = torch.empty_like(D)
-    for lo in range(0, n, block_size):
-        hi = min(lo + block_size, n)
-        corner, scale, block = U[lo:hi, lo:hi], U.diagonal()[lo:hi], D[:, lo:hi]
-        pull = D[:, :lo] @ U[:lo, lo:hi]  # D U of the columns before, in this block's
-        prune = torch.zeros_like(pull, dtype=torch.bool)
-        if not group:
-            scores = _scores(block, pull, corner)
-            for some, mask in zip(scores.split(row_groups), prune.split(row_groups), strict=True):
-                mask.copy_(smallest(some, zeros_of(sparsity, some.numel())))
-        for j in range(hi - lo):
-            if group and j % group == 0:
-                now = slice(j, j + group)
-                scores = _scores(block[:, now], pull[:, now], corner[now, now])
-                prune[:, now] = smallest_per_group(scores, (keep, group))
-            d = block[:, j]
-            q = (d + pull[:, j] / scale[j]).masked_fill_(prune[:, j], 0) + 0.0  # −0.0 + 0.0 = +0.0
-            Q[:, lo + j] = q
-            d -= q
-            pull[:, j + 1 :].addr_(d, corner[j, j + 1 :])
     return Q
 
 
@@ -383,17 +381,7 @@ def _row_table(row_groups: tuple[int, ...], device: torch.device) -> tuple[Tenso
     return groups.to(device), (counts.cumsum(0) - counts).to(device)
 
 
-def _triton(
-    W: Tensor,
-    U: Tensor,
-    dead: Tensor | None,
-    sparsity: float,
-    keep: int,
-    group: int,
-    block_size: int,
-    row_groups: Sequence[int],
-    selection: str = "triton",
-) -> Tensor:
+def _triton(W: Tensor, U: Tensor, dead: Tensor | None, goal: _Goal, selection: str = "triton") -> Tensor:
     """Nothing waits for the device but the check of W, which is left out while a CUDA graph is captured."""
     if not gpu.capturing() and not W.isfinite().all():
         raise _not_finite(W)
@@ -406,29 +394,29 @@ def _triton(
         D.masked_fill_(dead, 0)
     U = U if U.stride(1) == 1 else U.contiguous()
     scales = U.diagonal().contiguous()
-    blocks = -(-n // block_size)
+    blocks = -(-n // goal.block_size)
     inverses = torch.empty(blocks, COLUMNS, COLUMNS, dtype=torch.float32, device=W.device)
     tiles, walks = -(-rows // TILE["ROWS"]), -(-rows // WALK["ROWS"])
     fixed = {"COLUMNS": COLUMNS, "enable_fp_fusion": True}
     with torch.cuda.device_of(W):
-        invert(U[None], inverses[None], block_size, unit=True)
-        if not group:
-            selected = Selection(len(row_groups), W.device, selection)
-            tables = _row_table(tuple(row_groups), W.device)
-            scores = torch.empty(rows * block_size, dtype=torch.float32, device=W.device)
-        for inverse, lo in zip(inverses, range(0, n, block_size), strict=True):
-            width = min(block_size, n - lo)
+        invert(U[None], inverses[None], goal.block_size, unit=True)
+        if not goal.group:
+            selected = Selection(len(goal.row_groups), W.device, selection)
+            tables = _row_table(goal.row_groups, W.device)
+            scores = torch.empty(rows * goal.block_size, dtype=torch.float32, device=W.device)
+        for inverse, lo in zip(inverses, range(0, n, goal.block_size), strict=True):
+            width = min(goal.block_size, n - lo)
             block = (rows, n, lo, width)
             pulls = product(D[None, :, :lo], U[None, :lo, lo : lo + width])[0]
             moved = (scales, pulls, inverse)
-            if group:
+            if goal.group:
                 pattern_kernel[(tiles,)](
-                    D, Q, *moved, *block, len(pulls), KEEP=keep, GROUP=group, STEP=STEP, **TILE, **fixed
+                    D, Q, *moved, *block, len(pulls), KEEP=goal.keep, GROUP=goal.group, STEP=STEP, **TILE, **fixed
                 )
                 continue
             score_kernel[(tiles,)](D, Q, *moved, scores, *block, len(pulls), STEP=STEP, **TILE, **fixed)
-            counts = [count * width for count in row_groups]
-            selected.run(scores, counts, [zeros_of(sparsity, count) for count in counts])
+            counts = [count * width for count in goal.row_groups]
+            selected.run(scores, counts, [zeros_of(goal.sparsity, count) for count in counts])
             found = (selected.thresholds, selected.last)
             threshold_kernel[(walks,)](D, Q, inverse, scores, *found, *tables, *block, **WALK, **fixed)
     return Q

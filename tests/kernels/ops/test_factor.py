@@ -252,16 +252,6 @@ def test_empty_batches(backend):
     assert len(factor_batch_(torch.empty(3, 0, 0), backend=backend)) == 3
 
 
-def test_the_one_call_that_auto_leaves_to_a_gpus_solver():
-    """On the CPU here, as the same call of torch's."""
-    matrices = [gram(kind, 140) for kind in KINDS]
-    H = torch.stack(matrices)
-    diagonals, _, used = torch.ops.rac.factor_(H, 0.01, 1.0, True, "whole")
-    for U, matrix, diagonal, (damping, ridge) in zip(H, matrices, diagonals, used.tolist(), strict=True):
-        expected = damped(matrix, Factor(U, diagonal, diagonal == 0, 0.01, torch.tensor([damping, ridge])))
-        assert factor_error(U, expected) < 2e-6 and torch.equal(U.tril(-1), matrix.tril(-1))
-
-
 @pytest.mark.skipif(not native.available(), reason="needs the native extension")
 @pytest.mark.parametrize("exact", [True, False])
 def test_threads_do_not_change_a_bit(exact, monkeypatch):
