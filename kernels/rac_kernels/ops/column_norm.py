@@ -34,15 +34,6 @@ def column_norm_accumulate_(s: Tensor, X: Tensor, weights: Tensor | None = None,
     return s
 
 
-def column_norm_accumulate_reference(s: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device."""
-    squares = X.double().square_()
-    if weights is not None:
-        w = weights.double()[:, None]
-        squares = torch.where(w == 0, 0, squares * w)
-    return s.copy_(s + squares.sum(0))
-
-
 @torch.library.custom_op("rac::column_norm_accumulate_", mutates_args=("s",))
 def _accumulate(s: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
     """s += Σ_t weights_t X_t² by one backend, the arguments having been checked."""
@@ -57,6 +48,15 @@ def _accumulate(s: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> N
 @_accumulate.register_fake
 def _(s: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
     return None
+
+
+def column_norm_accumulate_reference(s: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same in plain torch, for any device."""
+    squares = X.double().square_()
+    if weights is not None:
+        w = weights.double()[:, None]
+        squares = torch.where(w == 0, 0, squares * w)
+    return s.copy_(s + squares.sum(0))
 
 
 def _native(s: Tensor, X: Tensor, weights: Tensor | None) -> None:

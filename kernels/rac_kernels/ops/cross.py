@@ -47,19 +47,6 @@ def cross_accumulate_(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None = 
     return C
 
 
-def cross_accumulate_reference(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device, C of any floating dtype: the sums are made in it."""
-    y = Y.to(C.dtype)
-    x = X.to(C.dtype)
-    if weights is not None:
-        w = weights.to(C.dtype)[:, None]
-        x = torch.where(w == 0, 0, x * w)
-        y = torch.where(w == 0, 0, y)
-    for lo in range(0, C.shape[0], _SIDE):
-        C[lo : lo + _SIDE] += x[:, lo : lo + _SIDE].T @ y
-    return C
-
-
 @torch.library.custom_op("rac::cross_accumulate_", mutates_args=("C",))
 def _accumulate(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, backend: str) -> None:
     """C += Xᵀ diag(weights) Y by one backend, the arguments having been checked."""
@@ -74,6 +61,19 @@ def _accumulate(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, backend
 @_accumulate.register_fake
 def _(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, backend: str) -> None:
     return None
+
+
+def cross_accumulate_reference(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same in plain torch, for any device, C of any floating dtype: the sums are made in it."""
+    y = Y.to(C.dtype)
+    x = X.to(C.dtype)
+    if weights is not None:
+        w = weights.to(C.dtype)[:, None]
+        x = torch.where(w == 0, 0, x * w)
+        y = torch.where(w == 0, 0, y)
+    for lo in range(0, C.shape[0], _SIDE):
+        C[lo : lo + _SIDE] += x[:, lo : lo + _SIDE].T @ y
+    return C
 
 
 def _native(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None) -> None:

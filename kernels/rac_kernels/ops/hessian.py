@@ -70,18 +70,6 @@ def check_tokens(X: Tensor, weights: Tensor | None, target: Tensor, name: str, n
         raise ValueError("weights must be finite and at least 0")
 
 
-def hessian_accumulate_reference(H: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device, H of any floating dtype: the sums are made in it."""
-    x = X.to(H.dtype)
-    if weights is not None:
-        w = weights.to(H.dtype)[:, None]
-        x = torch.where(w == 0, 0, x * w.sqrt())
-    for lo in range(0, H.shape[0], _SIDE):
-        product = x[:, lo : lo + _SIDE].T @ x[:, lo:]
-        H[lo : lo + _SIDE, lo:] += product.triu_()
-    return H
-
-
 @torch.library.custom_op("rac::hessian_accumulate_", mutates_args=("H",))
 def _accumulate(H: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
     """H += Xᵀ diag(weights) X by one backend, the arguments having been checked."""
@@ -96,6 +84,18 @@ def _accumulate(H: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> N
 @_accumulate.register_fake
 def _(H: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
     return None
+
+
+def hessian_accumulate_reference(H: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The same in plain torch, for any device, H of any floating dtype: the sums are made in it."""
+    x = X.to(H.dtype)
+    if weights is not None:
+        w = weights.to(H.dtype)[:, None]
+        x = torch.where(w == 0, 0, x * w.sqrt())
+    for lo in range(0, H.shape[0], _SIDE):
+        product = x[:, lo : lo + _SIDE].T @ x[:, lo:]
+        H[lo : lo + _SIDE, lo:] += product.triu_()
+    return H
 
 
 def _native(H: Tensor, X: Tensor, weights: Tensor | None) -> None:

@@ -30,7 +30,7 @@ from rac_kernels.ops.limits import Limit
 
 TRIANGLES = ("full", "upper", "lower")
 
-METHODS = ("auto", "gradients", "exact")
+WAYS = ("auto", "gradients", "exact")
 
 SIDE = 1024  # columns of H that a product takes at a time where only a triangle is given
 
@@ -132,8 +132,8 @@ def refine(
     n = H.shape[0]
     if triangle not in TRIANGLES:
         raise ValueError(f"triangle {triangle!r} must be one of {', '.join(TRIANGLES)}")
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} must be one of {', '.join(METHODS)}")
+    if method not in WAYS:
+        raise ValueError(f"method {method!r} must be one of {', '.join(WAYS)}")
     if Q.ndim != 2 or Q.shape[1] != n or target.shape != Q.shape:
         raise ValueError(f"Q and target must be [rows, {n}] to fit H, not {list(Q.shape)} and {list(target.shape)}")
     if not (Q.is_floating_point() and target.is_floating_point()):
@@ -149,6 +149,54 @@ def refine(
     chosen = choose(backend, H.device, triton=True) if H.dtype == torch.float32 else "reference"
     refined, rows = _refine_op(Q, H, target, mask, triangle, diagonal, iterations, tolerance, method, chosen)
     return refined, RefineResult(rows)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How the rows are refined, as the schema has it."""
+
+    iterations: int
+    tolerance: float
+    method: str
+    backend: str
+
+
+class _Rows(NamedTuple):
+    """Some rows of what was given, [rows, n]: in H's dtype, and `start` exactly +0.0 outside the mask."""
+
+    start: Tensor
+    mask: Tensor
+    target: Tensor
+
+
+class _Beginning(NamedTuple):
+    """What the rows begin with."""
+
+    first: Tensor
+    """[rows, n]: the residual (target − start) H on the mask."""
+    found: Tensor
+    """[rows, 4] fp64, as `_begin` returns it."""
+
+
+class _Gradients(NamedTuple):
+    """Conjugate gradients between two products with H, all updated in place but A, mask, inverse and done_at."""
+
+    Q: Tensor
+    R: Tensor
+    """[rows, n]: the residual on the mask."""
+    P: Tensor
+    """[rows, n]: the direction."""
+    A: Tensor
+    """[rows, n]: P H."""
+    mask: Tensor
+    inverse: Tensor
+    """[n]: H's diagonal⁻¹."""
+    sizes: Tensor
+    """[rows] fp64: 〈R, inverse R〉, 0 for rows that are done; those stay as they are."""
+    done_at: Tensor
+    """[rows] fp64: the size at which a row is done."""
+    counts: Tensor
+    """[rows] int32: the steps made."""
 
 
 class System(NamedTuple):
@@ -182,6 +230,7 @@ def _refine_op(
     each = max(1, min(ROWS, ELEMENTS.get(H.device.type, ELEMENTS["cpu"]) // max(n, 1)))
     coarse = backend == "native" and triangle == "full" and tolerance >= COARSE and 1 in H.stride()
     multiply = _Coarse(system, min(each, rows)) if coarse else partial(symmetric_product, system=system)
+    task = _Task(iterations, tolerance, method, backend)
     with _full_precision(), torch.cuda.device_of(H):
         for lo in range(0, rows, each):
             some = slice(lo, min(lo + each, rows))
@@ -189,9 +238,7 @@ def _refine_op(
             start = Q[some].to(H.dtype).contiguous()
             start = start + 0.0 if mask is None else torch.where(keep, start, 0)  # −0.0 becomes +0.0
             aim = target[some].to(H.dtype).contiguous()
-            _rows(
-                refined[some], found[some], start, keep, aim, system, multiply, iterations, tolerance, method, backend
-            )
+            _refine_rows(refined[some], found[some], _Rows(start, keep, aim), system, multiply, task)
     return refined, found
 
 
@@ -299,50 +346,44 @@ def _dot(a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     return torch.linalg.vecdot(a if weights is None else a * weights, b.double())
 
 
-def _rows(
-    Q: Tensor,
-    found: Tensor,
-    start: Tensor,
-    mask: Tensor,
-    target: Tensor,
-    system: System,
-    multiply: Callable[..., object],
-    iterations: int,
-    tolerance: float,
-    method: str,
-    backend: str,
+def _refine_rows(
+    Q: Tensor, found: Tensor, given: _Rows, system: System, multiply: Callable[..., object], task: _Task
 ) -> None:
     """Q = start, refined; found as `_refine_op` returns it. multiply(P, out=…) is P H."""
-    begin, end = (_begin_native, _end_native) if backend == "native" else (_begin, _end)
+    is_native = task.backend == "native"
+    start, mask, target = given
     Q.copy_(start)
     work = torch.empty_like(Q)
     error = target - Q
     symmetric_product(error, system, work)
-    R, P, begun = begin(error, work, mask, system)
+    R, P, begun = (_begin_native if is_native else _begin)(error, work, mask, system)
+    beginning = _Beginning(R.clone(), begun)
     before, size, support, _ = begun.unbind(1)
-    first = R.clone()
     # Below the second figure lies what rounding makes of an optimum: |r_j| ≤ √(H_jj objective) if exact.
-    done_at = torch.maximum(size * tolerance**2, before * support * (torch.finfo(Q.dtype).eps / 4) ** 2)
+    done_at = torch.maximum(size * task.tolerance**2, before * support * (torch.finfo(Q.dtype).eps / 4) ** 2)
     counts = torch.zeros(len(Q), dtype=torch.int32, device=Q.device)
+    method = task.method
     widest = int(support.max()) if method != "gradients" and support.numel() else 0
-    if method == "exact" or (method == "auto" and solves_exactly(widest, Q.shape[1], iterations, Q.device)):
+    if method == "exact" or (method == "auto" and solves_exactly(widest, Q.shape[1], task.iterations, Q.device)):
         solved = _exact(Q, mask, R, widest, system)
         found[:, 5] = solved
         done_at.masked_fill_(solved, torch.inf)
     sizes = torch.where(size > done_at, size, 0)
-    step = {"native": _step_native, "triton": _step_triton}.get(backend, _step_reference)
+    step = {"native": _step_native, "triton": _step_triton}.get(task.backend, _step_reference)
+    state = _Gradients(Q, R, P, work, mask, system.inverse, sizes, done_at, counts)
     looks = LOOKS if Q.is_cuda else 1
     going = bool((sizes > 0).any())
-    for iteration in range(iterations):
+    for iteration in range(task.iterations):
         if not going:
             break
         multiply(P, out=work)
-        left = step(Q, R, P, work, mask, system.inverse, sizes, done_at, counts)
+        left = step(state)
         going = iteration % looks != looks - 1 or bool(left)
-    del R, P
+    del R, P, state
     torch.sub(target, Q, out=error)
     symmetric_product(error, system, work)
-    after, last, better = end(Q, start, error, work, mask, first, system, begun).unbind(1)
+    end = _end_native if is_native else _end
+    after, last, better = end(Q, given, error, work, system, beginning).unbind(1)
     found[:, 0] = counts
     found[:, 1] = torch.where(size > 0, (last / size).sqrt(), 0)
     found[:, 2] = before
@@ -367,12 +408,10 @@ def _begin_native(error: Tensor, product: Tensor, mask: Tensor, system: System) 
     return R, P, found
 
 
-def _end(
-    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, begun: Tensor
-) -> Tensor:
-    """Rows of Q that are no better than `start` become it. error is target − Q, product error H, `first` what R was,
-    `begun` what `_begin` found. Returns [rows, 3] fp64: the objective of the Q that came, the residual of what Q then
-    is, whether it was better."""
+def _end(Q: Tensor, given: _Rows, error: Tensor, product: Tensor, system: System, beginning: _Beginning) -> Tensor:
+    """Rows of Q that are no better than what was given become that. error is target − Q, product error H. Returns
+    [rows, 3] fp64: the objective of the Q that came, the residual of what Q then is, whether it was better."""
+    (start, mask, _), (first, begun) = given, beginning
     moved, R = Q - start, product * mask
     # The fall of the objective, by differences that do not cancel: 〈Q − start, r at the start + r at the end〉. It has
     # to exceed what rounding makes of it, each element of r being a sum of n products, |H_ij| ≤ √(H_ii H_jj).
@@ -385,8 +424,9 @@ def _end(
 
 
 def _end_native(
-    Q: Tensor, start: Tensor, error: Tensor, product: Tensor, mask: Tensor, first: Tensor, system: System, begun: Tensor
+    Q: Tensor, given: _Rows, error: Tensor, product: Tensor, system: System, beginning: _Beginning
 ) -> Tensor:
+    (start, mask, _), (first, begun) = given, beginning
     found = begun.new_empty(len(Q), 3)
     tensors = (Q, start, error, product, mask, first, system.diagonal, system.inverse, begun, found)
     native.library().refine_end(*(t.data_ptr() for t in tensors), *Q.shape, native.threads())
@@ -447,21 +487,9 @@ def _exact(Q: Tensor, mask: Tensor, R: Tensor, widest: int, system: System) -> T
     return solved
 
 
-def _step_reference(
-    Q: Tensor,
-    R: Tensor,
-    P: Tensor,
-    A: Tensor,
-    mask: Tensor,
-    inverse: Tensor,
-    sizes: Tensor,
-    done_at: Tensor,
-    counts: Tensor,
-) -> Tensor:
-    """Conjugate gradients between two products with H: Q, R, P [rows, n] and sizes [rows] for the next, A being P H.
-
-    sizes is 〈R, inverse R〉, 0 for rows that are done; those stay as they are. Returns whether any row goes on.
-    """
+def _step_reference(state: _Gradients) -> Tensor:
+    """What comes between two products with H. Returns whether any row goes on."""
+    Q, R, P, A, mask, inverse, sizes, done_at, counts = state
     curvature = _dot(P, A)
     step = sizes / curvature
     going = (sizes > 0) & (curvature > 0) & step.isfinite()
@@ -477,19 +505,8 @@ def _step_reference(
     return (sizes > 0).any()
 
 
-def _step_native(
-    Q: Tensor,
-    R: Tensor,
-    P: Tensor,
-    A: Tensor,
-    mask: Tensor,
-    inverse: Tensor,
-    sizes: Tensor,
-    done_at: Tensor,
-    counts: Tensor,
-) -> int:
-    tensors = (Q, R, P, A, mask, inverse, sizes, done_at, counts)
-    return native.library().refine_step(*(t.data_ptr() for t in tensors), *Q.shape, native.threads())
+def _step_native(state: _Gradients) -> int:
+    return native.library().refine_step(*(t.data_ptr() for t in state), *state.Q.shape, native.threads())
 
 
 @gpu.jit("n")
@@ -544,21 +561,12 @@ def step_kernel(Q, R, P, A, mask, inverse, sizes, done_at, counts, left, n, BLOC
 BLOCK, WARPS = 512, 4
 
 
-def _step_triton(
-    Q: Tensor,
-    R: Tensor,
-    P: Tensor,
-    A: Tensor,
-    mask: Tensor,
-    inverse: Tensor,
-    sizes: Tensor,
-    done_at: Tensor,
-    counts: Tensor,
-) -> Tensor:
+def _step_triton(state: _Gradients) -> Tensor:
+    Q = state.Q
     left = torch.zeros(1, dtype=torch.int32, device=Q.device)
     if Q.numel():
-        tensors = (Q, R, P, A, mask.view(torch.uint8), inverse, sizes, done_at, counts, left)
-        step_kernel[(len(Q),)](*tensors, Q.shape[1], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+        tensors = state._replace(mask=state.mask.view(torch.uint8))
+        step_kernel[(len(Q),)](*tensors, left, Q.shape[1], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
     return left
 
 
