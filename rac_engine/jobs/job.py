@@ -46,12 +46,11 @@ class LongJob(ABC):
     Several processes of one job (ranks) share one claim: the first enters, the others work in its `partial`.
     """
 
-    kind = "output"
-    """The word for OUT in the message that refuses it."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, kind: str) -> None:
+        """Prepare a job for `out`; `kind` is the word for it in the message that refuses one that exists."""
+        self.out, self.kind = out, kind
         self.partial = partial_of(out)
+        self._publishing = False
         self._journal: Journal | None = None
         self._stopped: Callable[[], str] = lambda: "stopped"
         self._worthwhile: Callable[[], bool] = lambda: bool(self.done)
@@ -83,7 +82,7 @@ class LongJob(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         with self._claim:
             stopped = isinstance(error, KeyboardInterrupt)
-            if stopped and self._published():
+            if stopped and self._publishing and self._published():
                 return True
             if error is not None:
                 self._give_up()
@@ -128,7 +127,8 @@ class LongJob(ABC):
 class FolderJob(LongJob):
     """A long job whose OUT is a folder. OUT.partial is a folder too, with the journal in it."""
 
-    kind = "output folder"
+    def __init__(self, out: Path, kind: str = "output folder") -> None:
+        super().__init__(out, kind)
 
     def open_journal(
         self,
@@ -152,6 +152,7 @@ class FolderJob(LongJob):
 
     def publish(self) -> None:
         """Let the finished folder appear as OUT, by one rename, once all its bytes are on the disk."""
+        self._publishing = True
         publish(self.partial, self.out)
 
     def _make(self) -> None:
@@ -174,10 +175,8 @@ class FolderJob(LongJob):
 class FileJob(LongJob):
     """A long job whose OUT is one file. OUT.partial is its journal, and folders above OUT are made as needed."""
 
-    kind = "file"
-
     def __init__(self, out: Path) -> None:
-        super().__init__(out)
+        super().__init__(out, "file")
         self._new = [folder for folder in out.parents if not folder.exists()]
 
     def open_journal(
@@ -188,6 +187,7 @@ class FileJob(LongJob):
 
     def publish(self, data: bytes) -> None:
         """Let OUT appear with these bytes, by one rename once they are on the disk, and remove the journal."""
+        self._publishing = True
         try:
             with disk_errors(self.out):
                 replace_file(self.out, data)

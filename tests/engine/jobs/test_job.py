@@ -6,25 +6,28 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.jobs.claim import held
-from rac_engine.jobs.job import FileJob, FolderJob, LongJob
+from rac_engine.jobs.job import FileJob, FolderJob
 
 JOURNAL = "rac/journal.jsonl"
+AnyJob = FolderJob | FileJob
+Kind = type[FolderJob] | type[FileJob]
 
 
-def begin(job: LongJob, model: str = "a", restart: bool = False) -> None:
+def begin(job: AnyJob, model: str = "a", restart: bool = False) -> None:
     if isinstance(job, FolderJob):
         job.open_journal(JOURNAL, {"model": model}, restart=restart, stopped=lambda: f"stopped with {job.done} done")
     elif isinstance(job, FileJob):
         job.open_journal({"model": model}, restart=restart, stopped=lambda: f"stopped with {job.done} done")
 
 
-def finish(job: LongJob) -> None:
+def finish(job: AnyJob) -> None:
     if isinstance(job, FolderJob):
         (job.partial / "result").write_text("whole")
         job.publish()
@@ -36,7 +39,7 @@ KINDS = pytest.mark.parametrize("kind", [FolderJob, FileJob])
 
 
 @KINDS
-def test_a_job_is_published_and_leaves_nothing_else(tmp_path: Path, kind: type[LongJob]) -> None:
+def test_a_job_is_published_and_leaves_nothing_else(tmp_path: Path, kind: Kind) -> None:
     out = tmp_path / "out"
     with kind(out) as job:
         assert job.partial.exists() and not out.exists()
@@ -44,12 +47,13 @@ def test_a_job_is_published_and_leaves_nothing_else(tmp_path: Path, kind: type[L
         finish(job)
     assert [*tmp_path.iterdir()] == [out]
     assert (out / "result" if out.is_dir() else out).read_text() == "whole"
-    with pytest.raises(BadInput, match=f"exists; choose another {job.kind}, or remove it"), kind(out):
+    word = "output folder" if kind is FolderJob else "file"
+    with pytest.raises(BadInput, match=f"exists; choose another {word}, or remove it"), kind(out):
         pass
 
 
 @KINDS
-def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path, kind: type[LongJob]) -> None:
+def test_a_claim_that_came_to_nothing_leaves_nothing(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(BadInput), kind(tmp_path / "out"):
         raise BadInput("no such model")
     assert list(tmp_path.iterdir()) == []
@@ -77,9 +81,7 @@ def test_folders_made_for_a_file_go_with_it(tmp_path: Path, begun: bool) -> None
 
 @KINDS
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BadInput, OSError, RuntimeError])
-def test_what_is_done_stays_and_is_gone_on_with(
-    tmp_path: Path, kind: type[LongJob], error: type[BaseException]
-) -> None:
+def test_what_is_done_stays_and_is_gone_on_with(tmp_path: Path, kind: Kind, error: type[BaseException]) -> None:
     raised = Interrupted if error is KeyboardInterrupt else error
     with pytest.raises(raised), kind(tmp_path / "out") as job:
         begin(job)
@@ -100,7 +102,7 @@ def test_what_is_done_stays_and_is_gone_on_with(
 
 
 @KINDS
-def test_restart_drops_what_was_done(tmp_path: Path, kind: type[LongJob]) -> None:
+def test_restart_drops_what_was_done(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(RuntimeError), kind(tmp_path / "out") as job:
         begin(job)
         job.journal.append({"piece": 1})
@@ -120,7 +122,7 @@ def test_a_job_says_itself_what_is_worth_going_on_with(tmp_path: Path, worthwhil
 
 
 @KINDS
-def test_an_interruption_before_the_journal_is_open_is_a_stop_too(tmp_path: Path, kind: type[LongJob]) -> None:
+def test_an_interruption_before_the_journal_is_open_is_a_stop_too(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(Interrupted, match=r"^stopped$"), kind(tmp_path / "out"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +131,7 @@ def test_an_interruption_before_the_journal_is_open_is_a_stop_too(tmp_path: Path
 @KINDS
 @pytest.mark.parametrize("late", [False, True])
 def test_an_interruption_of_publishing_counts_until_out_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LongJob], late: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, late: bool
 ) -> None:
     def rename(source: Path, target: Path) -> None:
         if late:
@@ -155,7 +157,7 @@ def test_an_interruption_of_publishing_counts_until_out_is_there(
 
 
 @KINDS
-def test_one_process_works_at_a_time(tmp_path: Path, kind: type[LongJob]) -> None:
+def test_one_process_works_at_a_time(tmp_path: Path, kind: Kind) -> None:
     with pytest.raises(RuntimeError), kind(tmp_path / "out") as job:
         begin(job)
         job.journal.append({"piece": 1})
@@ -167,11 +169,11 @@ def test_one_process_works_at_a_time(tmp_path: Path, kind: type[LongJob]) -> Non
 
 @KINDS
 def test_what_another_process_finished_between_two_looks_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LongJob]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
-    make: Callable[[LongJob], None] = kind._make
+    make: Callable[[Any], None] = kind._make
 
-    def late(job: LongJob) -> None:
+    def late(job: AnyJob) -> None:
         make(job)
         job.out.write_text(json.dumps({}))
 
@@ -179,3 +181,12 @@ def test_what_another_process_finished_between_two_looks_is_refused(
     with pytest.raises(BadInput, match="another process has just finished it"), kind(tmp_path / "out"):
         pass
     assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_a_file_that_somebody_else_makes_meanwhile_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped with 1 done"), FileJob(tmp_path / "out") as job:
+        begin(job)
+        job.journal.append({"piece": 1})
+        job.out.write_text("another's")
+        raise KeyboardInterrupt
+    assert job.partial.exists()
