@@ -20,6 +20,8 @@ from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error
 from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
+from rac_kernels.ops.residual import add_residual, residual_gap
+from rac_kernels.ops.routing import add_expert_, slots_by_expert
 from rac_kernels.ops.select import kth_smallest, mask_by_score
 from rac_kernels.ops.spread import pattern_order, spread_columns
 from rac_kernels.ops.squared_norm import squared_norm_accumulate_
@@ -40,6 +42,8 @@ __all__ = [
     "ScoreProfile",
     "Scoring",
     "Tuning",
+    "add_expert_",
+    "add_residual",
     "admm_",
     "all_finite",
     "alps",
@@ -67,9 +71,11 @@ __all__ = [
     "refactor_",
     "refine",
     "relative_error",
+    "residual_gap",
     "roofline",
     "rounded",
     "score_profile",
+    "slots_by_expert",
     "spread_columns",
     "squared_error",
     "squared_norm_accumulate_",

@@ -103,10 +103,12 @@ class DenseOutputs:
 
     @property
     def wanted(self) -> float:
+        """‖Y‖² of the outputs that are wanted."""
         return float(self._squares[0])
 
     @property
     def dense(self) -> float:
+        """The squared norm of the dense matrix's outputs."""
         return float(self._squares[1])
 
     def add(self, given: Tensor, wanted: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:

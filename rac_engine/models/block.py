@@ -17,6 +17,7 @@ from rac_engine.models.experts import Expert, Mixture
 from rac_engine.models.matrices import Group
 from rac_engine.models.observers import AllObserved, Observation, Observer
 from rac_engine.models.plans import BlockPlan, Family
+from rac_kernels import add_residual, residual_gap
 
 
 class Block:
@@ -120,8 +121,7 @@ class Block:
 
     def add(self, hidden: Tensor, output: Tensor) -> Tensor:
         """The hidden states behind the block [tokens, hidden] from those before it and its last matrix's `output`."""
-        added = self._after(output)
-        return hidden + (added if self._scale == 1 else added * self._scale)
+        return add_residual(hidden, self._after(output), self._scale)
 
     def output_gap(self, wanted: Tensor, hidden: Tensor) -> Tensor | None:
         """The change of the last matrix's output that would turn the states `hidden` [tokens, hidden] into `wanted`.
@@ -130,7 +130,7 @@ class Block:
         """
         if self.plan.after is not None:
             return None
-        return (wanted.float() - hidden.float()).div_(self._scale).to(hidden.dtype)
+        return residual_gap(wanted, hidden, self._scale)
 
     @contextmanager
     def copied(self) -> Iterator[dict[str, nn.Module]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rac_engine.models.observers import Observation
 from rac_engine.models.plans import ExpertPlan
+from rac_kernels import add_expert_, slots_by_expert
 
 
 class Expert(nn.Module):
@@ -60,14 +61,11 @@ class Mixture(nn.ModuleList):
         """
         observation = self.observation
         out = torch.zeros_like(hidden)
-        # Every expert's tokens in their order, by one sort and one look at the counts.
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=len(self)).tolist()
         experts = cast(Iterator[Expert], iter(self))
-        for expert, places, names in zip(experts, order.split(counts), self.names, strict=True):
-            if not len(places) or not (observation.through or observation.left.intersection(names)):
+        for expert, slots, names in zip(experts, slots_by_expert(chosen, len(self)), self.names, strict=True):
+            if not len(slots) or not (observation.through or observation.left.intersection(names)):
                 continue
-            tokens = places // chosen.shape[1]
+            tokens = slots // chosen.shape[1]
             x = hidden[tokens]
             observation.show(names[0], x, tokens)
             if not observation.through and names[1] not in observation.left:
@@ -75,8 +73,7 @@ class Mixture(nn.ModuleList):
             inner = expert.inner(x)
             observation.show(names[1], inner, tokens)
             if observation.through:
-                added = expert.outer(inner) * shares.flatten()[places, None]
-                out.index_add_(0, tokens, added.to(out.dtype))
+                add_expert_(out, expert.outer(inner), tokens, shares.flatten()[slots])
         observation.left.difference_update(name for names in self.names for name in names)  # experts without a token
         observation.end_if_done()
         return out

@@ -46,6 +46,7 @@ class Weighting:
     column: str | None = None
 
     def describe(self) -> str:
+        """The weights in words; empty where all tokens count 1."""
         parts = [] if self.completion == 1 else [f"completions × {self.completion:g}"]
         parts += ["by position " + ", ".join(f"{s:g}:{w:g}" for s, w in self.positions)] if self.positions else []
         parts += [f"by the column {self.column}"] if self.column else []
@@ -83,10 +84,12 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens that count."""
         return sum(len(s.token_ids) if s.weights is None else int((s.weights > 0).sum()) for s in self.sequences)
 
     @property
     def sha256(self) -> str:
+        """SHA-256 of lengths, token ids and weights."""
         digest = hashlib.sha256()
         for sequence in self.sequences:
             digest.update(np.asarray([len(sequence.token_ids), sequence.weights is not None], "<i8").tobytes())
@@ -103,6 +106,7 @@ class Calibration:
         return {"pieces of text": "text", "prompts": "prompt"}.get(self.kind, "traces")
 
     def describe(self) -> str:
+        """The calibration in words: tokens, sequences, the part that counts, weights."""
         what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
         weighted = f", {self.weighting}" if self.weighting else ""
         return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}{weighted}"
