@@ -386,7 +386,7 @@ def _arguments() -> argparse.Namespace:
         choices=EFFORTS,
         help="less than the default does at 1:4, or tuning elsewhere",
     )
-    parser.add_argument("--allocations", nargs="+", choices=("uniform", "owl", "error"), default=["uniform"])
+    parser.add_argument("--allocations", nargs="+", choices=("uniform", "error"), default=["uniform"])
     parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")

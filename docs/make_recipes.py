@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rac_engine.recipe import Recipe
-from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModuleName, Pattern, Positions, Source
+from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModuleName, Pattern, Source
 from rac_engine.solve import method_names
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -77,7 +77,6 @@ NAMES: list[tuple[Any, str]] = [
     (Pattern, "`N:M`"),
     (ModuleName, "regular expression"),
     (JobName, "name"),
-    (Positions, "list of pairs"),
     (MethodName, " · ".join(f"`{name}`" for name in method_names())),
 ]
 

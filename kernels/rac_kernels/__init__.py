@@ -19,7 +19,7 @@ from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error
-from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
+from rac_kernels.ops.profile import ScoreProfile, score_profile
 from rac_kernels.ops.residual import add_residual, residual_gap
 from rac_kernels.ops.routing import add_expert_, slots_by_expert
 from rac_kernels.ops.select import kth_smallest, mask_by_score
@@ -49,7 +49,6 @@ __all__ = [
     "alps",
     "blend_",
     "column_norm_accumulate_",
-    "count_above",
     "count_zeros",
     "cross_accumulate_",
     "decode_attention",

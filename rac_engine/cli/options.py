@@ -95,9 +95,7 @@ def add_fields(
             options["metavar"] = {int: "N", float: "X", Path: "FILE"}.get(
                 kind, "N:M" if name == "pattern" else name.upper()
             )
-        if get_origin(field.annotation) is list and name == "weight_positions":
-            options |= {"type": str, "metavar": "S:W,…"}
-        elif get_origin(field.annotation) is list:
+        if get_origin(field.annotation) is list:
             options |= {"action": "append"} if "choices" in options else {"action": "append", "metavar": "NAME"}
         shown = field.description or ""
         if field.is_required():

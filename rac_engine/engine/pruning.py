@@ -23,7 +23,7 @@ from rac_engine.engine.limits import allocator_restored, limited_gpu
 from rac_engine.engine.loop import prune_layers
 from rac_engine.engine.setup import PruneRequest, Setup, calibration_remarks, describe, identity_of, set_up
 from rac_engine.engine.streams import open_streams
-from rac_engine.engine.survey import Allocation, allocate, allocated
+from rac_engine.engine.survey import Allocation, FirstPass, allocate, allocated
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.clock import Clock
 from rac_engine.jobs.job import FolderJob
@@ -121,17 +121,9 @@ def _allocation(
     if setup.packing is None or not any(layers):
         return None
     with clock("first pass"):
-        return allocate(
-            setup.model,
-            setup.settings,
-            layers,
-            setup.packing,
-            setup.memory.choice,
-            setup.device,
-            partial,
-            identity,
-            progress,
-        )
+        choice = setup.memory.choice
+        job = FirstPass(setup.model, setup.settings, layers, setup.packing, choice, setup.device)
+        return allocate(job, partial, identity, progress)
 
 
 def _begin(

@@ -96,7 +96,7 @@ def calibration_of(recipe: Recipe) -> Calibration:
         tokens=wanted.tokens,
         tokenizer=load_tokenizer(recipe.model),
         sequence_length=wanted.sequence_length,
-        weighting=Weighting(wanted.weight_completion, wanted.weight_positions, wanted.weight_column),
+        weighting=Weighting(wanted.weight_completion, wanted.weight_column),
     )
 
 

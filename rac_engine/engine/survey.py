@@ -20,8 +20,8 @@ from rac_engine.jobs.layout import ALLOCATION
 from rac_engine.models import Matrix, Model
 from rac_engine.plan import Choice, dtype_of
 from rac_engine.recipe import PruneSettings
-from rac_engine.solve import Reason, levelled, owl, settled, zeros_at
-from rac_kernels.ops.profile import ScoreProfile, count_above, score_profile
+from rac_engine.solve import Reason, levelled, settled, zeros_at
+from rac_kernels.ops.profile import ScoreProfile, score_profile
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class Allocation:
 
     sparsities: dict[str, float]
     zeros: int
-    """What the method will make of them, dead inputs aside."""
+    """Zeros that the method will make of them, dead inputs aside."""
     weights: int
-    outliers: dict[str, float]
-    """Of `owl`: the share of outliers in each layer, by its number."""
 
     def describe(self) -> str:
         low, high = min(self.sparsities.values()), max(self.sparsities.values())
@@ -63,23 +61,26 @@ def allocated(model: Model, settings: PruneSettings, skipped: dict[str, Reason])
     ]
 
 
-def allocate(
-    model: Model,
-    settings: PruneSettings,
-    layers: list[list[Matrix]],
-    packing: Packing,
-    choice: Choice,
-    device: str,
-    partial: Path,
-    identity: dict[str, Any],
-    progress: Callable[[str], None],
-) -> Allocation:
+@dataclass(frozen=True)
+class FirstPass:
+    """A pass over the dense model, from which sparsities are found, and how it is made."""
+
+    model: Model
+    settings: PruneSettings
+    layers: list[list[Matrix]]
+    """The matrices, by layer, whose sparsity is to be found (see `allocated`)."""
+    packing: Packing
+    choice: Choice
+    device: str
+
+
+def allocate(job: FirstPass, partial: Path, identity: dict[str, Any], progress: Callable[[str], None]) -> Allocation:
     """The allocation of a job that works in `partial`: the one left there if it is of the same job, else a new one."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     file = partial / ALLOCATION
     if (known := _read(file, digest)) is not None:
         return known
-    made = _allocation(settings, _survey(model, settings, layers, packing, choice, device, partial, progress))
+    made = _allocation(job.settings, _survey(job, partial, progress))
     content = {"identity": digest, **vars(made)}
     with disk_errors(partial):
         file.parent.mkdir(exist_ok=True)
@@ -92,7 +93,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _read(file: Path, identity: str) -> Allocation | None:
-    """What an earlier try has left, if it is whole and of the job of that identity."""
+    """The allocation that an earlier try has left, if it is whole and of the job of that identity."""
     try:
         content = json.loads(file.read_bytes())
         if content.pop("sha256") != _digest(content) or content.pop("identity") != identity:
@@ -102,33 +103,24 @@ def _read(file: Path, identity: str) -> Allocation | None:
         return None
 
 
-def _survey(
-    model: Model,
-    settings: PruneSettings,
-    layers: list[list[Matrix]],
-    packing: Packing,
-    choice: Choice,
-    device: str,
-    folder: Path,
-    progress: Callable[[str], None],
-) -> list[tuple[_Seen, float]]:
-    """Every input of the dense model with its profile, and the share of outliers in its layer."""
-    last = max((layer for layer, matrices in enumerate(layers) if matrices), default=-1)
-    dtype = dtype_of(model, settings, torch.device(device).type == "cuda")
-    stream = Stream(model, packing, dtype, Storage(device, choice.place, folder), choice.keep_bytes)
-    found: list[tuple[_Seen, float]] = []
+def _survey(job: FirstPass, folder: Path, progress: Callable[[str], None]) -> list[_Seen]:
+    """Every input of the dense model with its profile."""
+    last = max((layer for layer, matrices in enumerate(job.layers) if matrices), default=-1)
+    dtype = dtype_of(job.model, job.settings, torch.device(job.device).type == "cuda")
+    storage = Storage(job.device, job.choice.place, folder)
+    stream = Stream(job.model, job.packing, dtype, storage, job.choice.keep_bytes)
+    found: list[_Seen] = []
     try:
         for layer in range(last + 1):
             progress(f"first pass: layer {layer + 1}/{last + 1}")
-            found += _survey_layer(model, settings, layer, layers[layer], stream, layer < last)
+            found += _survey_layer(job.model, layer, job.layers[layer], stream, layer < last)
     finally:
         stream.close()
     return found
 
 
-def _survey_layer(
-    model: Model, settings: PruneSettings, layer: int, matrices: list[Matrix], stream: Stream, further: bool
-) -> list[tuple[_Seen, float]]:
+def _survey_layer(model: Model, layer: int, matrices: list[Matrix], stream: Stream, further: bool) -> list[_Seen]:
+    """The inputs of a layer; the tokens go `further` through it where another one follows."""
     tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(layer)}
     groups = [list(group) for _, group in itertools.groupby(matrices, key=lambda matrix: matrix.group)]
     norms: list[Tensor] = []
@@ -147,30 +139,16 @@ def _survey_layer(
     def weights(matrix: Matrix) -> Tensor:
         return matrix.of(tensors[matrix.tensor]).to(stream.device)
 
-    seen = []
+    seen = list[_Seen]()
     for group, own in zip(groups, norms, strict=True):
         first, *others = (score_profile(weights(matrix), own) for matrix in group)
         seen.append(_Seen(layer, group, sum(others, first)))
-    share = 0.0
-    if settings.allocation == "owl" and seen:
-        count = sum(each.profile.count for each in seen)
-        bound = settings.outlier_factor * sum(each.profile.magnitude for each in seen) / count
-        pairs = [(matrix, own) for group, own in zip(groups, norms, strict=True) for matrix in group]
-        share = sum(count_above(weights(matrix), own, bound) for matrix, own in pairs) / count
-    return [(each, share) for each in seen]
+    return seen
 
 
-def _allocation(settings: PruneSettings, found: list[tuple[_Seen, float]]) -> Allocation:
+def _allocation(settings: PruneSettings, inputs: list[_Seen]) -> Allocation:
     most = settings.allocation_reach
-    inputs = [each for each, _ in found]
-    outliers = {each.layer: share for each, share in found}
-    if settings.allocation == "owl":
-        sizes = {layer: sum(e.profile.count for e in inputs if e.layer == layer) for layer in outliers}
-        by_layer = owl([*outliers.values()], [*sizes.values()], settings.sparsity, most)
-        layer_sparsity = dict(zip(outliers, by_layer, strict=True))
-        shares = [layer_sparsity[each.layer] for each in inputs]
-    else:
-        shares = levelled([each.profile for each in inputs], settings.sparsity, most)
+    shares = levelled([each.profile for each in inputs], settings.sparsity, most)
     shapes = [each.shapes for each in inputs]
     shares = settled(shares, shapes, settings.method, settings.block_size, settings.sparsity, most)
     pairs = [(matrix, share) for each, share in zip(inputs, shares, strict=True) for matrix in each.matrices]
@@ -178,5 +156,4 @@ def _allocation(settings: PruneSettings, found: list[tuple[_Seen, float]]) -> Al
         {matrix.name: share for matrix, share in pairs},
         sum(zeros_at(settings.method, s, m.rows, m.columns, settings.block_size) for m, s in pairs),
         sum(matrix.rows * matrix.columns for matrix, _ in pairs),
-        {str(layer): share for layer, share in outliers.items()} if settings.allocation == "owl" else {},
     )

@@ -1,4 +1,4 @@
-"""What a pruning job touches, takes and costs, worked out before anything is read or written."""
+"""Plans of pruning jobs: what they touch, take and cost, before anything is read or written."""
 
 from __future__ import annotations
 

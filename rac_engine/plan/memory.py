@@ -1,4 +1,4 @@
-"""How much memory a pruning job needs at each of its phases, and the way to do it that fits.
+"""The memory of a pruning job, and the best way to do it that fits.
 
 Everything is worked out from shapes: what is resident while a layer's inputs are observed and its matrices solved, on
 the device and on the host (one and the same where the CPU computes). From the limits follow how many tokens go through
@@ -57,7 +57,7 @@ class MemoryPlan:
         }
 
     def passes(self, experts: int, everyone: bool) -> int:
-        """How often the tokens are gone through for a stage of so many experts, `everyone`'s statistic among theirs."""
+        """Passes over the tokens for a stage of so many experts; `everyone`: with the statistic of all tokens."""
         together = self.choice.hessians
         return 1 if together is None else -(-experts // max(together - everyone, 1))
 
@@ -116,7 +116,7 @@ def plan_memory(
 
 
 def _too_little(plan: MemoryPlan, device_room: int | None, host_room: int | None) -> str:
-    """What the plan lacks, of the nearest one to what there is."""
+    """The memory that the nearest plan lacks, in words."""
     if plan.on_gpu and device_room is not None and plan.device_peak > device_room:
         where = f"--device-memory {format_bytes(device_room)}"
         if plan.device_limit is None:

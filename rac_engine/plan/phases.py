@@ -1,4 +1,4 @@
-"""What is resident at each phase of a pruning job, worked out from shapes."""
+"""The phases of a pruning job and the bytes resident in each, worked out from shapes."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ GATHERED = {"hessian": "Hessian", "norms": "norms", "nothing": "nothing"}
 
 @dataclass(frozen=True)
 class Choice:
-    """How a job is done within its memory."""
+    """A way to do a job within its memory."""
 
     chunk_tokens: int
     place: Place
-    """Where activations live."""
+    """The place of activations."""
     keep_bytes: int
     """An MLP's inner activations are kept if they are no larger, else computed twice."""
     overlap: bool
     """Whether the next layer is read and the last one written while one is pruned; on a CPU the last one is to be
     written before what takes most memory begins."""
     hessians: int | None
-    """How many of a stage are gathered in one pass over the tokens; None: all."""
+    """Hessians of a stage that are gathered in one pass over the tokens; None: all."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class Machine:
 
     on_gpu: bool = False
     device_limit: int | None = None
-    """What the user lets the job have of the GPU."""
+    """Bytes of the GPU that the user lets the job have."""
     host_limit: int | None = None
-    """What the user lets the job have of the host, the program itself included."""
+    """Bytes of the host that the user lets the job have, the program itself included."""
     device_spare: int | None = None
-    """What the GPU has free."""
+    """Bytes that the GPU has free."""
     host_spare: int | None = None
-    """What the host has free."""
+    """Bytes that the host has free."""
     program: int = PROGRAM_BYTES
-    """What the process takes before the job begins."""
+    """Bytes of the process before the job begins."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What is resident at one time, in bytes by purpose."""
+    """A time in a job, with the bytes resident by purpose."""
 
     name: str
     device: dict[str, int]

@@ -1,4 +1,4 @@
-"""What a pruning job will touch and cost, worked out from config and index before anything is read or written."""
+"""The plan of a pruning job, worked out from config and index before anything is read or written."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class PlannedGroup:
     rows: int
     columns: int
     bytes: int
-    """Of the Hessian, or of the norms where the method needs no more."""
+    """Bytes of the Hessian, or of the norms where the method needs no more."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is pruned and what it takes. Bytes and FLOPs are for the whole job with `tokens` calibration tokens."""
+    """The matrices to prune and what that takes: bytes and FLOPs of the whole job with `tokens` calibration tokens."""
 
     model: str
     model_type: str
@@ -48,10 +48,10 @@ class Plan:
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
     groups: list[PlannedGroup]
-    """Of the first layer, and of the first with experts; the experts' by that of one; and of lm_head if it is one."""
+    """Groups of the first layer and of the first with experts, one expert for all, and lm_head if it is pruned."""
     memory: MemoryPlan
     passes: int
-    """Over the tokens of a layer with experts, for these: 2 where all Hessians are gathered together, else more."""
+    """Passes over the tokens of a layer for its experts: 2 where all Hessians are gathered together, else more."""
     disk: int
     """Bytes of the output; while the job runs, `memory.disk` more."""
     hessians: bool

@@ -1,4 +1,4 @@
-"""What a job's memory depends on: the inputs, stages and attention of its layers."""
+"""Shapes that a job's memory depends on: inputs, stages and attention of its layers."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Input:
 
 
 def dtype_of(model: Model, settings: PruneSettings, on_gpu: bool) -> torch.dtype:
-    """What the tokens go through a model in: its own dtype or what is quicker, unless the settings name one."""
+    """The dtype of activations: the model's own or what is quicker, unless the settings name one."""
     return working_dtype(model.dtype, on_gpu) if settings.dtype == "auto" else getattr(torch, settings.dtype)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What an attention's memory depends on."""
+    """An attention, as far as memory depends on it."""
 
     queries: int
     """Elements of a token's queries."""
@@ -73,7 +73,7 @@ class Attention:
     group: int
     """Query heads to a key."""
     widths: int
-    """Of a key and a value together."""
+    """Width of a key and a value together."""
     head: int
     """Width of a query."""
     open: bool
@@ -130,36 +130,36 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Those of its inputs, or of the experts' alone."""
+        """Names of its inputs, or of the experts' alone."""
         routed = [found.name for found in self.inputs if found.count > 1]
         return ", ".join(routed or [found.name for found in self.inputs])
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a job's memory depends on: the largest layer, in bytes and elements."""
+    """A model, as far as a job's memory depends on it: the largest layer, in bytes and elements."""
 
     hidden: int
     layer_bytes: int
-    """Of the weights as they are on disk."""
+    """Bytes of its weights as they are on disk."""
     weight_size: int
     """Bytes of a weight on disk."""
     size: int
     """Bytes of an activation."""
     embedding_bytes: int
     fp8_bytes: int
-    """Of the largest tensor in FP8 as it lies in the file."""
+    """Bytes of the largest tensor in FP8 as it lies in the file."""
     attention: Attention
     stages: tuple[Stage, ...]
     """Inputs that are looked at together, of the largest layer and of the first."""
 
     head: Stage | None = None
-    """That of lm_head, if it is to be pruned."""
+    """The stage of lm_head, if it is to be pruned."""
     head_bytes: int = 0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """Those of all stages."""
+        """Inputs of all stages."""
         return tuple(found for stage in self.stages for found in stage.inputs)
 
     @classmethod
@@ -198,7 +198,7 @@ def _largest(model: Model, layer: int) -> int:
 
 
 def _stages(model: Model, layer: int, at_once: bool) -> Iterator[Stage]:
-    """Those of a layer; all inputs in one where they are looked at at once."""
+    """Stages of a layer; one of all inputs where they are looked at at once."""
     inputs = list(_inputs(model, layer))
     if at_once:
         yield Stage(tuple(found for _, _, found in inputs), 0, 0)

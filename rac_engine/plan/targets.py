@@ -1,4 +1,4 @@
-"""What the settings ask of every matrix of a model, and which ones stay as they are."""
+"""Targets of a model's matrices by the settings, and the ones that stay as they are."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]
 
 
 def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
-    """What the settings, overrides included, ask of a matrix."""
+    """The target of a matrix by the settings, overrides included."""
     own = settings.of(matrix.path, matrix.module)
     return Target(own.sparsity, own.pattern, own.damping, own.block_size)
 

@@ -39,7 +39,7 @@ def render(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> list[str]:
-    """What is resident when, and how the job goes about it."""
+    """Lines on memory by phase, and on how the job goes about it."""
     memory, choice = plan.memory, plan.memory.choice
     lines = [f"Memory for {format_count(plan.tokens)} calibration tokens"]
     names = ["device", "host"] if memory.on_gpu else ["host"]

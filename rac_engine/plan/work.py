@@ -36,7 +36,7 @@ class Work:
 
 
 def expert_passes(shape: Shape, memory: MemoryPlan) -> int:
-    """Over the tokens of one layer, in both of the experts' stages; 0 without experts."""
+    """Passes over the tokens of one layer in both of the experts' stages; 0 without experts."""
     passes = 0
     for stage in shape.stages:
         for experts in (found for found in stage.inputs if found.count > 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,30 +70,6 @@ def _regex(value: str) -> str:
         raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
     return value
 
-
-def _positions(value: Any) -> Any:
-    """Turn "0:1,1:3" into pairs; what is not text is left for the type check."""
-    if isinstance(value, str):
-        try:
-            pairs = [tuple(float(part) for part in item.split(":")) for item in value.split(",")]
-        except ValueError:
-            pairs = [()]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError("should be SHARE:WEIGHT,SHARE:WEIGHT,… such as 0:1,1:3")
-        return pairs
-    return [tuple(pair) if isinstance(pair, list) else pair for pair in value] if isinstance(value, list) else value
-
-
-def _rising(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    shares = [share for share, _ in value]
-    if any(not 0 <= share <= 1 for share in shares) or any(b <= a for a, b in itertools.pairwise(shares)):
-        raise ValueError("shares should rise from 0 at the earliest to 1 at the latest")
-    if any(not 0 <= weight <= 1e6 for _, weight in value):
-        raise ValueError("weights should lie between 0 and 1e6")
-    return value
-
-
-Positions = Annotated[list[tuple[float, float]], BeforeValidator(_positions), AfterValidator(_rising)]
 
 Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
 

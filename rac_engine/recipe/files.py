@@ -178,7 +178,7 @@ def _refuse_duplicates(path: Path, node: yaml.Node | None, seen: set[int]) -> No
 
 
 def _mark(node: yaml.Node | None, location: Location, key: bool) -> Any:
-    """Where in the file the value at `location` stands (its key if `key`), or the nearest thing around it."""
+    """The place in the file of the value at `location` (of its key if `key`), or of the nearest thing around it."""
     assert node is not None
     mark = node.start_mark
     for depth, step in enumerate(location):

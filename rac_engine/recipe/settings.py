@@ -20,7 +20,6 @@ from rac_engine.recipe.fields import (
     MethodName,
     ModuleName,
     Pattern,
-    Positions,
     Seed,
     Settings,
     Source,
@@ -37,7 +36,7 @@ KEEPS_LITTLE = 0.3  # share of weights that a pattern keeps: with more there is 
 
 
 class TraceSettings(Settings):
-    """How the model's own chains of thought are sampled."""
+    """Sampling of the model's own chains of thought."""
 
     prompts: FilePath = Field(description="jsonl file with `prompt`, `problem` or `messages` a line")
     tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
@@ -66,18 +65,13 @@ class CalibrationSettings(Settings):
     weight_completion: float = Field(
         default=1.0, ge=0, le=1e6, description="how much a completion's token counts; a prompt's counts 1"
     )
-    weight_positions: Positions = Field(
-        default=[],
-        description="SHARE:WEIGHT,… (in recipes a list of pairs): weights along the completion, linear in between; "
-        "SHARE 0 is its first token and 1 its last",
-    )
     weight_column: str | None = Field(
         default=None, min_length=1, description="column or field of the traces with a weight a trace or a list a token"
     )
 
 
 class ExpertSettings(Settings):
-    """What becomes of the experts of a mixture that too few calibration tokens were routed to."""
+    """Treatment of a mixture's experts that too few calibration tokens were routed to."""
 
     min_tokens: float = Field(
         default=1.0, ge=0, description="tokens for each input of a matrix below which an expert's own are too few"
@@ -88,7 +82,7 @@ class ExpertSettings(Settings):
 
 
 class Override(Settings):
-    """What is asked of some matrices otherwise than of the others. A sparsity lifts the pattern, and a pattern sets
+    """Another target for some matrices. A sparsity lifts the pattern, and a pattern sets
     the sparsity; what is not given stays as it is elsewhere."""
 
     modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
@@ -117,7 +111,7 @@ class Override(Settings):
 
 
 class PruneSettings(Settings):
-    """What is pruned, how much, and by which solver. With a `pattern` N:M the sparsity is 1 - N/M."""
+    """Pruning: what, how much, and by which method. With a `pattern` N:M the sparsity is 1 - N/M."""
 
     method: MethodName = Field(
         default=DEFAULT_METHOD, description=f"how weights are chosen and corrected: {', '.join(method_names())}"
@@ -162,19 +156,13 @@ class PruneSettings(Settings):
     also: list[Literal["lm_head", "embeddings"]] = Field(
         default=[], description="prune lm_head or embeddings too, which otherwise stay dense; may be repeated"
     )
-    allocation: Literal["uniform", "owl", "error"] = Field(
+    allocation: Literal["uniform", "error"] = Field(
         default="uniform",
-        description="the same sparsity everywhere, less where outliers are (owl, as published), or such that the next "
-        "weight costs every input as much (error); from a first pass over the dense model",
+        description="the same sparsity everywhere (uniform), or such that the next weight costs every input as much "
+        "(error); from a first pass over the dense model",
     )
     allocation_bounds: float = Field(
         default=0.1, gt=0, lt=1, description="for error: how far a matrix's sparsity may be from the model's"
-    )
-    outlier_factor: float = Field(
-        default=5.0, gt=0, description="for owl: a score so many times its layer's mean is an outlier (M)"
-    )
-    outlier_range: float = Field(
-        default=0.08, gt=0, lt=1, description="for owl: how far a layer's sparsity may be from the model's (λ)"
     )
     overrides: list[Override] = Field(
         default=[], description="other sparsities, patterns or dampings by module; of several that fit, the last wins"
@@ -255,19 +243,19 @@ class PruneSettings(Settings):
 
     @property
     def allocation_reach(self) -> float:
-        """How far an allocated sparsity may be from the model's."""
-        return {"uniform": 0.0, "owl": self.outlier_range, "error": self.allocation_bounds}[self.allocation]
+        """Distance that an allocated sparsity may have from the model's."""
+        return 0.0 if self.allocation == "uniform" else self.allocation_bounds
 
     @property
     def reconstructs(self) -> Literal["residual", "dense", "layer"]:
-        """What pruned matrices should give: `reconstruct`, with auto as the method and the order have it."""
+        """The outputs to give again: `reconstruct`, with auto as the method and the order have it."""
         if self.reconstruct == "auto":
             return self.solver.reconstruct if self.order == "staged" else "layer"
         return self.reconstruct
 
     @property
     def epochs(self) -> int:
-        """How often blocks are tuned: `tune`, or by default the method's epochs where a pattern keeps little."""
+        """Epochs of tuning: `tune`, or by default the method's where a pattern keeps little."""
         if self.tune is not None:
             return self.tune
         return self.solver.epochs if self._keeps_little else 0
@@ -289,7 +277,7 @@ class PruneSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """How answers are sampled and counted."""
+    """Sampling and counting of answers."""
 
     problems: FilePath = Field(description="jsonl file with `problem` and `answer` a line")
     limit: Count | None = Field(default=None, description="only the first N problems (all by default)")

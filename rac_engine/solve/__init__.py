@@ -1,4 +1,4 @@
-"""From a weight matrix and what is known of its input to the pruned matrix.
+"""Pruning of weight matrices, each by what is known of its input.
 
 A method is a file in `methods` (docs/methods.md shows how to add one). The arithmetic is rac_kernels'. Names of methods
 are known without torch; all else is imported when it is asked for, so that `rac prune --help` is instant.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rac_engine.solve.methods import DEFAULT_METHOD, find_method, method_names, why_unknown
 
 if TYPE_CHECKING:
-    from rac_engine.solve.allocation import levelled, owl, settled, zeros_at
+    from rac_engine.solve.allocation import levelled, settled, zeros_at
     from rac_engine.solve.costs import GroupShape, solving_bytes
     from rac_engine.solve.matrices import (
         MatrixResult,
@@ -46,7 +46,6 @@ __all__ = [
     "left_dense",
     "levelled",
     "method_names",
-    "owl",
     "prune_matrices",
     "prune_matrix",
     "prune_table",
@@ -62,7 +61,7 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """What `__all__` names, from the module that has it."""
+        """A name of `__all__`, from the module that has it."""
         if name in __all__:
             for module in ("method", "matrices", "costs", "allocation", "reasons"):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))

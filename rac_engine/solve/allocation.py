@@ -1,4 +1,4 @@
-"""How sparse each matrix should be, so that the model as a whole is as sparse as was asked for.
+"""A sparsity for each matrix, so that the model as a whole is as sparse as was asked for.
 
 Nothing here touches weights: it goes by their score profiles (`rac_kernels.score_profile`) and counts.
 """
@@ -20,26 +20,6 @@ def within(sparsity: float, most: float) -> tuple[float, float]:
     """The least and the largest sparsity of a matrix: at most `most` from the model's, and never all of it."""
     reach = min(most, sparsity, (1 - sparsity) / 2)
     return sparsity - reach, sparsity + reach
-
-
-def owl(outliers: Sequence[float], weights: Sequence[int], sparsity: float, most: float) -> list[float]:
-    """Sparsities of layers by OWL (Yin et al., "Outlier Weighed Layerwise Sparsity", arXiv 2310.05175).
-
-    `outliers` are the layers' shares D of weights whose score |w|·‖x‖ is larger than M times the layer's mean score,
-    `weights` their sizes. D is scaled to span 2λ (λ = `most`), and a layer's sparsity is S less what its D lies above
-    the mean, which layers count for by their size. Where that takes a layer further than λ from S, all deviations are
-    made smaller alike, so that both the range [S − λ, S + λ] and the mean S hold. Where all D are equal, so are the
-    sparsities.
-    """
-    low, high = min(outliers), max(outliers)
-    if low == high:
-        return [sparsity] * len(outliers)
-    scaled = [(share - low) / (high - low) * 2 * most for share in outliers]
-    mean = math.fsum(share * count for share, count in zip(scaled, weights, strict=True)) / sum(weights)
-    above = [share - mean for share in scaled]
-    reach = sparsity - within(sparsity, most)[0]
-    shrink = min(1.0, reach / max(map(abs, above)))
-    return [sparsity - shrink * each for each in above]
 
 
 def levelled(profiles: Sequence[ScoreProfile], sparsity: float, most: float) -> list[float]:
@@ -81,7 +61,7 @@ def _share_below(profile: ScoreProfile) -> Callable[[float], float] | None:
 
 
 def zeros_at(method: str, sparsity: float, rows: int, columns: int, block_size: int) -> int:
-    """How many zeros a method makes of a matrix [rows, columns] at that sparsity."""
+    """Zeros that a method makes of a matrix [rows, columns] at that sparsity."""
     return find_method(method).zeros(sparsity, rows, columns, block_size)
 
 

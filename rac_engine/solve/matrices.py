@@ -51,7 +51,7 @@ class MatrixResult:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the dense model gave where the pruned one's matrices, stacked, are to give the same."""
+    """Outputs of the dense model that the pruned one's matrices, stacked, are to give."""
 
     cross: Tensor
     """fp32: C = X′ᵀY [columns, rows], of inputs X′ of the pruned model and outputs Y of the dense one; or X′ᵀX."""
@@ -64,7 +64,7 @@ class Outputs:
 
     @classmethod
     def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
-        """Where both models' inputs are known: X′ᵀX [columns, columns] and XᵀX (upper triangle), with Y = X Wᵀ."""
+        """Outputs Y = X Wᵀ by the inputs of both models: X′ᵀX [columns, columns] and XᵀX (upper triangle)."""
         powers = [_power(weight, gram) for weight in weights]
         return cls(cross, powers, powers, shared=True)
 
@@ -190,7 +190,7 @@ def prune_matrices(
 
 
 def run_of_rows(rows: int, columns: int) -> int:
-    """How many rows of a matrix are solved together: all, but for tables of a large vocabulary."""
+    """Rows of a matrix that are solved together: all, but for tables of a large vocabulary."""
     return rows if rows * columns <= WHOLE else max(TOGETHER // columns, 1)
 
 
@@ -201,7 +201,7 @@ def split_rows(weight: Tensor) -> list[Tensor]:
 
 
 def together(weights: int, largest: int) -> int:
-    """How many of so many weights are solved together, `largest` being those of the largest matrix."""
+    """Weights, of so many, that are solved together; `largest` are those of the largest matrix."""
     return min(weights, max(largest, TOGETHER))
 
 
@@ -264,7 +264,7 @@ def _says_nothing(statistic: Tensor) -> Reason | None:
 
 
 def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
-    """What magnitude pruning makes of one matrix."""
+    """One matrix, pruned by magnitude."""
     return find_method("magnitude").solve(LayerProblem(weight, [len(weight)], target)).weight.add(0.0)
 
 

@@ -15,12 +15,12 @@ from rac_kernels.ops.pattern import zeros_of
 Needs = Literal["hessian", "norms", "nothing"]
 
 SOLVING = "fp32 working copies"
-"""What plans call the bytes of a solver that need no name of their own."""
+"""The name in plans for a solver's bytes that need none of their own."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a pruned matrix, and the solvers' knobs."""
+    """The sparsity or pattern asked of a matrix, and the solvers' knobs."""
 
     sparsity: float = 0.5
     pattern: str | None = None
@@ -51,7 +51,7 @@ class Gram:
         return self._factor
 
     def borrow(self, damping: float) -> Factor:
-        """As `factor`, for a method that overwrites U, though not what lies below: for the next one it is made anew.
+        """The same factor for a method that overwrites U, though not what lies below: the next `factor` makes it anew.
 
         Such a method wants to know that H + λI has a factor, more than its last digits.
         """
@@ -88,7 +88,7 @@ class Gram:
 
     @property
     def notes(self) -> list[str]:
-        """What is worth knowing about the factor."""
+        """Remarks on the factor for the report."""
         notes = []
         if self._factor is not None:
             if len(self._factor.attempts) > 1:
@@ -112,14 +112,14 @@ class LayerProblem:
     """The row count of each matrix."""
     target: Target
     gram: Gram | None = None
-    """Of methods that need a Hessian."""
+    """H of the input, for methods that need a Hessian."""
     norms: Tensor | None = None
-    """[columns] fp32, Σ x²: of methods that need no more."""
+    """[columns] fp32, Σ x², for methods that need no more."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a method makes of stacked matrices: their new `weight` [rows, columns], zero where pruned."""
+    """The result of a method: the stacked matrices' new `weight` [rows, columns], zero where pruned."""
 
     weight: Tensor
     damping: float | None = None
@@ -146,12 +146,12 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a solver computes for matrices that share their input."""
+    """The arithmetic of a solver for matrices that share their input."""
 
     name: str
-    """In plans."""
+    """The name of its line in a plan."""
     rule: str
-    """How the FLOPs are counted, in words."""
+    """The rule in words."""
     flops: Callable[[int, int], float]
     """FLOPs by rows, of all matrices, and columns."""
 
@@ -166,28 +166,28 @@ class Method:
     """A way to prune. Its file in `methods` is the one place that knows it."""
 
     name: str
-    """In recipes: the name of its file."""
+    """The name in recipes, which is that of its file."""
     title: str
-    """In sentences."""
+    """The name in sentences."""
     needs: Needs
-    """What is gathered from an input for it."""
+    """The statistic of an input that is gathered for it."""
     solve: Callable[[LayerProblem], Solution]
     workspace: Callable[[Stacked], dict[str, int]]
     """Bytes by purpose that `solve` takes beside the weights it is given. One is SOLVING, for what needs no name."""
     arithmetic: Arithmetic | None = None
-    """What `solve` computes, if it is worth a line in a plan."""
+    """The arithmetic of `solve`, if it is worth a line in a plan."""
     exact_factor: bool = False
     """Whether it asks for the factor of H in fp64 (`Gram.factor`), not for one to overwrite (`Gram.borrow`)."""
     zeros: Callable[[float, int, int, int], int] = zeros_by_matrix
-    """How many zeros it makes of a matrix, by sparsity, rows, columns and block size."""
+    """Zeros that it makes of a matrix, by sparsity, rows, columns and block size."""
     does: str = ""
     """A clause for the model card that stands behind the title."""
     knobs: tuple[Literal["damping", "block_size"], ...] = ()
     """The fields of a `Target` that it uses, beside sparsity and pattern."""
     reconstruct: Literal["residual", "dense", "layer"] = "layer"
-    """What `reconstruct: auto` means for it, where the order is staged."""
+    """The meaning of `reconstruct: auto`, where the order is staged."""
     epochs: int = 0
-    """What `tune` is by default where a pattern keeps little."""
+    """The default of `tune` where a pattern keeps little."""
     reorders: bool = False
     """Whether `reorder: auto` means `mlp` where a pattern keeps little."""
 

@@ -36,19 +36,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights of tokens in H: by what they belong to, by place in the completion, by the traces' own weights.
-
-    `positions` are (share of the completion, weight), linear in between and constant beyond; the three are multiplied.
-    """
+    """Weights of tokens in H: by what they belong to, times the traces' own weights."""
 
     completion: float = 1.0
-    positions: Sequence[tuple[float, float]] = ()
     column: str | None = None
 
     def describe(self) -> str:
         """The weights in words; empty where all tokens count 1."""
         parts = [] if self.completion == 1 else [f"completions × {self.completion:g}"]
-        parts += ["by position " + ", ".join(f"{s:g}:{w:g}" for s, w in self.positions)] if self.positions else []
         parts += [f"by the column {self.column}"] if self.column else []
         return "weighted " + " and ".join(parts) if parts else ""
 
@@ -56,11 +51,6 @@ class Weighting:
         """Weights [tokens] fp32 of a trace with so many tokens; None if all are 1. `own` is what its column holds."""
         weights = np.ones(prompt + completion)
         weights[prompt:] *= self.completion
-        if self.positions and completion:
-            places = np.arange(completion) / max(completion - 1, 1)
-            weights[prompt:] *= np.interp(
-                places, [share for share, _ in self.positions], [weight for _, weight in self.positions]
-            )
         if self.column is not None:
             listed = own if isinstance(own, list) else [own]
             if not all(type(item) in (int, float) and 0 <= item <= 1e6 for item in listed):

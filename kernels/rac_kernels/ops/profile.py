@@ -30,8 +30,6 @@ class ScoreProfile:
     """Scores that are 0: they are in no bin."""
     total: float
     """Σ w² h."""
-    magnitude: float
-    """Σ |w| √h."""
     histogram: Tensor
     """[(HIGHEST − LOWEST) · BINS_AN_OCTAVE] int64 on the CPU, evenly spaced in log2 of the score."""
 
@@ -40,7 +38,6 @@ class ScoreProfile:
             self.count + other.count,
             self.zeros + other.zeros,
             self.total + other.total,
-            self.magnitude + other.magnitude,
             self.histogram + other.histogram,
         )
 
@@ -50,22 +47,15 @@ def score_profile(W: Tensor, norms: Tensor) -> ScoreProfile:
     _check(W, norms)
     bins = (HIGHEST - LOWEST) * BINS_AN_OCTAVE
     histogram = torch.zeros(bins, dtype=torch.int64, device=W.device)
-    total = magnitude = 0.0
+    total = 0.0
     zeros = 0
     for roots in _roots(W, norms):
-        magnitude += float(roots.sum())
         total += float(roots.square().sum())
         positive = roots[roots > 0]
         zeros += roots.numel() - positive.numel()
         places = ((2 * positive.log2() - LOWEST) * BINS_AN_OCTAVE).floor().clamp(0, bins - 1)
         histogram += torch.bincount(places.long(), minlength=bins)
-    return ScoreProfile(W.numel(), zeros, total, magnitude, histogram.cpu())
-
-
-def count_above(W: Tensor, norms: Tensor, bound: float) -> int:
-    """How many |w_ij| √norms_j are larger than `bound`."""
-    _check(W, norms)
-    return sum(int((roots > bound).sum()) for roots in _roots(W, norms))
+    return ScoreProfile(W.numel(), zeros, total, histogram.cpu())
 
 
 def _roots(W: Tensor, norms: Tensor) -> Iterator[Tensor]:

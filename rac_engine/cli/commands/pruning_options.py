@@ -6,7 +6,7 @@ from rac_engine.cli.options import Parser, add_fields
 
 GROUPS = {
     "pruning": ("method", "sparsity", "pattern", "dense", "also"),
-    "allocation of sparsity": ("allocation", "allocation_bounds", "outlier_factor", "outlier_range"),
+    "allocation of sparsity": ("allocation", "allocation_bounds"),
     "solving": ("damping", "block_size", "order", "reconstruct", "reorder", "tune"),
     "matrices without data": ("unseen", "nonfinite"),
     "computing": ("chunk_tokens", "dtype"),

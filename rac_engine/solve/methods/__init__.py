@@ -28,7 +28,7 @@ def method_names() -> list[str]:
 
 
 def why_unknown(name: str) -> str | None:
-    """What is wrong with the name of a method and how to mend it; None for the name of a method."""
+    """The mistake in a method's name and how to mend it; None for a name that is right."""
     names = method_names()
     if name in names:
         return None

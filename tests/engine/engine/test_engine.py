@@ -331,7 +331,7 @@ def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
         ({"method": "sparsegpt"}, 2, 1 + 5 + 3),  # embeddings; all blocks but the last; every attention's kept input
         ({"method": "admm", "reconstruct": "residual"}, 2, (1 + 5) * 2 + 3),  # the dense model's beside
         ({"method": "sparsegpt", "order": "layer"}, 0, 1 + 4),
-        ({"method": "sparsegpt", "allocation": "owl"}, 2 * 2, (1 + 5 + 3) * 2),
+        ({"method": "sparsegpt", "allocation": "error"}, 2 * 2, (1 + 5 + 3) * 2),
     ],
     ids=["staged", "beside", "layer", "first pass"],
 )

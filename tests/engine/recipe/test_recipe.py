@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe.fields import pruning_pattern
 from rac_engine.recipe.files import build, dump, load_recipe
-from rac_engine.recipe.settings import CalibrationSettings, PruneSettings, Recipe, TraceSettings
+from rac_engine.recipe.settings import PruneSettings, Recipe, TraceSettings
 
 FULL = """\
 model: model
@@ -207,19 +207,3 @@ def test_of_several_overrides_the_last_wins():
     assert (settings.of("b").pattern, settings.of("b").sparsity) == ("2:4", 0.5)
     assert (settings.of("a").pattern, settings.of("a").sparsity) == (None, 0.3)
     assert (settings.of("ab").pattern, settings.of("ab").sparsity, settings.of("ab").damping) == ("1:4", 0.75, 0.5)
-
-
-def test_weights_by_position_are_pairs_or_text_and_survive_a_dump(tmp_path):
-    text = build(CalibrationSettings, {"weight_positions": "0:1, 0.5:2,1:0"})
-    assert text.weight_positions == [(0, 1), (0.5, 2), (1, 0)]
-    recipe = Recipe(model=tmp_path, calibration=text)
-    (tmp_path / "r.yaml").write_text(dump(recipe))
-    assert load_recipe(tmp_path / "r.yaml").calibration == text
-    for wrong, said in (
-        ("0:1,x", "SHARE:WEIGHT"),
-        ("1:1,0:1", "rise"),
-        ("0:-1", "between 0"),
-        ("0:1:2", "SHARE:WEIGHT"),
-    ):
-        with pytest.raises(BadInput, match=said):
-            build(CalibrationSettings, {"weight_positions": wrong})

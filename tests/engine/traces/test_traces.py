@@ -257,7 +257,7 @@ def test_sources_that_are_no_traces(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_weights_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
-    """By completion, by position and by the traces' own; the budget counts tokens all the same."""
+    """By completion and by the traces' own; the budget counts tokens all the same."""
     file = tmp_path / "c.jsonl"
     base = {"prompt_token_ids": [2, 9], "completion_token_ids": [4, 10, 11]}
     file.write_text("".join(json.dumps({**base, "w": own}) + "\n" for own in (1, [1, 0.5, 0, 1, 2])))
@@ -270,7 +270,6 @@ def test_weights_of_tokens(tmp_path: Path, tokenizer: Any) -> None:
     assert plain.sequences[0].weights is None and plain.sha256 != heavy.sha256
     assert heavy.sequences[0].weights.tolist() == [1, 1, 2, 2, 2]
     assert heavy.describe().endswith(", weighted completions × 2")
-    assert load(positions=[(0, 1), (1, 3)]).sequences[0].weights.tolist() == [1, 1, 1, 2, 3]
     own = load(column="w")
     assert own.sequences[0].weights is None and own.sequences[1].weights.tolist() == [1, 0.5, 0, 1, 2]
     both = load(column="w", completion=2.0, part="completion", tokens=5)
