@@ -54,14 +54,20 @@ def prune(
 ) -> PruneReport:
     """Prune the checkpoint in the folder `model` into the new folder `out`.
 
-    `recipe` is a recipe or its file (the sections `calibration` and `prune` count), or the settings alone;
-    `calibration` replaces what the recipe names. A job found unfinished in OUT.partial goes on, unless `restart`.
-    At most `hessians` of a stage are gathered in one pass over the tokens, which changes no result; by default as many
-    as the memory plan says. `device_memory` and `host_memory` are limits in bytes that the job keeps to (see memory);
-    the host's counts the whole process, and holds where the program has called `prepare_process` and `give_back_freed`
-    of `rac_engine.base.process`, as the `rac` command does. `progress` is told in words what is being done, and how
-    many seconds are left once a layer has shown its pace.
-    `finish` is given the whole folder before it becomes `out`, to put a report there.
+    Args:
+        model: Folder of a Hugging Face checkpoint.
+        out: Folder for the pruned checkpoint; it appears when it is whole.
+        recipe: A recipe or its file, of which the sections `calibration` and `prune` count, or the settings alone.
+        calibration: Sequences to calibrate on, instead of what the recipe names.
+        device: "cpu", "cuda" or "cuda:N".
+        restart: Start afresh where a job found unfinished in OUT.partial would go on.
+        hessians: Hessians of a stage that are gathered in one pass over the tokens at most, which changes no result; by
+            default as many as the memory plan says.
+        device_memory: Bytes of the GPU that the job keeps to.
+        host_memory: Bytes of this machine that the job keeps to, the whole process included. It does where the program
+            has called `prepare_process` and `give_back_freed` of `rac_engine.base.process`, as the `rac` command does.
+        progress: Called with what is being done in words, with the time left once a layer has shown its pace.
+        finish: Called with the whole folder before it becomes `out`, to put a report there.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
