@@ -1,11 +1,11 @@
-// What comes between two products of ADMM: two passes over memory around the selection.
+// ADMM's step between two products: two passes over memory around the selection.
 #include "cpu/select.h"
 #include "cpu/int16_gemm.h"
 
 namespace {
 
-// What stays of each group of a row: all but the group - keep smallest; of equal ones the leftmost goes. Scores are not
-// negative.
+// Choose what stays of each group of a row: all but the group - keep smallest; of equal ones the leftmost goes. Scores
+// are not negative.
 template <int64_t kGroup>
 inline void choose_in_row(const float* __restrict scores, uint8_t* __restrict kept, int64_t n, int64_t keep,
                           int64_t any_group) {

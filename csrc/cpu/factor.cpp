@@ -66,8 +66,8 @@ void invert(double* U, int64_t stride, int64_t size) {
     }
 }
 
-// What solve() multiplies by, S [kBlock, kBlock]: for the kTile columns of each tile, below their corner -U^T, at their
-// corner the transposed inverse of U's. U is used up.
+// The factor S [kBlock, kBlock] that solve() multiplies by: for the kTile columns of each tile, below their corner
+// -U^T, at their corner the transposed inverse of U's. U is used up.
 void prepare_solve(float* S, double* U, int64_t size) {
     memset(S, 0, kBlock * kBlock * sizeof *S);
     for (int64_t c = 0; c < size; c += kTile) {

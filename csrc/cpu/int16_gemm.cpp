@@ -95,7 +95,7 @@ inline IntVec multiply_add(IntVec sum, IntVec a, IntVec b) {
 // there are.
 void micro_tile(const int32_t* a, int64_t, const int32_t* b, int64_t steps, const float* from, float* to,
                 int64_t stride, const float* scales, int64_t runs, const float* norms, int64_t rows, int64_t columns) {
-    // What is added to at the end, which no loop runs far enough ahead of to have it in time.
+    // Fetch what is added to at the end: no loop runs far enough ahead of it to have it in time.
     for (int64_t i = 0; i < min_of(kRows, rows); ++i) {
         if (from) __builtin_prefetch(from + i * stride, 0);
         __builtin_prefetch(to + i * stride, 1);

@@ -129,7 +129,7 @@ inline void pack_row(const float* __restrict row, int32_t* __restrict to, float*
         *scales++ = whole > 0 ? most / (whole * kOne) : 0;
         int32_t* word = to;
         for (j = 0; j + kLanes <= length; j += kLanes) {
-            // Of two neighbours' lowest halves the lower half of 64 bits.
+            // The lowest halves of two neighbours become the lower half of 64 bits.
             const Pairs both = (Pairs)(unit * vec(own + j) + kRounding);
             const Pairs joined = (both & 0xffff) | (both >> 16 & 0xffff0000);
 #pragma GCC unroll 8

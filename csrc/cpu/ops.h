@@ -74,7 +74,7 @@ bool int16_rows(int32_t* packed, float* scales, const float* P, const float* sca
 void int16_gemm(float* V, const float* from, const int32_t* packed, const float* scales, const int32_t* M,
                 const float* norms, int64_t rows, int64_t n, int threads);
 
-// What ADMM does between two products: T = relaxation V + T, where a weight stays relaxation V + (1 - relaxation) T;
+// ADMM's step between two products: T = relaxation V + T, where a weight stays relaxation V + (1 - relaxation) T;
 // then the `zeros` smallest |T| go, or of each `group` columns all but the `keep` largest stay; T of those that go is
 // multiplied by `shrink`; packed, scales = T - goal, of those that go -T - goal. V is overwritten.
 bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows,

@@ -1,5 +1,5 @@
-// What conjugate gradients do between two products with H, fused: a row's vectors stay in the second-level cache from
-// the first dot to the next direction, so memory is read and written once.
+// The step of conjugate gradients between two products with H, fused: a row's vectors stay in the second-level cache
+// from the first dot to the next direction, so memory is read and written once.
 #include "cpu/tile.h"
 
 namespace {

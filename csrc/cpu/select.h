@@ -108,10 +108,10 @@ inline int64_t collect(const int32_t* from, int64_t count, int32_t low, int32_t 
 constexpr int64_t kSample = 4096, kShares = 64;  // sampled at most; an eighth of what there is where that is less
 constexpr int64_t kVector = 16;
 
-// Of what kth_smallest_score needs for itself, in elements.
+// Scratch that kth_smallest_score needs for itself, in elements.
 inline int64_t collect_scratch(int64_t count, int threads) { return count + 2 * threads * kVector + kSample; }
 
-// As kth_smallest_key, of numbers that are not negative. Of many only those are sorted out that a sample says are near;
+// kth_smallest_key of numbers that are not negative. Of many only those are sorted out that a sample says are near;
 // where it misled, all of them. keys: collect_scratch(count, threads) elements.
 inline Kth kth_smallest_score(const int32_t* scores, int64_t count, int64_t k, int64_t* counts, int32_t* keys,
                               int threads) {

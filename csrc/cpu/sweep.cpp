@@ -69,7 +69,7 @@ inline Word pair(Word low, Word high) {
     return low >> 16 | (high & 0xffff0000u);
 }
 
-// As multiply_add, from pairs of steps: A [pairs, kTile], B [pairs, kSteps].
+// multiply_add from pairs of steps: A [pairs, kTile], B [pairs, kSteps].
 inline void multiply_add_pairs(float* C, const uint32_t* A, const uint32_t* B, int64_t pairs) {
     __m512 sum[kSteps][kVectors] = {};
     for (int64_t k = 0; k < pairs; ++k, A += kTile, B += kSteps) {
@@ -171,7 +171,7 @@ struct Score {
     }
 };
 
-// What scores below the bound goes, and of what equals it the first `budget` in each row.
+// Weights that score below the bound go, and of those that equal it the first `budget` in each row.
 struct Threshold {
     const int32_t* scores;
     int32_t bound;

@@ -1,4 +1,4 @@
-// What the kernels share. tests/cuda/shim stands in for CUDA's headers and lets a host compiler run them.
+// Helpers that the kernels share. tests/cuda/shim stands in for CUDA's headers and lets a host compiler run them.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>

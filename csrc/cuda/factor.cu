@@ -124,7 +124,7 @@ __device__ __forceinline__ int factor_and_invert(float* D, float* V, float (&col
     return kWarp - __clz(failed);
 }
 
-// What can be done while sub-block b on the diagonal is being factored; helper counts from 0 to kHelpers - 1.
+// The work that can be done while sub-block b on the diagonal is being factored; helper counts from 0 to kHelpers - 1.
 //   V[b][j] = sum of U[b][k] V[k][j] over b < k <= j, which times -inv(U[b][b]) is the inverse's sub-block
 //   U[i][k] -= U[i][b + 1] U[k][b + 1]^T for i <= k <= b: column b + 1 comes off all that is left, except [b][b], which
 //   has been seen to

@@ -8,7 +8,7 @@
 extern "C" {
 #endif
 
-// What an error code means.
+// The meaning of an error code.
 const char* rac_cuda_error(int error);
 
 // No error if the device (below 0: the current one) can run what was compiled here: the driver is new enough, and there

@@ -22,7 +22,7 @@ constexpr int kMaxBlocks = 1024;       // in a team
 constexpr int kMaxGroups = 64;         // in a launch
 constexpr int kLoads = 16;             // under way in a thread
 
-// Of a group, in global memory: all zero between launches, except `equal`, which is written before it is read.
+// State of a group in global memory: all zero between launches, except `equal`, which is written before it is read.
 struct State {
     uint32_t histogram[kPasses][kBins];
     uint32_t arrived;            // at meetings, all of them together

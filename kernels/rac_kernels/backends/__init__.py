@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and the native extension, Triton and CUDA behind it."""
+"""The choice of an operation's implementation, and the native extension, Triton and CUDA behind it."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def factor_corner_(H: Tensor, lo: int, hi: int, inverse: Tensor, status: Tensor,
 
 
 def selection_state(groups: int, device: torch.device) -> Tensor:
-    """What `select_thresholds` works in, again and again, on one stream at a time."""
+    """Memory that `select_thresholds` works in, again and again, on one stream at a time."""
     return torch.zeros(_state_bytes(groups), dtype=torch.uint8, device=device)
 
 
@@ -137,7 +137,7 @@ def select_thresholds(
     state: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which k[g] scores of each group g are the smallest, exactly, the earliest among equals: (thresholds, last).
+    """Find the k[g] smallest scores of each group g, exactly, the earliest among equals: (thresholds, last).
 
     scores: contiguous fp32 (NaN counts as largest), the groups' one after the other: ``groups[g]`` elements each,
     fewer than 2³² of them. thresholds: [groups] fp32; last: [groups] int64. Those are to go that are < thresholds[g],

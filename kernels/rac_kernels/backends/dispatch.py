@@ -1,4 +1,4 @@
-"""Which of an operation's implementations runs."""
+"""The choice among an operation's implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 
 
 def choose(backend: str, device: torch.device, triton: bool = False, cuda: bool = False) -> str:
-    """Which implementation of an operation with Triton kernels (`triton`) and CUDA ones (`cuda`) runs on this device.
+    """Name the implementation that runs on this device, of an operation with Triton kernels (`triton`) and CUDA ones
+    (`cuda`) or without.
 
     - "reference": plain torch, anywhere
     - "native": csrc/cpu, on a CPU

@@ -90,7 +90,7 @@ def library() -> ModuleType:
 
 
 def threads() -> int:
-    """How many threads an operation may use: torch's own setting."""
+    """Threads that an operation may use: torch's own setting."""
     return torch.get_num_threads()
 
 
@@ -107,7 +107,7 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def info() -> dict[str, Any]:
-    """What `rac doctor` and benchmark records say about the extension.
+    """Facts about the extension, for `rac doctor` and benchmark records.
 
     Keys: available, why_missing, isa (in use), isas (usable here), build (compiler and flags), openmp (whether built
     with it), openmp_runtime (paths mapped into this process: one, or two pools compete), threads, cuda (compiler and

@@ -1,1 +1,1 @@
-"""What the kernels are held against: the limits of the hardware, and the published steps written plainly."""
+"""Yardsticks of the kernels: the limits of the hardware, and the published steps written plainly."""

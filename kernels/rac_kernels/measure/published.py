@@ -1,4 +1,4 @@
-"""What the kernels are tested and timed against: the published steps, written plainly, in whatever dtype is given.
+"""The published steps, written plainly, in whatever dtype is given: the kernels are tested and timed against them.
 
 They do what IST-DASLab's SparseGPT does (Frantar, Alistarh, arXiv 2301.00774): a full XᵀX, three factorizations, one
 column at a time. They run on any device. In fp64 they are what is true, in fp32 what there was.

@@ -58,7 +58,7 @@ def limit_seconds(limit: Limit, peaks: Peaks) -> float:
 
 
 def share_of_limit(seconds: float, limit: Limit, peaks: Peaks) -> float:
-    """How much of the measured limit was reached in `seconds`: 1 is all of it."""
+    """Share of the measured limit that was reached in `seconds`: 1 is all of it."""
     return limit_seconds(limit, peaks) / seconds
 
 

@@ -51,7 +51,7 @@ def _(s: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
 
 
 def column_norm_accumulate_reference(s: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device."""
+    """`column_norm_accumulate_` in plain torch, for any device."""
     squares = X.double().square_()
     if weights is not None:
         w = weights.double()[:, None]

@@ -64,7 +64,7 @@ def _(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, backend: str) -> 
 
 
 def cross_accumulate_reference(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device, C of any floating dtype: the sums are made in it."""
+    """`cross_accumulate_` in plain torch, for any device, C of any floating dtype: the sums are made in it."""
     y = Y.to(C.dtype)
     x = X.to(C.dtype)
     if weights is not None:

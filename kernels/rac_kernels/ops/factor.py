@@ -250,7 +250,7 @@ def _cholesky_reference_(H: Tensor) -> Tensor:
 
 
 def _cholesky_exact_(H: Tensor) -> Tensor:
-    """LAPACK's in fp64, rounded to H's dtype at the end: one matrix after the other, as fp64 takes memory."""
+    """LAPACK's factor in fp64, rounded to H's dtype at the end: one matrix after the other, as fp64 takes memory."""
     done = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     for one, ended in zip(H, done, strict=True):
         L, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())

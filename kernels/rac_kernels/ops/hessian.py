@@ -87,7 +87,7 @@ def _(H: Tensor, X: Tensor, weights: Tensor | None, backend: str) -> None:
 
 
 def hessian_accumulate_reference(H: Tensor, X: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same in plain torch, for any device, H of any floating dtype: the sums are made in it."""
+    """`hessian_accumulate_` in plain torch, for any device, H of any floating dtype: the sums are made in it."""
     x = X.to(H.dtype)
     if weights is not None:
         w = weights.to(H.dtype)[:, None]
@@ -233,7 +233,7 @@ def add_parts_kernel(  # type: ignore[no-untyped-def]
 
 
 class Config(NamedTuple):
-    """How `hessian_kernel` is compiled, and how many of its programs a multiprocessor holds."""
+    """The settings that `hessian_kernel` is compiled with, and how many of its programs a multiprocessor holds."""
 
     block: int
     step: int
@@ -258,7 +258,7 @@ def config(dtype: torch.dtype, weighted: bool) -> Config:
 
 
 def split(tokens: int, tiles: int, slots: int) -> tuple[int, int]:
-    """How many of the tiles run whole, and into how many parts each of the others is split.
+    """Count the tiles that run whole, and the parts into which each of the others is split.
 
     `slots` programs run at a time. Whole waves run whole; the rest is split so that it ends soonest, a part costing
     some 512 tokens' worth of time to be stored and added, and so that the parts take no more memory than four waves.

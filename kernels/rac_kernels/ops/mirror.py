@@ -15,7 +15,7 @@ from rac_kernels.backends import gpu, native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.backends.gpu import tl
 
-SIDE = 1024  # of the squares that the reference copies at a time
+SIDE = 1024  # rows and columns of the squares that the reference copies at a time
 
 
 def symmetrize_(H: Tensor, backend: str = "auto") -> Tensor:
@@ -55,7 +55,7 @@ def mirror(backend: str) -> Callable[[Tensor, bool], Tensor]:
 
 
 def mirror_reference_(H: Tensor, down: bool) -> Tensor:
-    """In plain torch, for any device, dtype and strides."""
+    """`mirror` in plain torch, for any device, dtype and strides."""
     source = H if down else H.mT
     n = H.shape[1]
     finite = torch.ones(len(H), dtype=torch.bool, device=H.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS_BYTES = 128 << 20  # of rows held in fp64 at a time
+ROWS_BYTES = 128 << 20  # bytes of rows held in fp64 at a time
 
 COLUMNS = 512
 
@@ -20,7 +20,7 @@ def objective(W: Tensor, Q: Tensor, H: Tensor) -> float:
 
 
 def row_objectives(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
-    """What each row adds to `objective`: [rows] fp64 on W's device."""
+    """Each row's part of `objective`: [rows] fp64 on W's device."""
     rows, n = W.shape
     if Q.shape != W.shape or H.shape != (n, n):
         raise ValueError(f"shapes do not fit: W {tuple(W.shape)}, Q {tuple(Q.shape)}, H {tuple(H.shape)}")

@@ -38,7 +38,7 @@ def check_pattern_fits(pattern: Pattern, columns: int) -> None:
 
 
 def zeros_of(sparsity: float, count: int) -> int:
-    """How many of `count` weights go: the largest whole number whose share of them, as a double, is within `sparsity`.
+    """Number of weights that go, of `count`: the largest whose share, as a double, is within `sparsity`.
 
     That is floor(sparsity · count) of the number that was written: of .29 the product with 100 is 28.999…, but 29 go.
     For a share k/count that was worked out before it is k again.

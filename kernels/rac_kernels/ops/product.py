@@ -1,4 +1,4 @@
-"""What factor and sweep share on a GPU: the product that carries them, and the inverses of U's diagonal blocks.
+"""Steps that factor and sweep share on a GPU: the product that carries them, and the inverses of U's diagonal blocks.
 
 Both take off a block of at most 128 columns what is done already: D[:, :lo] U[:lo, block] in the sweep, U[:hi, hi:]
 U[block, hi:]ᵀ in the factor. So tall and narrow a product leaves most of a GPU idle unless its depth is cut as well;
@@ -18,7 +18,7 @@ from rac_kernels.backends.gpu import tl
 
 COLUMNS = 128  # a block's columns, padded
 
-ROWS = 64  # of a product a program
+ROWS = 64  # rows of a product that a program makes
 
 STEP = 16
 

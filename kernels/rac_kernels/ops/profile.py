@@ -1,4 +1,4 @@
-"""What the weights of a matrix count for, w_ij² h_jj with h the diagonal of H, as a distribution: sums and a histogram.
+"""The distribution of a matrix's scores w_ij² h_jj, h the diagonal of H: sums and a histogram.
 
 w² h_jj is what the outputs' squared error grows by if that weight alone goes and nothing makes up for it; its root is
 Wanda's score. Allocation of sparsity over a model needs no more of a matrix than this.
@@ -18,12 +18,12 @@ LOWEST, HIGHEST = -192, 192
 
 """log2 of the scores that the histogram tells apart; those beyond count in its first or last bin."""
 
-ROWS_BYTES = 32 << 20  # of rows held in fp64 at a time
+ROWS_BYTES = 32 << 20  # bytes of rows held in fp64 at a time
 
 
 @dataclass(frozen=True)
 class ScoreProfile:
-    """Of scores w_ij² h_jj of a matrix; `+` gives that of two matrices together."""
+    """Distribution of the scores w_ij² h_jj of a matrix; `+` gives that of two matrices together."""
 
     count: int
     zeros: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 BETAS = (0.9, 0.99)
 
-SMALLEST = 1e-12  # of a gradient's running root mean square: below, nothing moves
+SMALLEST = 1e-12  # running root mean square of a gradient below which nothing moves
 
 
 class MaskedAdam:

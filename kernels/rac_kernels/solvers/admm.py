@@ -30,16 +30,16 @@ from rac_kernels.ops.select import mask_by_score
 
 FIRST_PENALTY = 0.1
 
-RENEW = 4  # steps of a short run with one penalty
+RENEW = 4  # steps with one penalty
 
 INVERT = 3  # H is inverted with every so many-th penalty
 
-SHORT_RANGE = 6.0  # of the penalty, from the first to the last step of a short run
+PENALTY_RANGE = 6.0  # the last step's penalty by the first's
 
-# How far a short run's steps go at first, by the mean of M's diagonal: 1 up to EVEN, then rising up to FARTHEST.
+# How far steps go at first, by the mean of M's diagonal: 1 up to EVEN, then rising up to FARTHEST.
 EVEN, STEEPNESS, FARTHEST = 0.32, 4.0, 1.9
 
-ELEMENTS = 1 << 24  # of W that go through a step's sums and differences at a time
+ELEMENTS = 1 << 24  # elements of W that go through a step's sums and differences at a time
 
 
 def admm_(
@@ -87,7 +87,7 @@ def admm_(
     groups = [len(W)] if row_groups is None else list(row_groups)
     is_native = choose(backend, U.device, triton=True) == "native"
     run = _Int16(goal, groups) if is_native else _Floats(goal, groups, backend)
-    growth = SHORT_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
+    growth = PENALTY_RANGE ** (1 / max(-(-steps // RENEW) - 1, 1))
 
     def invert(index: int) -> Tensor:
         """U becomes the inverse for the penalty of that index; what M is of it, by the rows and the columns."""
@@ -115,12 +115,12 @@ def admm_(
 
 
 def inversions(steps: int) -> int:
-    """How often a run of that many steps inverts H and a penalty."""
+    """Number of times that a run of so many steps inverts H and a penalty."""
     return 1 + -(-(-(-steps // RENEW) - 1) // INVERT)
 
 
 class _State:
-    """Of a short run, [rows, n], of H scaled; `groups` are the rows of the matrices stacked in it."""
+    """State of a run, [rows, n], in H's scaled terms; `groups` are the row counts of the matrices stacked in it."""
 
     T: Tensor
     """fp32: Q where a weight stays, the multiplier by the penalty where it goes; the other one is zero there."""
@@ -188,7 +188,7 @@ class _Floats(_State):
 
 
 class _Int16(_State):
-    """The same in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/int16_gemm.h)."""
+    """The steps in native code: `gap` and M in 16-bit integers, laid out for the product (csrc/cpu/int16_gemm.h)."""
 
     def __init__(self, goal: Tensor, groups: list[int]) -> None:
         super().__init__(goal, groups)

@@ -17,7 +17,7 @@ from rac_kernels.solvers.admm import FIRST_PENALTY
 
 CHECK = 3
 
-RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # of the penalty, by the share of the mask that moved
+RAISES = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # share of the mask that moved, and the penalty's factor from there on
 
 
 def alps(

@@ -40,12 +40,12 @@ ROWS = 2048  # rows refined at a time, at most
 
 ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}  # and weights: some ten matrices of that many are held, H read for each
 
-EXACT_ELEMENTS = 1 << 24  # of the rows' own H_SS, fp64, held at a time
+EXACT_ELEMENTS = 1 << 24  # elements of the rows' own H_SS, fp64, held at a time
 
 
 @dataclass(frozen=True)
 class RefineResult:
-    """How it went. Objectives are sums over the rows, made in fp64 of products made in H's dtype.
+    """Outcome of `refine`. Objectives are sums over the rows, made in fp64 of products made in H's dtype.
 
     The numbers are fetched from the device when they are first asked for: torch.compile can pass `rows` on.
     """
@@ -77,7 +77,7 @@ class RefineResult:
 
     @property
     def after(self) -> float:
-        """The same of the Q returned; never above ``before`` but for rounding."""
+        """tr((Q − T) H (Q − T)ᵀ) of the Q returned; never above ``before`` but for rounding."""
         return self._sums[3]
 
     @property
@@ -170,7 +170,7 @@ class _Rows(NamedTuple):
 
 
 class _Beginning(NamedTuple):
-    """What the rows begin with."""
+    """The rows' state before the first step."""
 
     first: Tensor
     """[rows, n]: the residual (target − start) H on the mask."""
@@ -488,7 +488,7 @@ def _exact(Q: Tensor, mask: Tensor, R: Tensor, widest: int, system: System) -> T
 
 
 def _step_reference(state: _Gradients) -> Tensor:
-    """What comes between two products with H. Returns whether any row goes on."""
+    """The step between two products with H. Returns whether any row goes on."""
     Q, R, P, A, mask, inverse, sizes, done_at, counts = state
     curvature = _dot(P, A)
     step = sizes / curvature
