@@ -137,15 +137,15 @@ def prune_matrices(
             stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
         solution = solve(LayerProblem(stacked, rows, wanted, gram, norms))
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
-        told = [*notes, *(gram.notes if gram else []), *solution.notes]
+        remarks = [*notes, *(gram.notes if gram else []), *solution.notes]
         seconds = time.monotonic() - began
         for number, pruned in zip(group, solution.weight.split(rows), strict=True):
             # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
             stored = pruned.to(weights[number].dtype, copy=True).add_(0.0)
-            its = told
+            its = remarks
             if not all_finite(stored):
                 stored = _by_magnitude(weights[number], wanted)
-                its = [*told, "the solver's result is not finite: pruned by magnitude"]
+                its = [*remarks, "the solver's result is not finite: pruned by magnitude"]
             zeros = stored.numel() - int(stored.count_nonzero())
             found[number] = MatrixResult(
                 stored,
@@ -162,31 +162,35 @@ def prune_matrices(
     if gram is None:
         return results
     H = gram.upper()
-    compared = []
-    for number, weight in enumerate(weights):
-        cross = None if outputs is None else outputs.of(weight)
-        whole = _power(weight, H) if outputs is None else outputs.dense[number]
+    return [
+        _measured(result, weight, wanted, H, outputs, number)
+        for number, (result, weight, wanted) in enumerate(zip(results, weights, targets, strict=True))
+    ]
 
-        def error(
-            candidate: Tensor, number: int = number, cross: Tensor | None = cross, whole: float = whole
-        ) -> tuple[float, float]:
-            if outputs is None or cross is None:
-                cost = objective(weights[number], candidate, H)
-            else:
-                cost = reconstruction_error(candidate, H, cross, outputs.power[number])
-            return cost, cost / whole if whole else 0.0
 
-        cost, share = error(results[number].weight)
-        simple = error(_by_magnitude(weight, targets[number]))[1]
-        told = results[number].notes
-        if share > simple:
-            told = [*told, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
-        compared.append(
-            replace(
-                results[number], objective=cost, relative_error=share, magnitude_error=simple, power=whole, notes=told
-            )
-        )
-    return compared
+def _measured(
+    result: MatrixResult, weight: Tensor, target: Target, H: Tensor, outputs: Outputs | None, number: int
+) -> MatrixResult:
+    """The result with its errors under H (upper triangle) beside those of magnitude pruning.
+
+    `number` is the matrix's place among those whose `outputs` are known.
+    """
+    cross = None if outputs is None else outputs.of(weight)
+    whole = _power(weight, H) if outputs is None else outputs.dense[number]
+
+    def error(candidate: Tensor) -> tuple[float, float]:
+        if outputs is None or cross is None:
+            cost = objective(weight, candidate, H)
+        else:
+            cost = reconstruction_error(candidate, H, cross, outputs.power[number])
+        return cost, cost / whole if whole else 0.0
+
+    cost, share = error(result.weight)
+    simple = error(_by_magnitude(weight, target))[1]
+    notes = result.notes
+    if share > simple:
+        notes = [*notes, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
+    return replace(result, objective=cost, relative_error=share, magnitude_error=simple, power=whole, notes=notes)
 
 
 def run_of_rows(rows: int, columns: int) -> int:
