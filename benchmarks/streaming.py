@@ -145,32 +145,8 @@ def overlap(report: PruneReport) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden", type=int, default=QWEN2_7B["hidden_size"])
-    parser.add_argument("--intermediate", type=int, default=QWEN2_7B["intermediate_size"])
-    parser.add_argument("--vocabulary", type=int, default=QWEN2_7B["vocab_size"])
-    parser.add_argument("--tokens", type=parse_size, default=1_000_000)
-    parser.add_argument("--length", type=parse_size, default=32_000, help="tokens of a trace")
-    parser.add_argument("--method", default="sparsegpt")
-    parser.add_argument("--chunk-tokens", type=parse_size, default=PruneSettings().chunk_tokens)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--device-memory", type=parse_size)
-    parser.add_argument("--host-memory", type=parse_size)
-    parser.add_argument("--slow-disk", type=parse_size, metavar="BYTES", help="bytes a second")
-    parser.add_argument("--work", type=Path, help="keep the checkpoint here, or take the one that is there")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    heads = max(args.hidden // 128, 1)
-    config = QWEN2_7B | {
-        "hidden_size": args.hidden,
-        "intermediate_size": args.intermediate,
-        "vocab_size": args.vocabulary,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 4 if heads % 4 == 0 else 1,
-    }
+    args = _arguments()
+    config = _config(args)
     if args.make:
         make(args.make, config)
         return
@@ -202,8 +178,53 @@ def main() -> None:
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     finally:
         shutil.rmtree(out if args.work else work, ignore_errors=True)
+    made = _record(args, config, report, size, seconds)
+    _show(made)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(made, indent=1) + "\n")
+        print(f"record: {args.out}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--hidden", type=int, default=QWEN2_7B["hidden_size"])
+    parser.add_argument("--intermediate", type=int, default=QWEN2_7B["intermediate_size"])
+    parser.add_argument("--vocabulary", type=int, default=QWEN2_7B["vocab_size"])
+    parser.add_argument("--tokens", type=parse_size, default=1_000_000)
+    parser.add_argument("--length", type=parse_size, default=32_000, help="tokens of a trace")
+    parser.add_argument("--method", default="sparsegpt")
+    parser.add_argument("--chunk-tokens", type=parse_size, default=PruneSettings().chunk_tokens)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device-memory", type=parse_size)
+    parser.add_argument("--host-memory", type=parse_size)
+    parser.add_argument("--slow-disk", type=parse_size, metavar="BYTES", help="bytes a second")
+    parser.add_argument("--work", type=Path, help="keep the checkpoint here, or take the one that is there")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's config, as config.json has it."""
+    heads = max(args.hidden // 128, 1)
+    return QWEN2_7B | {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.intermediate,
+        "vocab_size": args.vocabulary,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4 if heads % 4 == 0 else 1,
+    }
+
+
+def _record(
+    args: argparse.Namespace, config: dict[str, Any], report: PruneReport, size: int, seconds: float
+) -> dict[str, Any]:
+    """The JSON record of a job on a checkpoint of `size` bytes that took `seconds` in all."""
     end = report.end
-    made = {
+    return {
         "machine": machine(),
         "shapes": {name: config[name] for name in config if isinstance(config[name], int)},
         "job": {key: value for key, value in vars(args).items() if key not in ("out", "work", "make")},
@@ -211,12 +232,16 @@ def main() -> None:
         "seconds": round(seconds, 2),
         "seconds_of_layers": round(end["seconds"], 2),
         "phases": {name: round(seconds, 2) for name, seconds in end["phases"].items()},
-        "plan": report.end["plan"],
+        "plan": end["plan"],
         "memory": end["memory"],
         "peak_memory": end["peak_memory"],
         "overlap": overlap(report),
         "timeline": end["timeline"],
     }
+
+
+def _show(made: dict[str, Any]) -> None:
+    """Print times, and memory as it was planned and measured."""
     memory = made["memory"]
     print(f"{format_seconds(made['seconds'])}; {made['overlap']}")
     for where in ("host", "device"):
@@ -227,10 +252,6 @@ def main() -> None:
                 f"({measured / planned:.0%} of the plan)"
             )
     print(f"peak resident, the program included: {format_bytes(made['peak_memory'])}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(made, indent=1) + "\n")
-        print(f"record: {args.out}")
 
 
 if __name__ == "__main__":
