@@ -272,20 +272,42 @@ def split(tokens: int, tiles: int, slots: int) -> tuple[int, int]:
     return (whole, parts) if parts > 1 else (tiles, 1)
 
 
+class Layout(NamedTuple):
+    """The work of a launch: tiles of the triangle, and the parts of those that are split over the tokens."""
+
+    side: int
+    """Tiles along a side of H."""
+    whole: int
+    """Tiles that a program sums over all tokens."""
+    shared: int
+    """Tiles whose sums are made in parts."""
+    parts: int
+    part_tokens: int
+    """Tokens of a part: whole steps."""
+
+    @property
+    def programs(self) -> int:
+        return self.whole + self.shared * self.parts
+
+
+def layout(tokens: int, n: int, chosen: Config, processors: int) -> Layout:
+    """Lay out X [tokens, n] for a GPU of so many multiprocessors."""
+    side = -(-n // chosen.block)
+    tiles = side * (side + 1) // 2
+    whole, parts = split(tokens, tiles, processors * chosen.resident)
+    return Layout(side, whole, tiles - whole, parts, -(-tokens // (parts * chosen.step)) * chosen.step)
+
+
 def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
     tokens, n = X.shape
     if not tokens or not n:
         return
     chosen = config(X.dtype, weights is not None)
-    side = -(-n // chosen.block)
-    tiles = side * (side + 1) // 2
-    whole, parts = split(tokens, tiles, gpu.processors(H.device) * chosen.resident)
-    shared = tiles - whole
-    part_tokens = -(-tokens // (parts * chosen.step)) * chosen.step
-    partial = torch.empty(shared * parts * chosen.block**2, dtype=torch.float32, device=H.device)
+    work = layout(tokens, n, chosen, gpu.processors(H.device))
+    partial = torch.empty(work.shared * work.parts * chosen.block**2, dtype=torch.float32, device=H.device)
     X = aligned(X)
     with torch.cuda.device_of(H):
-        hessian_kernel[(whole + shared * parts,)](
+        hessian_kernel[(work.programs,)](
             H,
             H.stride(0),
             X,
@@ -295,10 +317,10 @@ def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
             partial,
             tokens,
             n,
-            side,
-            whole,
-            parts,
-            part_tokens,
+            work.side,
+            work.whole,
+            work.parts,
+            work.part_tokens,
             WEIGHTED=weights is not None,
             BLOCK=chosen.block,
             STEP=chosen.step,
@@ -308,15 +330,15 @@ def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
             num_stages=chosen.stages,
             enable_fp_fusion=True,
         )
-        if shared:
-            add_parts_kernel[(shared, chosen.block // PART_ROWS)](
+        if work.shared:
+            add_parts_kernel[(work.shared, chosen.block // PART_ROWS)](
                 H,
                 H.stride(0),
                 partial,
                 n,
-                side,
-                whole,
-                parts,
+                work.side,
+                work.whole,
+                work.parts,
                 BLOCK=chosen.block,
                 ROWS=PART_ROWS,
                 GROUP=GROUP,
@@ -340,9 +362,10 @@ def limit(tokens: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
     return Limit(2 * tokens * triangle, tokens * n * dtype.itemsize + 8 * triangle, PRODUCT_PEAKS[dtype])
 
 
-PACKED_BYTES = 8 << 20  # of tokens as the CPU's sums take them, at a time, but a run of them at least (hessian.cpp):
+# The CPU packs tokens into panels (csrc/cpu/hessian.cpp): so many bytes at a time, or one run's where that is more.
+PACKED_BYTES = 8 << 20
 
-PACKED_RUN = 1024  # bytes a column
+PACKED_RUN = 1024  # bytes of a run, a column
 
 
 def workspace(tokens: int, n: int, device: torch.device) -> int:

@@ -16,11 +16,11 @@ from rac_kernels.ops.pattern import Pattern, parse_pattern
 
 ROUNDS = 12
 
-ROWS = 512  # of the scores that count, evenly spaced, and
+ROWS = 512  # rows of the scores that count, evenly spaced
 
-COLUMNS = 1024  # among which exchanges are looked for, others in each round: they bound the time
+COLUMNS = 1024  # columns among which exchanges are looked for, others in each round: both bound the time
 
-WORTH = 1e-5  # of a column's share of the sum: less gained is not worth an exchange
+WORTH = 1e-5  # share of a column's part of the sum: less gained is not worth an exchange
 
 LOOKS = 4  # best exchanges a column, of which some stand in each other's way
 
