@@ -8,13 +8,16 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import rac_kernels
+from rac_engine.cli.app import main
 from rac_engine.models.families import known_families
 from rac_engine.solve.methods import method_names
-from tests.docs.pages import FENCE, PAGES, ROOT, Snippet, check_words, commands, smaller, snippets
+from tests.docs.pages import FENCE, PAGES, ROOT, Snippet, check_words, commands, deepseek_r1, smaller, snippets
 from tests.test_layout import HOUSES
 
 LINKED = (*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "examples/abacus/README.md")
@@ -84,6 +87,29 @@ def test_commands_that_take_long_exist(page: str) -> None:
 def test_the_recipes_page_is_what_the_models_say() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
     assert (ROOT / "docs" / "recipes.md").read_text() == made, "run python docs/make_recipes.py"
+
+
+def test_the_plan_of_deepseek_r1_is_what_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    section = page.partition("### DeepSeek-R1")[2].partition("\n## ")[0]
+    words = next(commands(s)[0] for s in snippets("families.md", section) if s.kind == "bash")
+    shown = next(s.text for s in snippets("families.md", section) if s.kind == "text")
+    deepseek_r1(tmp_path / "DeepSeek-R1")
+    words[words.index("DeepSeek-R1")] = str(tmp_path / "DeepSeek-R1")
+    plans = []
+    for changes in ((), ("--device-memory", "48GiB"), ("--method", "admm")):
+        assert main([*words[1:], *changes]) == 0
+        plans.append([" ".join(line.split()) for line in capsys.readouterr().out.splitlines()])
+    for line in shown.splitlines():
+        assert " ".join(line.split()) in plans[0]
+    said = " ".join(section.split())
+    for plan, passes in zip(plans, ("all: 2 passes", "128 at once: 6 passes", "32 at once: 18 passes"), strict=True):
+        assert any(passes in line for line in plan), passes
+    for number in (0, 2):
+        (time,) = (line for line in plans[number] if line.startswith("Time: "))
+        if not torch.cuda.is_available():  # whose peaks would count
+            assert time.removeprefix("Time: ").partition(",")[0] in said, time
+    assert "63.4 GiB at the peak" in said and "peak 63.4 GiB of 80 GiB" in plans[2]
 
 
 def test_every_key_is_described() -> None:
