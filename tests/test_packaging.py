@@ -25,7 +25,7 @@ from rac_engine import __version__
 from tests.cuda.test_compiles import build_script
 
 ROOT = Path(__file__).parents[1]
-LEFT_OUT = (".git", ".venv", ".venv-peers", "build", "demo-out", "__pycache__")
+LEFT_OUT = (".git", ".venv", "build", "demo-out", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
