@@ -16,7 +16,7 @@ from rac_engine.base.errors import BadInput
 from rac_engine.base.files import opened, read_at, regular_status
 from rac_engine.base.jsonfiles import loads_object, read_json_object
 
-DTYPES = {
+DTYPES_BY_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +31,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
 
 _MAX_RANK = 64  # dimensions of a tensor: as many as torch takes
 
@@ -103,9 +103,9 @@ def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadInput(f"{file}: tensor {name!r} needs dtype, shape and data_offsets; the file is damaged")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = DTYPES_BY_NAME.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise BadInput(f"{file}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+        raise BadInput(f"{file}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(DTYPES_BY_NAME)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if isinstance(shape, list) and len(shape) > _MAX_RANK:
         raise BadInput(

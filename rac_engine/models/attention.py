@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from rac_kernels import Scoring, packed_attention
 
-ATTENTION = "rac_packed"
+PACKED_ATTENTION = "rac_packed"
 
 
 class KeyValues:
@@ -49,4 +49,4 @@ def attend(
     return packed_attention(query[0], key[0], value[0], lengths, scoring_of(options))[None], None
 
 
-AttentionInterface.register(ATTENTION, attend)
+AttentionInterface.register(PACKED_ATTENTION, attend)

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import fp8_block
-from rac_engine.models.attention import ATTENTION
+from rac_engine.models.attention import PACKED_ATTENTION
 from rac_engine.models.families import find_family, known_families
 from rac_engine.models.plans import Family
 
@@ -80,7 +80,7 @@ def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
     plain = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
     parsed = CONFIG_MAPPING[family.model_type].from_dict(plain)
-    parsed._attn_implementation = ATTENTION
+    parsed._attn_implementation = PACKED_ATTENTION
     if getattr(parsed, "use_bidirectional_attention", False):
         raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")
     with torch.device("meta"):

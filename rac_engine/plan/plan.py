@@ -77,18 +77,15 @@ def make_plan(
     tokens: int = 1_000_000,
     length: int = 1024,
     max_length: int | None = None,
-    *,
-    on_gpu: bool = False,
-    device_memory: int | None = None,
-    host_memory: int | None = None,
+    machine: Machine = Machine(),  # noqa: B008 - it is frozen
     peaks: Peaks | None = None,
 ) -> Plan:
     """Plan a job on the checkpoint in folder `model`; config.json alone is enough, the weights need not be there.
 
     `length` is the mean length of a calibration sequence (attention's share depends on it), `max_length` the longest.
-    Limits are in bytes; `peaks` of the device that computes (see `rac_kernels.measure.roofline`) give the time. Raises
-    `BadInput` for a folder without config, an unknown family, settings that do not fit the model, and limits that
-    nothing fits in.
+    `machine` says whether a GPU computes, and the limits in bytes; `peaks` of the device that computes (see
+    `rac_kernels.measure.roofline`) give the time. Raises `BadInput` for a folder without config, an unknown family,
+    settings that do not fit the model, and limits that nothing fits in.
     """
     settings = settings or PruneSettings()
     opened = _open(Path(model))
@@ -106,8 +103,7 @@ def make_plan(
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if settings.solver.needs != "nothing" else 0
-    shape = Shape.of(opened, settings, on_gpu)
-    machine = Machine(on_gpu, device_memory, host_memory)
+    shape = Shape.of(opened, settings, machine.on_gpu)
     memory = plan_memory(shape, settings, Tokens(calibrated, max(length, max_length or 0)), machine)
     passes = expert_passes(shape, memory)
     mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))

@@ -57,7 +57,10 @@ def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
 
 
 def not_finite(model: Model, settings: PruneSettings) -> dict[str, Reason]:
-    """What of the model holds NaN or Inf, to be left as it is; `BadInput` unless the settings say so."""
+    """Tensors and matrices that hold NaN or Inf, to be left as they are: the reason, by on-disk name.
+
+    Raises `BadInput` unless the settings leave such matrices dense.
+    """
     names = model.checkpoint.nonfinite()
     if names and settings.nonfinite == "refuse":
         more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -79,7 +79,7 @@ FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_t
 
 Source = Annotated[str, AfterValidator(_source)]
 
-Pattern = Annotated[str, AfterValidator(_pattern)]
+PatternText = Annotated[str, AfterValidator(_pattern)]
 
 MethodName = Annotated[str, AfterValidator(_method)]
 

@@ -19,7 +19,7 @@ from rac_engine.recipe.fields import (
     JobName,
     MethodName,
     ModuleName,
-    Pattern,
+    PatternText,
     Seed,
     Settings,
     Source,
@@ -87,7 +87,7 @@ class Override(Settings):
 
     modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
     sparsity: float | None = Field(default=None, ge=0, lt=1, description="share of zeros in these matrices")
-    pattern: Pattern | None = Field(default=None, description="N:M for these matrices, in place of a sparsity")
+    pattern: PatternText | None = Field(default=None, description="N:M for these matrices, in place of a sparsity")
     damping: float | None = Field(default=None, gt=0, le=1, description="damping of these matrices")
 
     @model_validator(mode="before")
@@ -119,7 +119,7 @@ class PruneSettings(Settings):
     sparsity: float = Field(
         default=0.5, ge=0, lt=1, description="share of zeros in every pruned matrix, from 0 up to but not 1"
     )
-    pattern: Pattern | None = Field(
+    pattern: PatternText | None = Field(
         default=None,
         description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
     )

@@ -31,7 +31,7 @@ from rac_engine.models import Model, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
 
-ATTENTION = "rac_decode"
+DECODE_ATTENTION = "rac_decode"
 
 PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
 
@@ -143,7 +143,7 @@ def _attend(
     return step.attend(layer, query, key, value, scoring_of(options)), None
 
 
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(DECODE_ATTENTION, _attend)
 
 
 class Decoder:
@@ -166,7 +166,7 @@ class Decoder:
             local_files_only=True,
             use_safetensors=True,
             dtype=dtype or source.dtype,
-            attn_implementation=ATTENTION,
+            attn_implementation=DECODE_ATTENTION,
         )
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             info = source.checkpoint.tensors.get(name)

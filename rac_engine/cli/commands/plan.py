@@ -25,7 +25,7 @@ def _add_options(parser: Parser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rac_engine.plan import device_peaks, make_plan, render
+    from rac_engine.plan import Machine, device_peaks, make_plan, render
     from rac_engine.recipe import PruneSettings
 
     settings = settings_of(args, PruneSettings)
@@ -39,10 +39,8 @@ def _plan(args: argparse.Namespace) -> int:
         args.tokens,
         min(args.length, args.max_length or args.length),
         args.max_length,
-        on_gpu=on_gpu,
-        device_memory=args.device_memory,
-        host_memory=args.host_memory,
-        peaks=peaks,
+        Machine(on_gpu, args.device_memory, args.host_memory),
+        peaks,
     )
     print(plan.to_json() if args.json else f"times after the peaks of {whose}\n\n{render(plan)}")
     return 0

@@ -104,17 +104,15 @@ def _prune(args: argparse.Namespace) -> int:
 def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
     """Print the recipe and the plan of the job; nothing is written."""
     from rac_engine.engine import calibration_of
-    from rac_engine.plan import make_plan, render
+    from rac_engine.plan import Machine, make_plan, render
     from rac_engine.recipe import dump
     from rac_engine.solve import find_method
 
     if os.path.lexists(args.out):
         raise BadInput(f"{args.out}: exists; choose another output folder, or remove it")
-    on_gpu, device_memory, host_memory = device.startswith("cuda"), args.device_memory, args.host_memory
+    machine = Machine(device.startswith("cuda"), args.device_memory, args.host_memory)
     if find_method(recipe.prune.method).needs == "nothing":
-        plan = make_plan(
-            recipe.model, recipe.prune, on_gpu=on_gpu, device_memory=device_memory, host_memory=host_memory
-        )
+        plan = make_plan(recipe.model, recipe.prune, machine=machine)
     else:
         calibration = calibration_of(recipe)
         lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
@@ -124,9 +122,7 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
             sum(lengths),
             max(1, sum(lengths) // max(1, len(lengths))),
             max(lengths, default=1),
-            on_gpu=on_gpu,
-            device_memory=device_memory,
-            host_memory=host_memory,
+            machine,
         )
         print(f"calibration: {calibration.describe()}\n")
     print(dump(recipe))

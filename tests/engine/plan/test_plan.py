@@ -103,8 +103,8 @@ LLAMA_70B = {
 def test_real_shapes_with_long_traces_fit_a_small_gpu(tmp_path, config, device, host, method):
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = PruneSettings(method=method)
-    limits = {"on_gpu": True, "device_memory": device * GIB, "host_memory": host * GIB}
-    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, **limits)
+    machine = Machine(True, device * GIB, host * GIB)
+    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, machine)
     memory = plan.memory
     assert memory.device_peak <= device * GIB
     assert memory.host_peak <= host * GIB
@@ -151,8 +151,8 @@ def test_671b_goes_through_one_gpu(tmp_path, device):
     """Of 80 GiB with all of a stage's Hessians at once, of 48 in several passes over the tokens."""
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_R1))
     settings = PruneSettings(method="sparsegpt")
-    limits = {"on_gpu": True, "device_memory": device * GIB, "host_memory": 128 * GIB}
-    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, **limits, peaks=H200)
+    machine = Machine(True, device * GIB, 128 * GIB)
+    plan = make_plan(tmp_path, settings, 1_000_000, 8000, 32_768, machine, H200)
     assert 660e9 < plan.parameters < 680e9
     memory = plan.memory
     assert memory.device_peak <= device * GIB
@@ -176,7 +176,7 @@ def test_lm_head_of_a_large_vocabulary_fits_the_same_small_gpu(qwen2_7b):
 
     def planned(*also):
         settings = PruneSettings(also=list(also))
-        return make_plan(qwen2_7b, settings, max_length=32768, on_gpu=True, device_memory=6 << 30)
+        return make_plan(qwen2_7b, settings, max_length=32768, machine=Machine(True, 6 << 30))
 
     plan = planned("lm_head", "embeddings")
     assert plan.matrices == 28 * 7 + 2
@@ -195,16 +195,16 @@ def test_lm_head_of_a_large_vocabulary_fits_the_same_small_gpu(qwen2_7b):
 
 def test_what_does_not_fit_is_refused_in_a_line_that_names_the_phase(qwen2_7b):
     with pytest.raises(BadInput, match=r"^--device-memory 2 GiB: at least .* is needed \(solve mlp.*down_proj\)"):
-        make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), on_gpu=True, device_memory=2 * GIB)
+        make_plan(qwen2_7b, PruneSettings(method="sparsegpt"), machine=Machine(True, 2 * GIB))
     with pytest.raises(BadInput, match=r"^--host-memory 1 GiB: at least .* is needed \("):
-        make_plan(qwen2_7b, on_gpu=True, device_memory=12 * GIB, host_memory=GIB)
+        make_plan(qwen2_7b, machine=Machine(True, 12 * GIB, GIB))
 
 
 def test_less_memory_means_smaller_chunks_and_less_overlap_but_never_more_bytes(qwen2_7b):
     settings = PruneSettings(method="sparsegpt")
     before = None
     for host in (64, 24, 8, 6, 5):
-        memory = make_plan(qwen2_7b, settings, host_memory=host * GIB).memory
+        memory = make_plan(qwen2_7b, settings, machine=Machine(host_limit=host * GIB)).memory
         assert memory.host_peak <= host * GIB
         if before is not None:
             assert memory.host_peak <= before.host_peak

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rac_engine.engine.card import model_card
+from rac_engine.plan.phases import Machine
 from rac_engine.plan.plan import make_plan
 from rac_engine.recipe.files import load_recipe
 from rac_engine.recipe.settings import PruneSettings
@@ -60,13 +61,13 @@ def test_recipes_know_the_example(chance: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_plan_counts_the_example(chance: str, checkpoint: Callable[..., Path], on_gpu: bool) -> None:
     folder = checkpoint(hidden_size=512, intermediate_size=2048, num_hidden_layers=1)
-    plan = make_plan(folder, PruneSettings(method=chance), tokens=1000, on_gpu=on_gpu)
+    plan = make_plan(folder, PruneSettings(method=chance), tokens=1000, machine=Machine(on_gpu))
     names = [work.name for work in plan.work]
     assert names == ["forward", "attention", "Hessian", "factor", "mask and weights"]
     sizes = [(512, 1024), (512, 512), (512, 4096), (2048, 512)]  # columns and rows of qkv, o, gate and up, down
     assert plan.work[-1].flops == sum(22 * 2 * rows * n * n for n, rows in sizes)
     assert plan.work[-1].rule == "22 · 2 · rows · n² at most"
-    others = make_plan(folder, PruneSettings(method="sparsegpt"), tokens=1000, on_gpu=on_gpu)
+    others = make_plan(folder, PruneSettings(method="sparsegpt"), tokens=1000, machine=Machine(on_gpu))
     solving, usual = (
         next(phase for phase in made.memory.phases if phase.name == "solve mlp.gate_proj, mlp.up_proj")
         for made in (plan, others)
