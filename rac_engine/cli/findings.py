@@ -14,7 +14,8 @@ from rac_engine.base.sizes import format_bytes
 from rac_engine.jobs import surroundings
 from rac_engine.jobs.surroundings import cpu_name, versions
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "yaml", "pyarrow", "jinja2")
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "pyyaml", "pyarrow", "jinja2")
+_BUILD_AGAIN = "build it again: pip install --no-build-isolation . in the source folder"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _python() -> list[Finding]:
     missing = [name for name in NEEDED if surroundings.version_of(name) is None]
     found = ", ".join(f"{name} {version}" for name, version in versions().items() if name not in ("triton", "pyarrow"))
     if missing:
-        return [Finding("python", "fail", found, f"missing: {', '.join(missing)}", "pip install -e .")]
+        return [Finding("python", "fail", found, f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")]
     return [Finding("python", "ok", found), _math_verify()]
 
 
@@ -145,7 +146,7 @@ def _native() -> list[Finding]:
                 "note",
                 f"{len(runtimes)} runtimes in one process: {', '.join(runtimes)}",
                 "two thread pools compete for the cores",
-                "rebuild the extension in this environment: pip install --no-build-isolation -e .",
+                f"in this environment {_BUILD_AGAIN}",
             )
         )
     else:
@@ -155,7 +156,7 @@ def _native() -> list[Finding]:
                 "note",
                 f"missing: {info['why_missing']}",
                 "on the CPU, Hessian, factor and sweep run in plain torch: as good, but several times slower",
-                "install a C++ compiler (apt install g++), then pip install --no-build-isolation -e .",
+                f"install a C++ compiler (apt install g++); {_BUILD_AGAIN}",
             )
         )
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
@@ -185,7 +186,7 @@ def _gpus() -> list[Finding]:
                         "note",
                         f"not used: {why}",
                         "factor and selection run in Triton's kernels alone: as good, but slower",
-                        "with nvcc and a driver for its CUDA version: pip install --no-build-isolation -e .",
+                        f"with nvcc and a driver for its CUDA version, {_BUILD_AGAIN}",
                     )
                 )
             else:

@@ -9,8 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_DISTRIBUTIONS = {"yaml": "pyyaml"}
-
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides the bytes of a result."""
@@ -72,7 +70,7 @@ def surroundings(device: str) -> dict[str, Any]:
 def version_of(name: str) -> str | None:
     """The installed version of what is imported as `name`; None if it is not there."""
     try:
-        return metadata.version(_DISTRIBUTIONS.get(name, name))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 

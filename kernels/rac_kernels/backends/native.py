@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: How an operation ended; in step with csrc/cpu/types.h. Without memory it raises MemoryError instead.
 DONE, NOT_FINITE, NOT_POSITIVE_DEFINITE = 0, 2, 3
 
-_MEND = "install a C++ compiler (apt install g++) and run: pip install --no-build-isolation -e ."
+_MEND = "install a C++ compiler (apt install g++) and run: pip install --no-build-isolation . in the source folder"
 
 
 class NativeMissing(RuntimeError):
