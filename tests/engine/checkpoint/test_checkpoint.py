@@ -10,6 +10,7 @@ import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -363,13 +364,18 @@ def test_sha256_sees_every_byte(folder: Path) -> None:
     assert Checkpoint.open(folder).sha256() != before
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 10 kB: what is asked for beyond that fails as on a full disk."""
+    """No file may grow beyond 10 kB: what is asked for beyond that fails as on a full disk.
+
+    Not a fixture: its limit would still hold when pytest writes the test's outcome, perhaps into a file that is larger.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_disk_space_is_taken_before_anything_is_written(checkpoint: Make, tmp_path: Path) -> None:
@@ -379,10 +385,10 @@ def test_disk_space_is_taken_before_anything_is_written(checkpoint: Make, tmp_pa
         assert file.stat().st_blocks * 512 >= file.stat().st_size
 
 
-def test_full_disk_shows_before_anything_is_written(folder: Path, tmp_path: Path, full_disk: None) -> None:
+def test_full_disk_shows_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(BadInput, match="free some space"):
+    with full_disk(), pytest.raises(BadInput, match="free some space"):
         CheckpointWriter(Checkpoint.open(folder), out)
 
 
