@@ -27,6 +27,7 @@ from torch import Tensor
 from rac_engine.base import faults
 from rac_engine.base.errors import Damaged
 from rac_engine.base.files import disk_errors, pages, write_at
+from rac_engine.checkpoint import bytes_of
 from rac_engine.jobs.timeline import Timeline
 
 Place = Literal["device", "host", "disk"]
@@ -284,7 +285,7 @@ class _OnDisk(Activations):
             for write in pending:
                 write.result()
             with self._timeline.span("copy"):
-                _read(self._fd, _bytes(target), start * self._row)
+                _read(self._fd, bytes_of(target), start * self._row)
                 if not np.array_equal(self._sum(target), self._sums[start:stop]):
                     raise Damaged(
                         f"{self._folder}: activations were read back from disk with other bytes than were written; "
@@ -314,7 +315,7 @@ class _OnDisk(Activations):
                 left.synchronize()
             with self._timeline.span("copy"):
                 self._sums[start : start + len(values)] = self._sum(values)
-                write_at(self._fd, _bytes(values), start * self._row)
+                write_at(self._fd, bytes_of(values), start * self._row)
 
         self._writes.append(((start, stop), self._writer.submit(put)))
 
@@ -327,7 +328,7 @@ class _OnDisk(Activations):
 
     def _sum(self, values: Tensor) -> np.ndarray:
         """CRC-32 of each token [n] uint32."""
-        data = _bytes(values)
+        data = bytes_of(values)
         return np.array(
             [zlib.crc32(data[at : at + self._row]) for at in range(0, len(data), self._row or 1)], np.uint32
         )
@@ -351,10 +352,6 @@ def _nameless_file(folder: Path) -> int:
     fd, name = tempfile.mkstemp(dir=folder, prefix=".activations-")
     os.unlink(name)
     return fd
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return values.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(fd: int, target: memoryview, offset: int) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 from rac_engine.solve.method import Gram, LayerProblem, Target, stack
 from rac_engine.solve.methods import find_method
 from rac_engine.solve.reasons import Reason, ReasonCode
-from rac_kernels import all_finite, mask_by_score, matched_target, objective, output_cross, reconstruction_error
+from rac_kernels import (
+    all_finite,
+    count_zeros,
+    mask_by_score,
+    matched_target,
+    objective,
+    output_cross,
+    reconstruction_error,
+)
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
 
@@ -146,7 +154,7 @@ def prune_matrices(
             if not all_finite(stored):
                 stored = _by_magnitude(weights[number], wanted)
                 its = [*remarks, "the solver's result is not finite: pruned by magnitude"]
-            zeros = stored.numel() - int(stored.count_nonzero())
+            zeros = count_zeros(stored)
             found[number] = MatrixResult(
                 stored,
                 None,
@@ -241,7 +249,7 @@ def prune_table(table: Tensor, target: Target) -> MatrixResult:
         some = slice(first, first + step)
         mask = mask_by_score(table[some].float().abs(), target.sparsity, target.pattern, per="row")
         made[some] = table[some].masked_fill(mask, 0).add_(0.0)  # +0.0, never −0.0
-    zeros = made.numel() - int(made.count_nonzero())
+    zeros = count_zeros(made)
     return MatrixResult(made, None, zeros, None, ["by magnitude within each token's row: their input is a number"])
 
 
@@ -274,7 +282,7 @@ def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
 
 def left_dense(weight: Tensor, why: Reason) -> MatrixResult:
     """The result for a matrix that stays as it is."""
-    return MatrixResult(weight, None, weight.numel() - int(weight.count_nonzero()), None, [], skipped=why)
+    return MatrixResult(weight, None, count_zeros(weight), None, [], skipped=why)
 
 
 def _power(weight: Tensor, hessian: Tensor) -> float:

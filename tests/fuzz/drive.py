@@ -10,7 +10,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["rac_engine", "json", "yaml"]):
-    pass
+    from rac_engine import checkpoint, recipe, traces  # noqa: F401
+    from rac_engine.base import jsonfiles  # noqa: F401
+    from rac_engine.jobs import journal  # noqa: F401
 from tests.fuzz.targets import MEMORY, attempt, install_watch, make_targets, mutate, peak_memory
 
 
