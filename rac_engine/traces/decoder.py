@@ -18,15 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from rac_engine.base.errors import BadInput
-from rac_engine.checkpoint import Checkpoint, bytes_of
+from rac_engine.checkpoint import Checkpoint, bytes_of, fp8_block
 from rac_engine.models import Model, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
@@ -160,14 +167,7 @@ class Decoder:
         """SHA-256 of the checkpoint."""
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=dtype or source.dtype,
-            attn_implementation=DECODE_ATTENTION,
-        )
+        model = _load(source.checkpoint, dtype or source.dtype)
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             info = source.checkpoint.tensors.get(name)
             if info is not None and (tensor.dtype, tuple(tensor.shape), info.scaled) == (info.dtype, info.shape, None):
@@ -275,6 +275,23 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
         room -= len(request.prompt)
         flying.append(_InFlight(index, request.key, len(request.prompt), list(request.prompt)))
         waiting.popleft()
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The causal LM of a checkpoint; FP8 as the bf16 that it stands for, on every device, as it is pruned."""
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": DECODE_ATTENTION}
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    path = checkpoint.path
+    if fp8_block(checkpoint.config) is None:
+        return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **local, **options)
+    config = AutoConfig.from_pretrained(path, **local)
+    del config.quantization_config
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    model = causal_lm.from_pretrained(None, config=config, state_dict=tensors, **options)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:

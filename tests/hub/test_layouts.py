@@ -1,0 +1,143 @@
+"""Every command on checkpoints as the hub has them, held against what their layouts say and against transformers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rac_engine.calibrate.packing import Packing
+from rac_engine.calibrate.stream import Stream
+from rac_engine.checkpoint.reader import Checkpoint
+from rac_engine.cli.app import main
+from rac_engine.models.model import Model
+from rac_engine.traces.calibration import Calibration, TokenSequence
+from rac_engine.traces.decoder import Decoder
+from rac_engine.traces.template import render
+from tests.hub.published import LAYOUTS, Published, publish
+
+RECIPE = """\
+model: {model}
+trace: {{prompts: p.jsonl, tokens: 90, samples: 2, max_new_tokens: 6}}
+evaluate: {{problems: p.jsonl, max_new_tokens: 3}}
+"""
+COMMANDS = (
+    "plan {model}",
+    "trace {model} --prompts p.jsonl --tokens 90 --max-new-tokens 6 --out traces",
+    "prune {model} pruned --calibration traces --method sparsegpt --sparsity 0.6",
+    "eval pruned --problems p.jsonl --max-new-tokens 3 --out answers.json",
+    "verify pruned --source {model}",
+    "run recipe.yaml all",
+    "verify all --source {model}",
+)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Published]:
+    """The checkpoint of a layout, not to be written to."""
+    return functools.cache(lambda name: publish(name, tmp_path_factory.mktemp("hub")))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_command(name, published, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = published(name)
+    Path("p.jsonl").write_text('{"problem": "Add 2 and 2.", "answer": "4"}\n')
+    Path("recipe.yaml").write_text(RECIPE.format(model=given.path))
+    for words in COMMANDS:
+        assert main(words.format(model=given.path).split()) == 0, (words, capsys.readouterr().err)
+    transformers_says = loaded(given.plain)[1]
+    assert not transformers_says["missing_keys"] and not transformers_says["mismatched_keys"]
+    for out, sparsity in (("pruned", 0.6), ("all", 0.5)):
+        check_weights(given, weights(Path(out)), sparsity)
+        check_files(given, Path(out))
+        assert loaded(Path(out))[1] == transformers_says
+
+
+def check_weights(given: Published, after: dict[str, Tensor], sparsity: float) -> None:
+    """Every tensor is there, pruned as asked if the layout says that it is one of those, else as it was."""
+    assert after.keys() == given.tensors.keys()
+    for name, before in given.tensors.items():
+        tensor = after[name]
+        assert (tensor.dtype, tensor.shape) == (before.dtype, before.shape), name
+        if name in given.pruned:
+            zero = tensor == 0
+            assert float(zero.float().mean()) == pytest.approx(sparsity, abs=0.02), name
+            assert not tensor.signbit()[zero].any(), name
+        else:
+            assert torch.equal(tensor.view(torch.uint8), before.view(torch.uint8)), name
+
+
+def check_files(given: Published, out: Path) -> None:
+    """Everything beside the weights is as it was, but that config.json says nothing of FP8."""
+    for name, data in given.beside.items():
+        if name == "config.json" and given.plain != given.path:
+            config = given.config
+            config.pop("quantization_config")
+            assert list(json.loads((out / name).read_text()).items()) == list(config.items())
+        else:
+            assert (out / name).read_bytes() == data, name
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of a folder, in fp32, and what it says of the tensors."""
+    pair: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    return pair
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.inference_mode()
+def test_streamed_hidden_states_are_those_of_transformers(name, published):
+    given = published(name)
+    draw = np.random.default_rng(0)
+    size = len(Tokenizer.from_file(str(given.path / "tokenizer.json")).get_vocab())
+    sequences = [TokenSequence(draw.integers(0, size, length), 0, None) for length in (50, 23, 1)]
+    model = Model.open(Checkpoint.open(given.path))
+    stream = Stream(model, Packing.of(Calibration("random", "sequences", "all", sequences), 32), torch.float32)
+    for layer in range(model.layers):
+        tensors = {key: model.checkpoint.read(key) for key in model.tensor_names(layer)}
+        for block in model.build_layer(layer, tensors, torch.float32, "cpu"):
+            stream.advance(block)
+    whole = loaded(given.plain)[0]
+    ends = list(itertools.accumulate((len(sequence.token_ids) for sequence in sequences), initial=0))
+    for sequence, (start, stop) in zip(sequences, itertools.pairwise(ends), strict=True):
+        truth = whole(torch.as_tensor(sequence.token_ids)[None]).logits[0]
+        found = whole.lm_head(whole.base_model.norm(stream.hidden.read(start, stop)))
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_prompts_are_the_tokens_of_tokenizer_json(name, published):
+    given = published(name)
+    decoder = Decoder(given.path)
+    template = decoder.tokenizer.chat_template
+    ids = render(decoder.tokenizer, [{"role": "user", "content": "What is 1 + 21?\n"}], name)
+    text = decoder.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 1 + 21?\n"}], add_generation_prompt=True, tokenize=False
+    )
+    assert template and "What is 1 + 21?" in text
+    backend = Tokenizer.from_file(str(given.path / "tokenizer.json"))
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    said = json.loads((given.path / "generation_config.json").read_text())["eos_token_id"]
+    assert decoder.stops == frozenset(said if isinstance(said, list) else [said])
