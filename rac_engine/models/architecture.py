@@ -30,7 +30,8 @@ class Architecture:
         self.family, self.config = family, config
         self.layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
-        self._experts_per_token: int = getattr(config, "num_experts_per_tok", 0)
+        per_token = getattr(config, "num_experts_per_tok", 0)
+        self._experts_per_token: int = max(per_token) if isinstance(per_token, list) else per_token
         self._pretrained = family.find("PreTrainedModel")
         self._rotary = family.make("RotaryEmbedding", config)
         self._mixtures: dict[int, bool] = {}
@@ -66,7 +67,10 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors that the config calls for, by their on-disk names."""
         table = (self.config.vocab_size, self.config.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {self.family.embedding: table, self.family.norm: table[1:]}
+        shapes: dict[str, tuple[int, ...]] = {
+            self.family.embedding: table,
+            **dict.fromkeys(self.norm_names(), table[1:]),
+        }
         if not self.config.tie_word_embeddings:
             shapes[self.family.head] = table
         kinds: dict[bool, dict[str, tuple[int, ...]]] = {}
@@ -78,6 +82,15 @@ class Architecture:
                 kinds[kind] = {self.family.on_disk(name): tuple(tensor.shape) for name, tensor in state.items()}
             shapes.update({self._prefix(index) + name: shape for name, shape in kinds[kind].items()})
         return shapes
+
+    def norm_names(self) -> list[str]:
+        """On-disk names of the final norm's tensors: its weight and, of some families, a bias."""
+        return [self.family.norm.removesuffix("weight") + part for part in self._final_norm().state_dict()]
+
+    def _final_norm(self) -> nn.Module:
+        """The final norm without weights: of the same class as those in the layers."""
+        plan = self.plans(0)[0]
+        return self._bare_layer(0).get_submodule(plan.norm or plan.after or "")
 
     def _prefix(self, layer: int) -> str:
         return f"{self.family.layers}{layer}."
@@ -108,19 +121,18 @@ class Architecture:
 
     def _stays_fp32(self, name: str, dtype: torch.dtype) -> bool:
         """Whether transformers keeps this tensor of a layer in fp32 in a model of that dtype."""
-        kept = set(self._pretrained._keep_in_fp32_modules_strict or ())
+        kept = {*self.family.fp32, *(self._pretrained._keep_in_fp32_modules_strict or ())}
         if dtype == torch.float16:
             kept |= set(self._pretrained._keep_in_fp32_modules or ())
-        return dtype != torch.float32 and not kept.isdisjoint(name.split("."))
+        return dtype != torch.float32 and any(part in name for part in kept)
 
     def _positions(self, x: Tensor, chunk: Chunk, layer: int) -> Any:
         """Rotary embeddings of a chunk: positions start at 0 in every sequence."""
         rotary, rope = self._rotary.to(x.device), self.config.rope_parameters or {}
         which = [self.config.layer_types[layer]] if self.family.rotary_by_layer_type else []
-        part = slice(chunk.offset, chunk.offset + chunk.stop - chunk.start)
-        ranges = [torch.arange(length, device=x.device)[None] for length in chunk.lengths]
         if functools.reduce(dict.__getitem__, which, rope).get("rope_type") in ("dynamic", "longrope"):
             # Frequencies depend on the sequence's length: every sequence asks for its own.
-            parts = [rotary(x, positions, *which) for positions in ranges]
+            part = slice(chunk.offset, chunk.offset + chunk.stop - chunk.start)
+            parts = [rotary(x, torch.arange(length, device=x.device)[None], *which) for length in chunk.lengths]
             return tuple(torch.cat(each, dim=1)[:, part] for each in zip(*parts, strict=True))
-        return rotary(x, torch.cat(ranges, dim=1)[:, part], *which)
+        return rotary(x, chunk.positions(x.device)[None], *which)

@@ -30,11 +30,13 @@ class KeyValues:
         return tuple(held[:, :, : self._seen] for held in self._held)
 
 
-def scoring_of(options: dict[str, Any]) -> Scoring:
-    """The `Scoring` that the options of transformers' attention functions ask for; the others are passed over."""
-    return Scoring(
-        options["scaling"], options.get("sliding_window"), options.get("softcap"), sinks=options.get("s_aux")
-    )
+def scoring_of(module: nn.Module, options: dict[str, Any]) -> Scoring:
+    """The `Scoring` that the options of transformers' attention functions ask for; the others are passed over.
+
+    Where no option names the window, it is the attention `module`'s own: transformers then has it in its mask alone.
+    """
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))
+    return Scoring(options["scaling"], window, options.get("softcap"), sinks=options.get("s_aux"))
 
 
 def attend(
@@ -46,7 +48,7 @@ def attend(
     sequences that lie behind one another, and what `scoring_of` reads. Returns [1, tokens, heads, e].
     """
     lengths: Sequence[int] = options["lengths"]
-    return packed_attention(query[0], key[0], value[0], lengths, scoring_of(options))[None], None
+    return packed_attention(query[0], key[0], value[0], lengths, scoring_of(module, options))[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, attend)

@@ -44,6 +44,7 @@ class Block:
         """Keys and values of the sequence of which a part has gone through the attention."""
         taken = inspect.signature(self._module.forward).parameters
         self._cache_name = "cache" if "cache" in taken else "past_key_values"  # renamed by transformers 5.24
+        self._asks_positions = "position_ids" in taken
         self.linears = {name: layer.get_submodule(family.in_module(name)) for group in groups for name in group.modules}
         """The block's matrices by their names within the layer on disk."""
         shared = [group for group in groups if group.expert is None]
@@ -179,12 +180,15 @@ class Block:
             lengths = (len(x),)
             if chunk.offset == 0:
                 self._seen = KeyValues(chunk.lengths[0])
+        asked: dict[str, Any] = {self._cache_name: self._seen}
+        if self._asks_positions:
+            asked["position_ids"] = chunk.positions(x.device)[None]
         inner: Tensor = self._module(
             x[None],
             position_embeddings=self._rotary(x[None], chunk),
             attention_mask=None,
             lengths=lengths,
-            **{self._cache_name: self._seen},
+            **asked,
         )[0][0]
         if chunk.offset + len(x) == chunk.lengths[0]:
             self._seen = None  # the last part

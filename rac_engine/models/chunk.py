@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -21,3 +24,8 @@ class Chunk:
     def is_part(self) -> bool:
         """Whether there is more of the sequence in other chunks."""
         return self.stop - self.start < self.lengths[0]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Where each token [tokens] stands in its sequence, counted from 0."""
+        ranges = torch.cat([torch.arange(length, device=device) for length in self.lengths])
+        return ranges[self.offset : self.offset + self.stop - self.start]

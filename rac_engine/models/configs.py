@@ -19,9 +19,9 @@ from rac_engine.models.plans import Family
 
 # What transformers makes lists of: a config that asks for more than any model has would be obeyed for days.
 _MOST = {
-    "num_hidden_layers": 10_000,
-    "num_nextn_predict_layers": 10_000,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), 100_000),
+    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"), 10_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 100_000),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 100_000),
 }
 
 _MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
@@ -34,6 +34,8 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
     blocks, and for counts beyond any model's.
     """
     kind = config.get("model_type")
+    if kind == "mistral" and "layer_types" in config:
+        kind = "ministral"  # as transformers takes it
     family = find_family(kind)
     if family is None:
         raise BadInput(
@@ -72,17 +74,29 @@ def transformers_errors(file: Path) -> Iterator[None]:
         raise BadInput(f"{file}: transformers refuses it: {type(error).__name__}: {reason}") from error
 
 
+def _with_floats(value: Any) -> Any:
+    """A copy of a part of a config.json with transformers' own form of floats that JSON lacks read as such."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else copy.deepcopy(value)
+
+
 def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     """The configuration object that transformers makes of a config.json (`file`), for our packed attention.
 
-    Raises `BadInput` for a model that is not causal and for heads beyond any model's, and whatever transformers raises.
+    Raises `BadInput` for a model that is not causal, for what the family is not described for, and for heads beyond any
+    model's, and whatever transformers raises.
     """
     # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
-    plain = copy.deepcopy({key: value for key, value in config.items() if key != "quantization_config"})
-    parsed = CONFIG_MAPPING[family.model_type].from_dict(plain)
+    plain = _with_floats({key: value for key, value in config.items() if key != "quantization_config"})
+    parsed = CONFIG_MAPPING[family.config_type or family.model_type].from_dict(plain)
     parsed._attn_implementation = PACKED_ATTENTION
     if getattr(parsed, "use_bidirectional_attention", False):
         raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")
+    if (reason := family.unfit(parsed)) is not None:
+        raise BadInput(f"{file}: {reason}")
     with torch.device("meta"):
         angles = sum(buffer.numel() for buffer in family.make("RotaryEmbedding", parsed).buffers())
     if angles > _MOST_ANGLES:

@@ -9,6 +9,7 @@ tests/tiny.py: the tests hold every family there against transformers' own forwa
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, TensorInfo, fp8_block
@@ -66,6 +68,12 @@ class Model(Architecture):
             model = cls(checkpoint, family, parse_config(file, family, checkpoint.config))
             return model, model.shapes()
 
+    def loading_config(self) -> Any:
+        """The configuration for transformers to load the checkpoint with; None where it finds the class by itself."""
+        if self.family.config_type is None:
+            return None
+        return CONFIG_MAPPING[self.family.config_type].from_dict(copy.deepcopy(self.checkpoint.config))
+
     @property
     def extra_layers(self) -> range:
         """Layers on disk behind the last one, which predict further tokens and which transformers does not load."""
@@ -83,6 +91,9 @@ class Model(Architecture):
         if any(name.startswith(extra) for name in self.checkpoint.tensors):
             layers = ", ".join(str(layer) for layer in self.extra_layers)
             found.append(f"layer {layers} predicts further tokens and was not pruned: transformers does not run it")
+        for prefix in self.family.further:
+            if any(name.startswith(prefix) for name in self.checkpoint.tensors):
+                found.append(f"{prefix}* predicts further tokens and was not pruned: transformers does not run it")
         return found
 
     def parts(self, also: Sequence[str] = ()) -> list[int]:
@@ -101,7 +112,7 @@ class Model(Architecture):
     def tensor_names(self, layer: int) -> list[str]:
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:
-            return [self.family.norm, self.family.head]
+            return [*self.norm_names(), self.family.head]
         return [name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer))]
 
     def matrices(self, layer: int) -> list[Matrix]:
@@ -155,10 +166,10 @@ class Model(Architecture):
         ]
 
     def _head(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Head:
-        plan = self.plans(0)[0]
-        norm = self._bare_layer(0).get_submodule(plan.norm or plan.after or "")  # the final one is of the same class
+        norm = self._final_norm()
         own = torch.float32 if self._stays_fp32("norm", dtype) else dtype
-        norm.load_state_dict({"weight": tensors[self.family.norm].to(device, own)}, assign=True)
+        state = {name.rpartition(".")[2]: tensors[name].to(device, own) for name in self.norm_names()}
+        norm.load_state_dict(state, assign=True)
         (matrix,) = self.matrices(self.layers)
         return Head(norm.requires_grad_(False).eval(), matrix.group)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,14 @@ class Family:
     """Whether the rotary embedding is asked for by `config.layer_types`."""
     extra_layers: str | None = None
     """The config's number of layers behind the last one that are on disk only."""
+    further: tuple[str, ...] = ()
+    """Beginnings of names on disk of other parts that predict further tokens and are on disk only."""
+    fp32: tuple[str, ...] = ()
+    """Parts of names of tensors to compute in fp32 besides those that transformers' class lists."""
+    config_type: str | None = None
+    """The model_type whose configuration class transformers has for it; None: its own."""
+    unfit: Callable[[Any], str | None] = lambda config: None
+    """Why a config of this family cannot be pruned; None if it can."""
     layers: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
@@ -127,6 +135,13 @@ LATENT = BlockPlan(
     between=("q_b_proj", "kv_b_proj"),
 )
 
-SHARED = tuple(f"shared_experts.{name}" for name in _GATE_UP)
+UP_DOWN = replace(PRE_NORM[1], inputs=("up_proj",))
 
-MIXTURE = BlockPlan("mlp", "post_attention_layernorm", SHARED, "shared_experts.down_proj", experts=ExpertPlan())
+
+def mixture(shared: str = "shared_experts") -> BlockPlan:
+    """A mixture of experts with its norm before it; `shared`: the expert that all tokens go through, if any."""
+    inputs = tuple(f"{shared}.{name}" for name in _GATE_UP)
+    return BlockPlan("mlp", "post_attention_layernorm", inputs, f"{shared}.down_proj", experts=ExpertPlan())
+
+
+MIXTURE = mixture()

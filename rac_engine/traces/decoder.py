@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -141,13 +142,16 @@ class _DecodeStep:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self.device)
 
 
+_STEP: ContextVar[_DecodeStep] = ContextVar("step")
+"""The forward pass that is under way: not every decoder layer of transformers hands options on to its attention."""
+
+
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
     """`_DecodeStep.attend` as one of transformers' attention functions, the `step` being one of its options."""
-    step: _DecodeStep = options["step"]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return step.attend(layer, query, key, value, scoring_of(options)), None
+    return _STEP.get().attend(layer, query, key, value, scoring_of(module, options)), None
 
 
 AttentionInterface.register(DECODE_ATTENTION, _attend)
@@ -167,7 +171,7 @@ class Decoder:
         """SHA-256 of the checkpoint."""
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
-        model = _load(source.checkpoint, dtype or source.dtype)
+        model = _load(source, dtype or source.dtype)
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             info = source.checkpoint.tensors.get(name)
             if info is not None and (tensor.dtype, tuple(tensor.shape), info.scaled) == (info.dtype, info.shape, None):
@@ -251,13 +255,17 @@ class Decoder:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
         cache.reserve(max(len(sequence.tokens) for sequence in flying))
         step = _DecodeStep(cache, flying, old, self.device)
-        logits = self.model(
-            input_ids=step.tokens[None],
-            position_ids=step.positions[None],
-            use_cache=False,
-            logits_to_keep=step.last,
-            step=step,
-        ).logits[0, :, : self.vocabulary]
+        before = _STEP.set(step)
+        try:
+            found = self.model(
+                input_ids=step.tokens[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                logits_to_keep=step.last,
+            )
+        finally:
+            _STEP.reset(before)
+        logits = found.logits[0, :, : self.vocabulary]
         positions = [len(sequence.tokens) - sequence.prompt for sequence in flying]
         draws = torch.from_numpy(uniforms([sequence.key for sequence in flying], positions)).to(self.device)
         chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
@@ -277,14 +285,16 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
         waiting.popleft()
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _load(source: Model, dtype: torch.dtype) -> Any:
     """The causal LM of a checkpoint; FP8 as the bf16 that it stands for, on every device, as it is pruned."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": DECODE_ATTENTION}
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    checkpoint, config = source.checkpoint, source.loading_config()
     path = checkpoint.path
     if fp8_block(checkpoint.config) is None:
-        return AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **local, **options)
-    config = AutoConfig.from_pretrained(path, **local)
+        return AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
+    if config is None:
+        config = AutoConfig.from_pretrained(path, **local)
     del config.quantization_config
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

@@ -155,7 +155,7 @@ def change_config(folder: Path, **changes: Any) -> None:
     [
         (
             {"model_type": "mamba"},
-            "'mamba' is not known; known are deepseek_v3, .*families.md says how to add",
+            "'mamba' is not known; known are apertus, .*deepseek_v3, .*families.md says how to add",
         ),
         ({"model_type": None}, "None is not known"),
         ({"model_type": ["qwen2"]}, "is not known"),
