@@ -6,7 +6,8 @@ is derived from the engine or from transformers: it is what they are held agains
 
 `tensors.txt` begins with the names of the weight files, `files 3 model-%05d-of-%06d.safetensors`. Each line behind is a
 tensor, with its dtype in safetensors' words and its shape, and `pruned` at the end if it is one of those that a pruning
-job prunes. A range `{0-2}` or a list `{1,3}` in a name stands for a tensor each. Lines beginning with # are remarks.
+job prunes. A range `{0-2}` or a list `{q,k}` in a name stands for a tensor each. Lines beginning with # are remarks;
+`also FILE` is a file of weights in another form, which no index names.
 
 The weights are random; block-scaled FP8 is the value and the scale of each block that `weight_scale_inv` has. Every
 layout has the same byte-level BPE of 272 tokens, with the special tokens of its tokenizer_config.json at their ids. A
@@ -71,10 +72,13 @@ def publish(name: str, folder: Path) -> Published:
     source, path, plain = HOME / "layouts" / name, folder / name, folder / "plain" / name
     shutil.copytree(source, path, ignore=shutil.ignore_patterns("tensors.txt"))
     config = json.loads((path / "config.json").read_text())
-    for module in {value.split(".")[0] for value in (config.get("auto_map") or {}).values()}:
+    for module in {value.split(".")[0] for value in config.get("auto_map", {}).values() if "/" not in value}:
         (path / f"{module}.py").write_text("raise SystemExit('code of the checkpoint was run')\n")
     _write_tokenizer(path)
     lines = [line for line in (source / "tensors.txt").read_text().splitlines() if line and line[0] != "#"]
+    for file in [line.removeprefix("also ") for line in lines if line.startswith("also ")]:
+        save_file({"tok_embeddings.weight": torch.zeros(2, 3)}, path / file)
+    lines = [line for line in lines if not line.startswith("also ")]
     stored = _random_tensors(lines[1:], config)
     _write_weights(path, lines[0], stored)
     tensors = {key: _without_scales(key, stored, config) for key in stored if not key.endswith(SCALE)}
@@ -142,7 +146,7 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
             # Norms around one, biases around zero, and matrices that keep the size of what goes through them.
             tensor = 1 + tensor / 10 if len(shape) == 1 and key.endswith("weight") else tensor / math.sqrt(shape[-1])
             if dtype == "F8_E4M3":
-                tensor, scales[key + SCALE] = _to_fp8(tensor, config["quantization_config"]["weight_block_size"])
+                tensor, scales[key + SCALE] = _to_fp8(tensor, config["quantization_config"])
             made[key] = tensor.to(DTYPES[dtype])
     assert not scales, f"no scales in the table for {sorted(scales)}"
     return made
@@ -153,13 +157,16 @@ def _spread(scales: Tensor, block: list[int], shape: torch.Size) -> Tensor:
     return scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
 
 
-def _to_fp8(tensor: Tensor, block: list[int]) -> tuple[Tensor, Tensor]:
-    """A matrix in FP8, and the scales of its blocks."""
+def _to_fp8(tensor: Tensor, quantization: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A matrix in FP8, and the scales of its blocks, which may have to be powers of two."""
+    block = quantization["weight_block_size"]
     rows, columns = (-(-size // part) for size, part in zip(tensor.shape, block, strict=True))
     scales = torch.empty(rows, columns)
     for i, j in itertools.product(range(rows), range(columns)):
         here = tensor[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]]
         scales[i, j] = here.abs().max() / 448
+    if quantization.get("scale_fmt") == "ue8m0":
+        scales = scales.log2().ceil().exp2()
     return (tensor / _spread(scales, block, tensor.shape)).to(torch.float8_e4m3fn), scales
 
 
