@@ -10,6 +10,7 @@ from rac_kernels.backends import native
 from rac_kernels.measure import roofline
 from rac_kernels.ops.attention import Scoring, decode_attention, packed_attention
 from rac_kernels.ops.blend import blend_
+from rac_kernels.ops.codes import FP4_NUMBERS, INT4_NUMBERS, dequantize_codes, powers_of_two
 from rac_kernels.ops.column_norm import column_norm_accumulate_
 from rac_kernels.ops.cross import cross_accumulate_
 from rac_kernels.ops.factor import Factor, FactorError, factor_, factor_batch_, refactor_
@@ -35,6 +36,8 @@ from rac_kernels.solvers.refine import RefineResult, refine
 from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_error
 
 __all__ = [
+    "FP4_NUMBERS",
+    "INT4_NUMBERS",
     "Factor",
     "FactorError",
     "MaskedAdam",
@@ -53,6 +56,7 @@ __all__ = [
     "cross_accumulate_",
     "decode_attention",
     "dequantize_blocks",
+    "dequantize_codes",
     "factor_",
     "factor_batch_",
     "finite_tokens",
@@ -66,6 +70,7 @@ __all__ = [
     "output_cross",
     "packed_attention",
     "pattern_order",
+    "powers_of_two",
     "reconstruction_error",
     "refactor_",
     "refine",

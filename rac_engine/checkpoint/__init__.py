@@ -2,12 +2,12 @@
 
 Begin at `Checkpoint.open(folder)`, which checks config, index and headers before anything in them is believed, and
 `CheckpointWriter(source, folder)`, which writes a checkpoint with the same names, dtypes and shards. Nothing here
-knows what a tensor is for. Block-scaled FP8 is read as the bf16 that it stands for.
+knows what a tensor is for. Quantized weights are read as the bf16 that they stand for (see `formats`).
 """
 
 from __future__ import annotations
 
-from rac_engine.checkpoint.fp8 import fp8_block
+from rac_engine.checkpoint.formats import READ, find_format, unread_format
 from rac_engine.checkpoint.header import TensorInfo, read_config
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, other_files
 from rac_engine.checkpoint.tensors import bytes_of, is_finite
@@ -15,13 +15,15 @@ from rac_engine.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "INDEX",
+    "READ",
     "SINGLE",
     "Checkpoint",
     "CheckpointWriter",
     "TensorInfo",
     "bytes_of",
-    "fp8_block",
+    "find_format",
     "is_finite",
     "other_files",
     "read_config",
+    "unread_format",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +53,26 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    scaled: Scaled | None = None
-    """Set where the tensor lies in the file as FP8, from `offset` on; `dtype` and `nbytes` are those it is read in."""
+    quantized: Quantized | None = None
+    """Set where the tensor lies quantized in the files; `dtype`, `shape` and `nbytes` are those that it is read in."""
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """FP8 in the file: every block of rows and columns is multiplied by one number to become bf16."""
+class Quantized(ABC):
+    """A tensor that lies in the files as other tensors, from which it is made as it is read."""
 
-    dtype: torch.dtype
-    scales: TensorInfo
-    """`weight_scale_inv` [⌈rows / block⌉, ⌈columns / block⌉]"""
-    block: tuple[int, int]
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The tensors in the files, that of the values first: the whole takes its place."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> int:
+        """Rows (of the first dimension) that are best made together."""
+
+    @abstractmethod
+    def read(self, first: int, last: int, out: torch.Tensor) -> None:
+        """Make the rows from `first` up to `last` in `out`, [last - first, …] in the dtype that they are read in."""
 
 
 def read_config(file: Path) -> dict[str, Any]:

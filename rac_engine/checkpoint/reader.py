@@ -16,8 +16,9 @@ import torch
 
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import read_small
-from rac_engine.checkpoint.fp8 import as_bf16, fp8_block
+from rac_engine.checkpoint.formats import find_format
 from rac_engine.checkpoint.header import TensorInfo, read_config, read_header
+from rac_engine.checkpoint.quantized import presented, without_sections
 from rac_engine.checkpoint.tensors import bytes_of, is_finite, pieces_of, read_tensor
 from rac_engine.jobs.layout import CARD, RAC
 
@@ -32,13 +33,15 @@ _WEIGHT_FILES = (
     *(".gguf", ".ggml", ".ot", ".tflite", ".index.json"),
 )
 
+_QUANTIZED = "hf_quant_config.json"  # by which engines take the weights beside it for quantized ones
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder with config.json and safetensors, one file or shards with an index. Made by `open`.
 
-    Block-scaled FP8 weights (DeepSeek's format: `weight` and `weight_scale_inv`) are read as bf16, and a copy of the
-    checkpoint has them as bf16; the scales do not appear among `tensors`.
+    Quantized weights (see `formats`) are read as bf16, and a copy of the checkpoint has them as bf16; what scales them
+    does not appear among `tensors`.
     """
 
     path: Path
@@ -46,6 +49,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shards: dict[str, list[TensorInfo]]
     """Tensors of each weight file in the order of their bytes, by file name."""
+    left_out: int = 0
+    """Scales of quantized activations and caches, which lie beside quantized weights and are not among `tensors`."""
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -89,15 +94,15 @@ class Checkpoint:
         for name in weight_map or ():
             if name not in tensors:
                 raise BadInput(f"{index}: {name!r} is not in {(weight_map or {})[name]}; fetch the checkpoint again")
-        if fp8_block(config) is not None:
-            tensors, shards = as_bf16(folder, config, tensors, shards)
-        return cls(folder, config, tensors, shards)
+        if (form := find_format(config)) is None:
+            return cls(folder, config, tensors, shards)
+        shards, left_out = presented(folder, form, shards)
+        return cls(folder, config, {info.name: info for infos in shards.values() for info in infos}, shards, left_out)
 
     def copied_file(self, name: str) -> bytes:
-        """Bytes of a file beside the weights as a copy of the checkpoint has it: config.json says nothing of FP8."""
-        if name == "config.json" and fp8_block(self.config) is not None:
-            config = {key: value for key, value in self.config.items() if key != "quantization_config"}
-            return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        """Bytes of a file beside the weights as a copy of the checkpoint has it: its weights are not quantized."""
+        if name == "config.json" and find_format(self.config) is not None:
+            return (json.dumps(without_sections(self.config), indent=2, ensure_ascii=False) + "\n").encode()
         return read_small(inside(self.path, name), 1 << 62)
 
     def read(self, name: str, rows: tuple[int, int] | None = None, pin: bool = False) -> torch.Tensor:
@@ -155,7 +160,8 @@ class Checkpoint:
 def other_files(folder: Path) -> list[str]:
     """The files beside the weights that belong to a checkpoint, relative to `folder`.
 
-    Left out: weights in any format, hidden files, the model card (the pruned model has its own), and `rac/`.
+    Left out: weights in any format and what says that they are quantized, hidden files, the model card (the pruned
+    model has its own), and `rac/`.
     """
     found = []
     for base, folders, files in os.walk(folder):
@@ -164,7 +170,9 @@ def other_files(folder: Path) -> list[str]:
         found += [
             str(relative / name)
             for name in sorted(files)
-            if not name.startswith(".") and not name.lower().endswith(_WEIGHT_FILES) and (relative / name) != Path(CARD)
+            if not name.startswith(".")
+            and not name.lower().endswith(_WEIGHT_FILES)
+            and str(relative / name) not in (CARD, _QUANTIZED)
         ]
     return found
 

@@ -72,7 +72,7 @@ class CheckpointWriter:
         return hashlib.sha256(data).hexdigest()
 
     def copy(self, name: str) -> str:
-        """Put the source's bytes of a tensor (FP8 as bf16) in their place and return their SHA-256."""
+        """Put the source's bytes of a tensor, as `source` presents it, in their place and return their SHA-256."""
         there, place = self.source.tensors[name], self._infos[name]
         digest, at = hashlib.sha256(), place.offset
         with disk_errors(place.file), opened(place.file, os.O_WRONLY) as target:

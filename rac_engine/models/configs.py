@@ -12,7 +12,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
-from rac_engine.checkpoint import fp8_block
+from rac_engine.checkpoint import READ, unread_format
 from rac_engine.models.attention import PACKED_ATTENTION
 from rac_engine.models.families import find_family, known_families
 from rac_engine.models.plans import Family
@@ -30,8 +30,8 @@ _MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a 
 def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
     """The family of a config.json (`file`).
 
-    Raises `BadInput` for a `model_type` that is not known, for compressed weights, for quantized ones other than FP8 in
-    blocks, and for counts beyond any model's.
+    Raises `BadInput` for a `model_type` that is not known, for compressed weights, for quantized ones in a
+    format that is not read, and for counts beyond any model's.
     """
     kind = config.get("model_type")
     if kind == "mistral" and "layer_types" in config:
@@ -48,12 +48,10 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
                 f"{file}: {key} is set, so the weights are compressed, or would be taken for it; prune the model "
                 "that it was made from, or remove the key if the weights are plain"
             )
-    if fp8_block(config) is None and "quantization_config" in config:
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    if (unread := unread_format(config)) is not None:
         raise BadInput(
-            f"{file}: the weights are quantized ({method}); of quantized weights only FP8 in blocks is read, with "
-            "weight_block_size and weight_scale_inv; prune the bf16 model"
+            f"{file}: the weights are quantized ({unread}); of quantized weights only {READ} are read; prune the bf16 "
+            "model"
         )
     for key, most in _MOST.items():
         count = config.get(key)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
-from rac_engine.checkpoint import Checkpoint, TensorInfo, fp8_block
+from rac_engine.checkpoint import Checkpoint, TensorInfo, find_format
 from rac_engine.models.architecture import Architecture
 from rac_engine.models.block import Block, Head
 from rac_engine.models.configs import accepted_family, parse_config, transformers_errors
@@ -83,9 +83,13 @@ class Model(Architecture):
     def notes(self) -> list[str]:
         """Remarks for the report on how this checkpoint is read and written."""
         found = []
-        if (block := fp8_block(self.checkpoint.config)) is not None:
+        if (form := find_format(self.checkpoint.config)) is not None:
+            made = {str(info.dtype)[6:] for info in self.checkpoint.tensors.values() if info.quantized is not None}
+            read = f"were read and written as {' and '.join(sorted(made))}" if made else "are none: all are plain"
+            found.append(f"weights in {form.words} {read}")
+        if (count := self.checkpoint.left_out) > 0:
             found.append(
-                f"weights in FP8 with a scale for each {block[0]} × {block[1]} were read and written as bfloat16"
+                f"{count} scales of quantized activations and caches were left out: plain weights have no use for them"
             )
         extra = tuple(self._prefix(layer) for layer in self.extra_layers)
         if any(name.startswith(extra) for name in self.checkpoint.tensors):

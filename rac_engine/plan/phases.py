@@ -230,8 +230,8 @@ class PhasePlanner:
             if not head:
                 layer["weights read ahead"] = max(shape.layer_bytes, shape.head_bytes)
             layer[BEHIND] = shape.layer_bytes
-        if shape.fp8_bytes and not head:
-            layer["FP8 being read"] = shape.fp8_bytes
+        if shape.quantized_bytes and not head:
+            layer["quantized weights being read"] = shape.quantized_bytes
         host = {**self.base, **layer, **host}
         host = host if self.on_gpu else {**host, **work}
         return Phase(name, {**device, **work} if self.on_gpu else {}, host, None if head else key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from rac_engine.calibrate import match_bytes, statistic_bytes
-from rac_engine.checkpoint import fp8_block
+from rac_engine.checkpoint import find_format
 from rac_engine.models import Model, working_dtype
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import Needs, run_of_rows
@@ -147,8 +147,8 @@ class Shape:
     size: int
     """Bytes of an activation."""
     embedding_bytes: int
-    fp8_bytes: int
-    """Bytes of the largest tensor in FP8 as it lies in the file."""
+    quantized_bytes: int
+    """Bytes of the largest matrix as it lies quantized in the files, at most one a weight."""
     attention: Attention
     stages: tuple[Stage, ...]
     """Inputs that are looked at together, of the largest layer and of the first."""
@@ -186,7 +186,7 @@ class Shape:
             weight_size=model.matrices(largest)[0].dtype.itemsize,
             size=dtype.itemsize,
             embedding_bytes=infos[model.family.embedding].nbytes * (2 if "embeddings" in settings.also else 1),
-            fp8_bytes=0 if fp8_block(model.checkpoint.config) is None else _largest(model, largest),
+            quantized_bytes=0 if find_format(model.checkpoint.config) is None else _largest(model, largest),
             attention=Attention.of(model),
             stages=tuple(stages),
         )

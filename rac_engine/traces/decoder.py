@@ -174,7 +174,11 @@ class Decoder:
         model = _load(source, dtype or source.dtype)
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             info = source.checkpoint.tensors.get(name)
-            if info is not None and (tensor.dtype, tuple(tensor.shape), info.scaled) == (info.dtype, info.shape, None):
+            if info is not None and (tensor.dtype, tuple(tensor.shape), info.quantized) == (
+                info.dtype,
+                info.shape,
+                None,
+            ):
                 source.checkpoint.check_unchanged(name, bytes_of(tensor))
         self.model = model.eval().to(self.device)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):

@@ -176,7 +176,10 @@ def test_scales_must_fit(pair: tuple[Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, NVFP4"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors, pack-quantized"),
+        ({"quant_method": ["fp8"], "format": {"a": 1}}, r"\['fp8'\], \{'a': 1\}"),
         ({"quant_method": "fp8"}, "fp8"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "fp8"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "fp8"),
@@ -212,12 +215,12 @@ def test_going_through_fp8_holds_runs_of_a_matrix_only(
 
     def noted(info: Any, *rest: Any) -> Tensor:
         tensor = real(info, *rest)
-        if info.scaled is not None:
+        if info.quantized is not None:
             held.append(tensor.nbytes)
         return tensor
 
     source = Checkpoint.open(pair[0])
-    whole = {name: source.read(name) for name, info in source.tensors.items() if info.scaled is not None}
+    whole = {name: source.read(name) for name, info in source.tensors.items() if info.quantized is not None}
     digests = {name: hashlib.sha256(module.bytes_of(tensor)).hexdigest() for name, tensor in whole.items()}
     with monkeypatch.context() as patch:
         patch.setattr(module, "read_tensor", noted)
