@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from rac_engine.base.errors import BadInput
-from rac_engine.checkpoint import Checkpoint, bytes_of, fp8_block
+from rac_engine.checkpoint import Checkpoint, bytes_of, find_format
 from rac_engine.models import Model, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
@@ -174,11 +174,7 @@ class Decoder:
         model = _load(source, dtype or source.dtype)
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             info = source.checkpoint.tensors.get(name)
-            if info is not None and (tensor.dtype, tuple(tensor.shape), info.quantized) == (
-                info.dtype,
-                info.shape,
-                None,
-            ):
+            if info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape):
                 source.checkpoint.check_unchanged(name, bytes_of(tensor))
         self.model = model.eval().to(self.device)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
@@ -290,22 +286,35 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
 
 
 def _load(source: Model, dtype: torch.dtype) -> Any:
-    """The causal LM of a checkpoint; FP8 as the bf16 that it stands for, on every device, as it is pruned."""
+    """The causal LM of a checkpoint; quantized weights as what they stand for, on every device, as they are pruned."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": DECODE_ATTENTION}
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     checkpoint, config = source.checkpoint, source.loading_config()
     path = checkpoint.path
-    if fp8_block(checkpoint.config) is None:
+    if find_format(checkpoint.config) is None:
         return AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
     if config is None:
         config = AutoConfig.from_pretrained(path, **local)
-    del config.quantization_config
-    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
     causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     model = causal_lm.from_pretrained(None, config=config, state_dict=tensors, **options)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor of a checkpoint that is read when transformers' loader asks for `[...]` of it."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.checkpoint.read(self.name)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -22,6 +22,8 @@ from rac_engine.engine.verify import verify
 from rac_engine.models.model import Model
 from rac_engine.plan.plan import make_plan
 from rac_engine.recipe.settings import PruneSettings
+from rac_engine.traces.decoder import Decoder
+from rac_engine.traces.sampling import Request, Sampling
 from tests import tiny
 
 LAYERS, HIDDEN, WIDTH, EXPERTS, HEADS, HEAD = 2, 64, 96, 4, 4, 16
@@ -188,6 +190,19 @@ def test_mxfp4_is_pruned_as_the_bf16_that_it_stands_for(pair: tuple[Path, Path],
     assert verify(made, pair[0]).problems == []
     model: Any = AutoModelForCausalLM.from_pretrained(made)
     assert model.generate(torch.arange(4)[None], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_sampling_is_that_of_the_bf16_that_it_stands_for(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    sampled = []
+    for source in pair:
+        folder = Path(shutil.copytree(source, tmp_path / source.name))
+        tiny.save_tokenizer(folder)
+        decoder = Decoder(folder)
+        assert decoder.stops == {2, 4}
+        requests = [Request([5, 6 + number], number) for number in range(3)]
+        sampled.append(decoder.decode(requests, Sampling(max_new_tokens=12, temperature=1.0), 2))
+    assert sampled[0] == sampled[1]
+    assert decoder.model.config._attn_implementation == "rac_decode"
 
 
 def test_a_plan_needs_only_the_config_of_an_mxfp4_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
