@@ -4,14 +4,16 @@ A layout's folder holds its config.json, generation_config.json and tokenizer_co
 values of the published files, sizes aside; `tensors.txt`; and whatever else lies beside the weights there. None of that
 is derived from the engine or from transformers: it is what they are held against.
 
-`tensors.txt` begins with the names of the weight files, `files 3 model-%05d-of-%06d.safetensors`. Each line behind is a
-tensor, with its dtype in safetensors' words and its shape, and `pruned` at the end if it is one of those that a pruning
-job prunes. A range `{0-2}` or a list `{q,k}` in a name stands for a tensor each. Lines beginning with # are remarks;
-`also FILE` is a file of weights in another form, which no index names.
+`tensors.txt` begins with the names of the weight files, `files 3 model-%05d-of-%06d.safetensors`, with `from 0`
+behind where they are not counted from 1. Each line behind is a tensor, with its dtype in safetensors' words and its
+shape, and `pruned` at the end if it is one of those that a pruning job prunes. A range `{0-2}` or a list `{q,k}` in a
+name stands for a tensor each. Lines beginning with # are remarks; `also FILE` is a file of weights in another form,
+which no index names.
 
-The weights are random; block-scaled FP8 is the value and the scale of each block that `weight_scale_inv` has. Every
-layout has the same byte-level BPE of 272 tokens, with the special tokens of its tokenizer_config.json at their ids. A
-chat template is named there by its file in `templates`, and put in its place.
+The weights are random; block-scaled FP8 is the value and the scale of each block that `weight_scale_inv` has, and
+MXFP4, `_blocks` and `_scales`, stands for what transformers makes of it. Every layout has the same byte-level BPE of
+272 tokens, with the special tokens of its tokenizer_config.json at their ids. A chat template is named there by its
+file in `templates`, and put in its place.
 """
 
 from __future__ import annotations
@@ -29,12 +31,20 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 HOME = Path(__file__).parent
 LAYOUTS = sorted(folder.name for folder in (HOME / "layouts").iterdir())
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 MERGES = "Ġ t|h e|i n|Ġ a|e r|o n|Ġt he|r e|a t|Ġ s|e n|o r|Ġ w|i s|n d|i t"
 SCALE = "_scale_inv"
+BLOCKS, SCALES = "_blocks", "_scales"
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,9 @@ class Published:
     name: str
     path: Path
     plain: Path
-    """The same checkpoint, with bf16 in the place of block-scaled FP8; the same folder if there is none."""
+    """The same checkpoint, with bf16 in the place of quantized weights; the same folder if there are none."""
     tensors: dict[str, Tensor]
-    """What the weights are, in bf16 where they are FP8, by their on-disk names."""
+    """What the weights are, in bf16 where they are quantized, by the names that they have on disk in bf16."""
     pruned: frozenset[str]
     """Names of the tensors that a pruning job prunes."""
 
@@ -77,17 +87,23 @@ def publish(name: str, folder: Path) -> Published:
     _write_tokenizer(path)
     lines = [line for line in (source / "tensors.txt").read_text().splitlines() if line and line[0] != "#"]
     for file in [line.removeprefix("also ") for line in lines if line.startswith("also ")]:
+        (path / file).parent.mkdir(exist_ok=True)
         save_file({"tok_embeddings.weight": torch.zeros(2, 3)}, path / file)
     lines = [line for line in lines if not line.startswith("also ")]
     stored = _random_tensors(lines[1:], config)
     _write_weights(path, lines[0], stored)
-    tensors = {key: _without_scales(key, stored, config) for key in stored if not key.endswith(SCALE)}
+    tensors = {
+        key.removesuffix(BLOCKS): _without_scales(key, stored, config)
+        for key in stored
+        if not key.endswith((SCALE, SCALES))
+    }
     if len(tensors) < len(stored):
         shutil.copytree(path, plain, ignore=shutil.ignore_patterns("*.safetensors*"))
         config.pop("quantization_config")
         (plain / "config.json").write_text(json.dumps(config))
         _write_weights(plain, lines[0], tensors)
-    pruned = (key for line in lines[1:] if line.endswith(" pruned") for key in _names(line.split()[0]))
+    marked = (line.split()[0] for line in lines[1:] if line.endswith(" pruned"))
+    pruned = (key.removesuffix(BLOCKS) for name in marked for key in _names(name))
     return Published(name, path, plain if plain.exists() else path, tensors, frozenset(pruned))
 
 
@@ -142,6 +158,10 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
                 made[key] = scales.pop(key)
                 assert list(made[key].shape) == shape and made[key].dtype == DTYPES[dtype], key
                 continue
+            if dtype == "U8":  # FP4 with exponents around -4
+                ends = (121, 126) if key.endswith(SCALES) else (0, 256)
+                made[key] = torch.randint(*ends, shape, generator=draw, dtype=torch.uint8)
+                continue
             tensor = torch.randn(shape, generator=draw)
             # Norms around one, biases around zero, and matrices that keep the size of what goes through them.
             tensor = 1 + tensor / 10 if len(shape) == 1 and key.endswith("weight") else tensor / math.sqrt(shape[-1])
@@ -171,7 +191,9 @@ def _to_fp8(tensor: Tensor, quantization: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def _without_scales(name: str, stored: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-    """The tensor, in bf16 if it is block-scaled."""
+    """The tensor, in bf16 if it is block-scaled or MXFP4."""
+    if name.endswith(BLOCKS):
+        return convert_moe_packed_tensors(stored[name], stored[name.removesuffix(BLOCKS) + SCALES])
     tensor, scales = stored[name], stored.get(name + SCALE)
     if scales is None:
         return tensor
@@ -181,14 +203,16 @@ def _without_scales(name: str, stored: dict[str, Tensor], config: dict[str, Any]
 
 def _write_weights(folder: Path, files: str, tensors: dict[str, Tensor]) -> None:
     """Write tensors into as many files of about one size as `files` says, and the index if there are several."""
-    _, count, pattern = files.split()
+    _, count, pattern, *counted = files.split()
+    first = int(counted[1]) if counted else 1
     shards: list[dict[str, Tensor]] = [{} for _ in range(int(count))]
     total = sum(tensor.nbytes for tensor in tensors.values())
     seen = 0
     for name, tensor in tensors.items():
         shards[seen * len(shards) // total][name] = tensor
         seen += tensor.nbytes
-    names = [pattern % (number, len(shards)) if "%" in pattern else pattern for number in range(1, len(shards) + 1)]
+    numbers = range(first, first + len(shards))
+    names = [pattern % (number, len(shards))[: pattern.count("%")] for number in numbers]
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:

@@ -80,7 +80,7 @@ def check_weights(given: Published, after: dict[str, Tensor], sparsity: float) -
 
 
 def check_files(given: Published, out: Path) -> None:
-    """Everything beside the weights is as it was, but that config.json says nothing of FP8."""
+    """Everything beside the weights is as it was, but that config.json says nothing of quantized weights."""
     for name, data in given.beside.items():
         if name == "config.json" and given.plain != given.path:
             config = given.config
