@@ -159,6 +159,8 @@ def in_words(annotation: Any, metadata: list[Any]) -> str:
         return in_words(next(part for part in inside if part is not type(None)), [])
     if origin is list:
         return f"list of {in_words(inside[0], [])}"
+    if origin is dict:
+        return "mapping"
     if hasattr(annotation, "__metadata__"):
         return in_words(inside[0], [])
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

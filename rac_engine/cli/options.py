@@ -95,12 +95,14 @@ def add_fields(
             options["metavar"] = {int: "N", float: "X", Path: "FILE"}.get(
                 kind, "N:M" if name == "pattern" else name.upper()
             )
-        if get_origin(field.annotation) is list:
+        if get_origin(field.annotation) is dict:
+            options |= {"action": "append", "metavar": "NAME=VALUE"}
+        elif get_origin(field.annotation) is list:
             options |= {"action": "append"} if "choices" in options else {"action": "append", "metavar": "NAME"}
         shown = field.description or ""
         if field.is_required():
             options["required"] = True
-        elif field.default not in (None, []):
+        elif field.default not in (None, [], {}):
             default = f"{field.default:,}" if isinstance(field.default, int) else field.default
             shown += f" (default: {default})"
         shown = shown.replace("%", "%%")

@@ -103,7 +103,12 @@ def _questions(problems: list[Problem], settings: EvalSettings, decoder: Decoder
         _Question(
             problem,
             Request(
-                render(decoder.tokenizer, problem.messages, f"{settings.problems}: problem {problem.id}"),
+                render(
+                    decoder.tokenizer,
+                    problem.messages,
+                    f"{settings.problems}: problem {problem.id}",
+                    settings.template_arguments,
+                ),
                 request_key(settings.seed, problem.id, sample),
             ),
         )
@@ -181,7 +186,8 @@ def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str,
     if found.get("problems_sha256") != digest:
         raise BadInput(f"{path}: answers other problems than these; evaluate both models on the same problems")
     then, now = found.get("settings", {}), settings.model_dump(mode="json")
-    for name in ("samples", "max_new_tokens", "temperature", "top_p", "seed"):
+    then.setdefault("template_arguments", {})
+    for name in ("samples", "max_new_tokens", "temperature", "top_p", "seed", "template_arguments"):
         if then.get(name) != now[name]:
             raise BadInput(
                 f"{path}: was sampled with another {name}: {then.get(name)!r}, now {now[name]!r}; evaluate both models "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,22 @@ def _method(value: str) -> str:
     return value
 
 
+def _arguments(value: Any) -> Any:
+    """Turn the command line's ["enable_thinking=false"] into a mapping; a value is read as JSON, if it is that."""
+    if not isinstance(value, list):
+        return value
+    found: dict[str, Any] = {}
+    for each in value:
+        name, sign, text = each.partition("=")
+        if not sign:
+            raise ValueError(f"{each!r} is not NAME=VALUE")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
 def _regex(value: str) -> str:
     try:
         re.compile(value)
@@ -84,6 +101,10 @@ PatternText = Annotated[str, AfterValidator(_pattern)]
 MethodName = Annotated[str, AfterValidator(_method)]
 
 ModuleName = Annotated[str, AfterValidator(_regex)]
+
+TemplateArguments = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | float | str], BeforeValidator(_arguments)
+]
 
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 

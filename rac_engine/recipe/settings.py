@@ -23,6 +23,7 @@ from rac_engine.recipe.fields import (
     Seed,
     Settings,
     Source,
+    TemplateArguments,
     pruning_pattern,
 )
 from rac_engine.solve import DEFAULT_METHOD, find_method, method_names
@@ -45,6 +46,9 @@ class TraceSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
+    template_arguments: TemplateArguments = Field(
+        default={}, description="what the chat template is told besides the messages: `enable_thinking`, for example"
+    )
     batch_size: Count = Field(
         default=128,
         description="traces sampled before they are kept, half of them at a time; what a stop costs at most",
@@ -286,6 +290,9 @@ class EvalSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
+    template_arguments: TemplateArguments = Field(
+        default={}, description="what the chat template is told besides the messages: `enable_thinking`, for example"
+    )
     batch_size: Count = Field(
         default=128,
         description="answers sampled before they are kept, half of them at a time; what a stop costs at most",

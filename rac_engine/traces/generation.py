@@ -246,7 +246,12 @@ def _sample(
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     requests = [
         Request(
-            render(decoder.tokenizer, prompt.messages, f"{settings.prompts}: prompt {prompt.id}"),
+            render(
+                decoder.tokenizer,
+                prompt.messages,
+                f"{settings.prompts}: prompt {prompt.id}",
+                settings.template_arguments,
+            ),
             request_key(settings.seed, prompt.id, sample),
         )
         for prompt, sample in part

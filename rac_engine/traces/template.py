@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.sizes import format_bytes
@@ -17,6 +21,8 @@ from rac_engine.traces.records import Messages
 _MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have some 30,000
 
 _MAX_RENDERED = 64 << 20  # characters
+
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
 _RENDERING_BYTES = 1 << 30  # of memory that rendering a prompt may take
 
@@ -37,16 +43,24 @@ def _memory_limit(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def render(tokenizer: Any, messages: Messages, where: str) -> list[int]:
-    """Token ids of the conversation by the model's chat template, ready for its answer."""
+def render(tokenizer: Any, messages: Messages, where: str, arguments: Mapping[str, Any] | None = None) -> list[int]:
+    """Token ids of the conversation by the model's chat template, ready for its answer.
+
+    `arguments` are the template's own, such as `enable_thinking`. Raises `BadInput` for one that it does not know.
+    """
     if not tokenizer.chat_template:
         raise BadInput(f"{where}: the model's tokenizer has no chat template, so a prompt cannot be rendered")
     if len(str(tokenizer.chat_template)) > _MAX_TEMPLATE:
         raise BadInput(f"{where}: the model's chat template has more than {_MAX_TEMPLATE:,} characters; that is none")
+    for name in arguments or ():
+        if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise BadInput(f"{where}: the model's chat template has no argument {name!r} (template_arguments)")
     try:
         # transformers renders in jinja's sandbox: a template reaches nothing but what it is given.
         with _memory_limit(_RENDERING_BYTES):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **(arguments or {})
+            )
     except MemoryError:
         limit = format_bytes(_RENDERING_BYTES)
         raise BadInput(f"{where}: the chat template takes more than {limit} for it; that is no prompt") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -141,3 +142,30 @@ def test_prompts_are_the_tokens_of_tokenizer_json(name, published):
     assert ids == backend.encode(text, add_special_tokens=False).ids
     said = json.loads((given.path / "generation_config.json").read_text())["eos_token_id"]
     assert decoder.stops == frozenset(said if isinstance(said, list) else [said])
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "with_it", "without"),
+    [
+        ("Qwen3-8B", "enable_thinking=false", "<think>\n\n</think>\n\n", "<|im_start|>assistant\n"),
+        ("DeepSeek-V3.1", "thinking=true", "<｜Assistant｜><think>", "<｜Assistant｜></think>"),
+        ("granite-3.3-8b-instruct", "thinking=true", "<think></think>", "<|start_of_role|>assistant<|end_of_role|>"),
+        ("gpt-oss-20b-BF16", "reasoning_effort=high", "Reasoning: high", "Reasoning: medium"),
+    ],
+)
+def test_thinking_is_switched_by_what_the_template_is_told(
+    name, argument, with_it, without, published, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("p.jsonl").write_text('{"problem": "Add 2 and 2.", "answer": "4"}\n')
+    command = f"trace {published(name).path} --prompts p.jsonl --samples 1 --max-new-tokens 1 --out"
+    assert main([*command.split(), "plain"]) == 0
+    assert main([*command.split(), "told", "--template-arguments", argument]) == 0
+    plain, told = (
+        parquet.read_table(f"{out}/part-00000.parquet").column("text")[0].as_py() for out in ("plain", "told")
+    )
+    assert without in plain and with_it not in plain
+    assert with_it in told
+    for wrong, said in (("enable_thinkng=false", "no argument 'enable_thinkng'"), ("thinking", "is not NAME=VALUE")):
+        assert main([*command.split(), "other", "--template-arguments", wrong]) == 2
+        assert said in capsys.readouterr().err

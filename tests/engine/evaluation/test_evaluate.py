@@ -231,7 +231,10 @@ def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None
             assert not changes or not list(tmp_path.glob(f"{out.name}*"))
 
     against_it()
-    for changes in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 3}, {"samples": 2}):
+    for changes in (
+        *({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 3}, {"samples": 2}),
+        {"template_arguments": {"message": True}},
+    ):
         with pytest.raises(BadInput, match=f"another {next(iter(changes))}"):
             against_it(**changes)
     with pytest.raises(BadInput, match="other problems"):
