@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,31 @@ logging.disable_progress_bar()
 # The same cases every time, so that a failure is of the change at hand; `make soak` explores.
 settings.register_profile("steady", derandomize=not os.environ.get("RAC_SOAK"))
 settings.load_profile("steady")
+
+TESTS = Path(__file__).parent
+TOGETHER = ["triton", "cuda", "faults"]
+"""Folders of tests that share what takes long to make. They begin, so that none is left when all else is done."""
+APART = TESTS / "engine" / "plan" / "test_memory.py"
+"""Long tests that share next to nothing. They end, wherever there is room."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): tests that `pytest -n` gives to one worker")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests among the workers of `pytest -n 2 --dist loadgroup`: by files, but for those named above."""
+
+    def when(item: pytest.Item) -> int:
+        folder = item.path.relative_to(TESTS).parts[0]
+        return TOGETHER.index(folder) if folder in TOGETHER else len(TOGETHER) + (item.path == APART)
+
+    items.sort(key=when)
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        if item.path != APART:
+            item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else path.as_posix()))
 
 
 @pytest.fixture(autouse=True)

@@ -79,8 +79,10 @@ def _exchange(scores: Tensor, order: Tensor, keep: int, size: int, least: float)
     rest = torch.where(among, whole - grouped + largest[..., keep:], whole)
     bound, rest = bound.reshape(rows, n), rest.sum(0).flatten()
     gain = torch.empty(n, n, dtype=scores.dtype, device=scores.device)
+    above = torch.empty_like(scores)  # one for all columns: new memory for each costs more than the arithmetic
     for column in range(n):  # what its group keeps with each other column in its place
-        gain[column] = (scores - bound[:, column : column + 1]).clamp_(min=0).sum(0)
+        torch.sub(scores, bound[:, column : column + 1], out=above)
+        torch.sum(above.clamp_(min=0), 0, out=gain[column])
     gain += (rest - whole.sum(0).repeat_interleave(size))[:, None]
     gain += gain.T.clone()
     group = torch.arange(n, device=scores.device) // size

@@ -185,7 +185,6 @@ def test_memory_does_not_grow_with_depth(four_layers: Path, tmp_path: Path, caps
 KEPT = """
 import sys, torch
 from rac_engine.base import process
-from rac_engine.engine import limits, prune
 
 torch.set_num_threads(1)
 if sys.argv[1] == "told":
