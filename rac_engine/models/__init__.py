@@ -11,6 +11,7 @@ from __future__ import annotations
 from rac_engine.models.attention import scoring_of
 from rac_engine.models.block import Block
 from rac_engine.models.chunk import Chunk
+from rac_engine.models.configs import loading_config
 from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
 from rac_engine.models.model import Model
@@ -23,6 +24,7 @@ __all__ = [
     "Matrix",
     "Model",
     "Observer",
+    "loading_config",
     "scoring_of",
     "working_dtype",
 ]

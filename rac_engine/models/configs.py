@@ -72,6 +72,24 @@ def transformers_errors(file: Path) -> Iterator[None]:
         raise BadInput(f"{file}: transformers refuses it: {type(error).__name__}: {reason}") from error
 
 
+def loading_config(config: Mapping[str, Any]) -> Any:
+    """What transformers makes of a config.json whose `model_type` it does not know; None if it is to read it itself."""
+    family = find_family(config.get("model_type"))
+    if family is None or family.config_type is None:
+        return None
+    return _made_by_transformers(family, config)
+
+
+def _made_by_transformers(family: Family, config: Mapping[str, Any]) -> Any:
+    """The configuration object of a config.json.
+
+    It has the name that transformers knows: by the object's `model_type` it finds how tensors are renamed on loading.
+    """
+    name = family.config_type or family.model_type
+    # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
+    return CONFIG_MAPPING[name].from_dict({**_with_floats(config), "model_type": name})
+
+
 def _with_floats(value: Any) -> Any:
     """A copy of a part of a config.json with transformers' own form of floats that JSON lacks read as such."""
     if isinstance(value, Mapping):
@@ -87,9 +105,8 @@ def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     Raises `BadInput` for a model that is not causal, for what the family is not described for, and for heads beyond any
     model's, and whatever transformers raises.
     """
-    # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
-    plain = _with_floats({key: value for key, value in config.items() if key != "quantization_config"})
-    parsed = CONFIG_MAPPING[family.config_type or family.model_type].from_dict(plain)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    parsed = _made_by_transformers(family, plain)
     parsed._attn_implementation = PACKED_ATTENTION
     if getattr(parsed, "use_bidirectional_attention", False):
         raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")

@@ -9,7 +9,6 @@ tests/tiny.py: the tests hold every family there against transformers' own forwa
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import math
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, TensorInfo, find_format
@@ -67,12 +65,6 @@ class Model(Architecture):
         with transformers_errors(file):
             model = cls(checkpoint, family, parse_config(file, family, checkpoint.config))
             return model, model.shapes()
-
-    def loading_config(self) -> Any:
-        """The configuration for transformers to load the checkpoint with; None where it finds the class by itself."""
-        if self.family.config_type is None:
-            return None
-        return CONFIG_MAPPING[self.family.config_type].from_dict(copy.deepcopy(self.checkpoint.config))
 
     @property
     def extra_layers(self) -> range:

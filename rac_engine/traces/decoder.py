@@ -12,6 +12,7 @@ a step follows from the requests.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ from transformers import (
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format
-from rac_engine.models import Model, scoring_of, working_dtype
+from rac_engine.models import Model, loading_config, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
 
@@ -289,7 +290,7 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
     """The causal LM of a checkpoint; quantized weights as what they stand for, on every device, as they are pruned."""
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": DECODE_ATTENTION}
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    checkpoint, config = source.checkpoint, source.loading_config()
+    checkpoint, config = source.checkpoint, loading_config(source.checkpoint.config)
     path = checkpoint.path
     if find_format(checkpoint.config) is None:
         return AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
@@ -320,7 +321,9 @@ class _Lazy:
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        file = Path(path) / "config.json"
+        config = loading_config(json.loads(file.read_bytes())) if file.exists() else None
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers has no one exception for this
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None

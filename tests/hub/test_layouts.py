@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
@@ -97,8 +97,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     """What transformers makes of a folder, in fp32, and what it says of the tensors."""
+    config = json.loads((folder / "config.json").read_text())
+    # A name that transformers knows by the checkpoint's own code alone.
+    renamed = {**config, "model_type": "deepseek_v3"} if config["model_type"] == "kimi_k2" else None
     pair: Any = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=renamed and DeepseekV3Config.from_dict(renamed),
         trust_remote_code=False,
         dtype=torch.float32,
         attn_implementation="eager",

@@ -1,4 +1,4 @@
-"""EXAONE 4 and EXAONE Deep 4: q k v and gate up, norms after the blocks and on q and k.
+"""EXAONE 4.0: q k v and gate up, norms after the blocks and on q and k.
 
 A sliding window in three of four layers, and no rotary embeddings in the others, of some sizes.
 """
