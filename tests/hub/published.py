@@ -202,7 +202,7 @@ def _without_scales(name: str, stored: dict[str, Tensor], config: dict[str, Any]
 
 
 def _write_weights(folder: Path, files: str, tensors: dict[str, Tensor]) -> None:
-    """Write tensors into as many files of about one size as `files` says, and the index if there are several."""
+    """Write tensors into as many files of about one size as `files` says, and the index where there is one."""
     _, count, pattern, *counted = files.split()
     first = int(counted[1]) if counted else 1
     shards: list[dict[str, Tensor]] = [{} for _ in range(int(count))]
@@ -215,7 +215,7 @@ def _write_weights(folder: Path, files: str, tensors: dict[str, Tensor]) -> None
     names = [pattern % (number, len(shards))[: pattern.count("%")] for number in numbers]
     for file, shard in zip(names, shards, strict=True):
         save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
+    if pattern != "model.safetensors":
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DeepseekV3Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config
 
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
@@ -100,7 +100,8 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text())
     # A name that transformers knows by the checkpoint's own code alone.
     renamed = {**config, "model_type": "deepseek_v3"} if config["model_type"] == "kimi_k2" else None
-    pair: Any = AutoModelForCausalLM.from_pretrained(
+    conditional = config["architectures"][0].endswith("ForConditionalGeneration")
+    pair: Any = (AutoModelForImageTextToText if conditional else AutoModelForCausalLM).from_pretrained(
         folder,
         config=renamed and DeepseekV3Config.from_dict(renamed),
         trust_remote_code=False,
@@ -124,11 +125,13 @@ def test_streamed_hidden_states_are_those_of_transformers(name, published):
         tensors = {key: model.checkpoint.read(key) for key in model.tensor_names(layer)}
         for block in model.build_layer(layer, tensors, torch.float32, "cpu"):
             stream.advance(block)
-    whole = loaded(given.plain)[0]
+    whole = loaded(given.plain)[0].base_model
+    whole = getattr(whole, "language_model", whole)
+    norm = whole.get_submodule(model.family.norm.split(".")[-2])
     ends = list(itertools.accumulate((len(sequence.token_ids) for sequence in sequences), initial=0))
     for sequence, (start, stop) in zip(sequences, itertools.pairwise(ends), strict=True):
-        truth = whole.base_model(torch.as_tensor(sequence.token_ids)[None]).last_hidden_state[0]
-        found = whole.base_model.norm(stream.hidden.read(start, stop))
+        truth = whole(torch.as_tensor(sequence.token_ids)[None]).last_hidden_state[0]
+        found = norm(stream.hidden.read(start, stop))
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
 
 
