@@ -29,6 +29,8 @@ from rac_engine.models.dtypes import compute_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
 from rac_engine.models.plans import Family
 
+_COMPUTED = "rotary_emb.inv_freq"  # stored by some checkpoints; what the config says is used, as transformers does
+
 
 class Model(Architecture):
     """The decoder layers of a checkpoint. Made by `open`."""
@@ -109,7 +111,8 @@ class Model(Architecture):
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:
             return [*self.norm_names(), self.family.head]
-        return [name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer))]
+        names = (name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer)))
+        return [name for name in names if not name.endswith(_COMPUTED)]
 
     def matrices(self, layer: int) -> list[Matrix]:
         """The matrices of a decoder layer that can be pruned, in the data's order, or of another of `parts`."""
@@ -197,5 +200,7 @@ class Model(Architecture):
                 raise BadInput(f"{where}: tensor {name!r} is {have[name].dtype}; only bf16, fp16 and fp32 are pruned")
         extra = tuple(self._prefix(layer) for layer in self.extra_layers)
         for name in have:
-            if name.startswith(self.family.layers) and name not in shapes and not name.startswith(extra):
+            if name in shapes or name.startswith(extra) or name.endswith(_COMPUTED):
+                continue
+            if name.startswith(self.family.layers):
                 raise BadInput(f"{where}: tensor {name!r} is not part of this {self.family.model_type} model")
