@@ -60,23 +60,23 @@ class PackedIntegers(Quantized):
 
 
 def compressed_format(quantization: Mapping[str, Any]) -> Format | None:
-    """What is read of `quant_method: compressed-tensors`; None for anything else, and for weights that are also turned,
-    sparse, or of a zero that is not in the middle.
+    """What is read of `quant_method: compressed-tensors`; None for anything else.
+
+    Not read are sparse weights, weights with zero points, and those that are rotated (`transform_config`).
     """
     groups = quantization.get("config_groups")
     if quantization.get("quant_method") != "compressed-tensors" or not isinstance(groups, Mapping):
         return None
-    weights = [group.get("weights") for group in groups.values() if isinstance(group, Mapping)]
-    formats = {quantization.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, Mapping))}
+    parts = [group for group in groups.values() if isinstance(group, Mapping)]
+    weights = [part.get("weights") for part in parts]
+    formats = [quantization.get("format"), *(part.get("format") for part in parts)]
     sparse = quantization.get("sparsity_config") or {}
-    plain = isinstance(sparse, Mapping) and sparse.get("format", "dense") == "dense"
-    if quantization.get("transform_config") or not plain or not weights:
+    dense = isinstance(sparse, Mapping) and sparse.get("format", "dense") == "dense"
+    known = all(form in (None, "mixed-precision", *_FORMATS) for form in formats)
+    if quantization.get("transform_config") or not dense or not known:
         return None
-    if not all(isinstance(form, str | None) for form in formats) or formats - {None, "mixed-precision", *_FORMATS}:
-        return None
-    if not all(isinstance(each, Mapping) and each.get("symmetric", True) is True for each in weights):
-        return None
-    return _described(weights)
+    symmetric = all(isinstance(each, Mapping) and each.get("symmetric", True) is True for each in weights)
+    return _described(weights) if weights and symmetric else None
 
 
 def _described(weights: list[Any]) -> Format | None:
@@ -84,7 +84,7 @@ def _described(weights: list[Any]) -> Format | None:
     kinds, sizes, packed = [], list[object](), set[int]()
     for each in weights:
         bits, kind = each.get("num_bits"), {"float": "FP", "int": "int"}.get(str(each.get("type")))
-        if (kind, bits) not in (("FP", _BYTE), ("int", _BYTE), ("int", _HALF_BYTE)):
+        if type(bits) is not int or (kind, bits) not in (("FP", _BYTE), ("int", _BYTE), ("int", _HALF_BYTE)):
             return None
         if kind == "int":
             packed.add(bits)
