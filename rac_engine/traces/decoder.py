@@ -287,23 +287,38 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
 
 
 def _load(source: Model, dtype: torch.dtype) -> Any:
-    """The causal LM of a checkpoint; quantized weights as what they stand for, on every device, as they are pruned."""
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": DECODE_ATTENTION}
+    """The causal LM of a checkpoint; quantized weights as what they stand for, on every device, as they are pruned.
+
+    Raises `BadInput` where transformers does not find all of its weights: it would go on with random ones.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": DECODE_ATTENTION,
+        "output_loading_info": True,
+    }
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     checkpoint, config = source.checkpoint, loading_config(source.checkpoint.config)
     path = checkpoint.path
+    pair: Any
     if find_format(checkpoint.config) is None:
-        return AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
-    if config is None:
-        config = AutoConfig.from_pretrained(path, **local)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
-    causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-    model = causal_lm.from_pretrained(None, config=config, state_dict=tensors, **options)
-    if (path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+        pair = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
+    else:
+        if config is None:
+            config = AutoConfig.from_pretrained(path, **local)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
+        causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        pair = causal_lm.from_pretrained(None, config=config, state_dict=tensors, **options)
+        if (path / "generation_config.json").exists():
+            pair[0].generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    model, found = pair
+    if lost := sorted(found["missing_keys"]):
+        raise BadInput(
+            f"{path}: transformers finds no weights for {lost[0]!r}, one of {len(lost)} of its tensors; sample with "
+            "another engine"
+        )
     return model
 
 

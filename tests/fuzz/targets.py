@@ -23,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint.formats import find_format
 from rac_engine.checkpoint.header import read_header
+from rac_engine.checkpoint.quantized import presented
 from rac_engine.checkpoint.reader import INDEX, Checkpoint
-from rac_engine.checkpoint.tensors import read_tensor
+from rac_engine.checkpoint.tensors import pieces_of, read_tensor
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.evaluation.problems import load_problems
@@ -69,6 +71,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
     single = folder / "single"
     single.mkdir()
     (single / "config.json").write_bytes((model / "config.json").read_bytes())
+    coded = folder / "coded"
+    coded.mkdir()
+    (coded / "config.json").write_text(json.dumps({"model_type": "qwen2", "quantization_config": _QUANTIZED[0]}))
     spoilt = folder / "spoilt"
     spoilt.mkdir()
     for file in model.iterdir():
@@ -93,6 +98,22 @@ def make_targets(folder: Path) -> dict[str, Target]:
     def header() -> None:
         for info in read_header(single / "model.safetensors"):
             read_tensor(info)
+
+    def quantized() -> None:
+        shards = {"model.safetensors": read_header(coded / "model.safetensors")}
+        taken, refused = 0, BadInput("")
+        for config in _QUANTIZED:
+            form = find_format({"quantization_config": config})
+            assert form is not None
+            try:
+                for info in presented(coded, form, shards)[0].get("model.safetensors", []):
+                    for _ in pieces_of(info):
+                        pass
+                taken += 1
+            except BadInput as error:
+                refused = error
+        if not taken:
+            raise refused
 
     def calibration(source: Path) -> Callable[[], object]:
         return lambda: load_calibration(str(source), tokens=1000, tokenizer=tokenizer)
@@ -124,6 +145,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
             ["plan", str(model)],
         ),
         Target("header", single / "model.safetensors", _headers(), header, ["plan", str(single)]),
+        Target("quantized", coded / "model.safetensors", _coded(), quantized, ["plan", str(coded)]),
         Target("parquet", table, _tables(), calibration(table), [*dry, str(table)]),
         Target("jsonl", lines, [_records()], calibration(lines), [*dry, str(lines)]),
         Target(
@@ -167,6 +189,36 @@ def _headers() -> list[bytes]:
         text = json.dumps(entries).encode()
         made.append(struct.pack("<Q", len(text)) + text + bytes(size))
     return made
+
+
+_QUANTIZED: tuple[dict[str, Any], ...] = (
+    {"quant_method": "fp8", "weight_block_size": [2, 2]},
+    {"quant_method": "mxfp4"},
+    {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}}},
+    },
+)
+
+
+def _coded() -> list[bytes]:
+    """Weights that each of `_QUANTIZED` reads some of."""
+    parts: list[tuple[str, str, list[int], int]] = [
+        ("a.weight", "F8_E4M3", [3, 4], 12),
+        ("a.weight_scale_inv", "F32", [2, 2], 16),
+        ("b.experts_blocks", "U8", [2, 3, 1, 16], 96),
+        ("b.experts_scales", "U8", [2, 3, 1], 6),
+        ("c.weight_scale", "BF16", [2, 2], 8),
+        ("c.weight_packed", "I32", [2, 2], 16),
+        ("d.weight", "I8", [2, 3], 6),
+        ("d.weight_scale", "F16", [2, 1], 4),
+    ]
+    entries, at = dict[str, Any](), 0
+    for name, dtype, shape, size in parts:
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at := at + size]}
+    text = json.dumps(entries).encode()
+    return [struct.pack("<Q", len(text)) + text + bytes(index % 251 for index in range(at))]
 
 
 def _tables() -> list[bytes]:

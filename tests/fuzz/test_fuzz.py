@@ -21,7 +21,7 @@ from tests.fuzz.targets import MEMORY, Target, attempt, install_watch, make_targ
 
 SOAK = bool(os.environ.get("RAC_SOAK"))
 CORPUS = Path(__file__).parent / "corpus"
-READ = ("index", "config", "header", "parquet", "jsonl", "recipe", "problems")
+READ = ("index", "config", "header", "quantized", "parquet", "jsonl", "recipe", "problems")
 NAMES = (*READ, "journal", "metrics", "manifest", "answers")
 FOUND = Path(os.environ.get("RAC_FOUND", Path(__file__).parents[2] / "build/found"))
 """Where inputs that a soak found wrong are kept, until they are mended and go into the corpus."""

@@ -17,7 +17,14 @@ from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import tensors as module
 from rac_engine.checkpoint.formats import find_format, unread_format
 from rac_engine.checkpoint.reader import Checkpoint, other_files
+from rac_engine.engine.metrics import load_metrics
+from rac_engine.engine.pruning import prune
+from rac_engine.engine.verify import verify
 from rac_engine.models.model import Model
+from rac_engine.recipe.settings import PruneSettings
+from rac_engine.traces.decoder import Decoder
+from rac_engine.traces.sampling import Request, Sampling
+from tests import tiny
 
 Make = Callable[..., Path]
 FP8 = torch.float8_e4m3fn
@@ -223,6 +230,41 @@ def test_a_model_is_read_and_the_report_says_what_was_left_out(checkpoint: Make,
         "6 scales of quantized activations and caches were left out: plain weights have no use for them",
     ]
     assert other_files(folder) == ["config.json"]
+
+
+def test_kimi_k2_thinking_is_pruned_and_sampled_as_the_bf16_that_it_stands_for(tmp_path: Path) -> None:
+    """Its experts are packed; attention, shared experts and the first layer are not."""
+    source = tiny.save(tmp_path / "bf16", "deepseek_v3", shard_size="1GB", num_hidden_layers=2, n_routed_experts=4)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "n_group": 1, "topk_group": 1}
+    plain, packed = load_file(source / "model.safetensors"), dict[str, Tensor]()
+    for name, tensor in list(plain.items()):
+        if ".mlp.experts." not in name:
+            packed[name] = tensor
+            continue
+        grouped = tensor.float().unflatten(1, (-1, 16))
+        scales = (grouped.abs().amax(-1) / 7.5).bfloat16()
+        integers = (grouped / scales[..., None].float()).round().clamp(-8, 7).flatten(1).to(torch.int8)
+        packed[f"{name}_packed"], packed[f"{name}_scale"] = pack(integers, 4), scales
+        packed[f"{name}_shape"] = torch.tensor(tensor.shape, dtype=torch.int32)
+        plain[name] = spread(integers, scales, (1, 16))
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(plain, source / "model.safetensors")
+    group = {**KIMI, "group_size": 16}
+    thinking = save(tmp_path / "int4", compressed("pack-quantized", group), packed, config)
+    tokens = []
+    for folder in (source, thinking):
+        tiny.save_tokenizer(folder)
+        prune(folder, tmp_path / f"{folder.name}-out", PruneSettings(method="sparsegpt"), tiny.calibration((9, 30)))
+        requests = [Request([5, 6], 0), Request([7], 1)]
+        tokens.append(Decoder(folder).decode(requests, Sampling(max_new_tokens=8), 2))
+    assert tokens[0] == tokens[1]
+    out, wanted = (load_file(tmp_path / f"{name}-out" / "model.safetensors") for name in ("int4", "bf16"))
+    assert out.keys() == wanted.keys() and all(torch.equal(out[name], tensor) for name, tensor in wanted.items())
+    made = tmp_path / "int4-out"
+    assert json.loads((made / "config.json").read_text()) == config
+    assert "int4 with a scale for each 16 columns of a row" in load_metrics(made / "rac").end["notes"][0]
+    assert verify(made, thinking).problems == []
 
 
 def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoint: Make, tmp_path: Path) -> None:

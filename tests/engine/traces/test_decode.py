@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.traces.decoder import Decoder
@@ -154,18 +154,30 @@ def test_a_bit_that_transformers_reads_otherwise_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """The disk gives other bytes to it than to the checksum before."""
-    folder, load = save(tmp_path, family), AutoModelForCausalLM.from_pretrained
+    folder = save(tmp_path, family)
+    load: Any = AutoModelForCausalLM.from_pretrained
     Decoder(folder)
 
     def flipped(*args: Any, **options: Any) -> Any:
-        model: Any = load(*args, **options)
+        model, found = load(*args, **options)
         with torch.no_grad():
             model.model.layers[1].self_attn.k_proj.weight.view(torch.int16)[3, 5] ^= 1
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", flipped)
     with pytest.raises(Damaged, match=r"layers\.1\.self_attn\.k_proj\.weight' was read twice"):
         Decoder(folder)
+
+
+def test_weights_that_transformers_does_not_find_are_not_made_up(tmp_path: Path) -> None:
+    """It knows experts on disk by the name of the config's kind, and goes on with random ones where it does not."""
+    folder = save(tmp_path, "qwen3_moe")
+    config = AutoConfig.from_pretrained(folder)
+    config.model_type = "another"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rac_engine.traces.decoder.loading_config", lambda _: config)
+        with pytest.raises(BadInput, match=r"no weights for 'model\.layers\.0\.mlp\.experts\.down_proj', one of 4 of"):
+            Decoder(folder)
 
 
 def test_a_folder_without_tokenizer_is_bad_input(tmp_path: Path) -> None:
