@@ -15,7 +15,7 @@ from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_f
 from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
 from rac_engine.plan.phases import Machine, Tokens
-from rac_engine.plan.shapes import Shape
+from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
@@ -113,6 +113,10 @@ def make_plan(
         router = 2.0 * opened.hidden_size * max(found.count for found in shape.inputs) * calibrated * further
         work.append(Work("further passes", router, "2 · hidden · experts · tokens: the router's choice again"))
     disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
+    seconds = None
+    if peaks is not None:
+        dtype = dtype_of(opened, settings, machine.on_gpu)
+        seconds = job_seconds(work, dtype, disk, memory, opened.layers, further, peaks)
     return Plan(
         model=str(model),
         model_type=opened.family.model_type,
@@ -128,7 +132,7 @@ def make_plan(
         disk=disk,
         hessians=settings.solver.needs == "hessian",
         work=work,
-        seconds=None if peaks is None else job_seconds(work, disk, memory, opened.layers, further, peaks),
+        seconds=seconds,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rac_engine.models import Matrix, Model
+from rac_engine.models import Matrix, Model, working_dtype
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.shapes import Shape
 from rac_engine.recipe import PruneSettings
@@ -33,6 +33,8 @@ class Work:
     name: str
     flops: float
     rule: str
+    of_activations: bool = False
+    """Whether it multiplies activations, in their number format; else it computes in fp32."""
 
 
 def expert_passes(shape: Shape, memory: MemoryPlan) -> int:
@@ -44,10 +46,16 @@ def expert_passes(shape: Shape, memory: MemoryPlan) -> int:
     return passes
 
 
-def job_seconds(work: list[Work], disk: int, memory: MemoryPlan, layers: int, further: int, peaks: Peaks) -> float:
-    """Arithmetic and disk each at their rate, one beside the other where the plan lets them."""
-    dense = ("first pass", "forward", "attention", "Hessian", "norms", "outputs to match")
-    computing = sum(each.flops / (peaks["bf16" if each.name in dense else "fp32"] * REACHED) for each in work)
+def job_seconds(
+    work: list[Work], dtype: torch.dtype, disk: int, memory: MemoryPlan, layers: int, further: int, peaks: Peaks
+) -> float:
+    """Arithmetic and disk each at their rate, one beside the other where the plan lets them.
+
+    `dtype` is the number format of activations, `disk` the bytes of the model, `further` the passes for experts beyond
+    those that every layer takes.
+    """
+    given = roofline.NAMES[dtype]
+    computing = sum(each.flops / (peaks[given if each.of_activations else "fp32"] * REACHED) for each in work)
     reads = 2 if any(each.name == "first pass" for each in work) else 1  # of the model; it is written once
     # In a layer all activations are read four times and written twice; a further pass for experts reads them once more.
     moving = ((reads + 1) * disk + (6 * layers + further) * memory.disk) / DISK
@@ -60,13 +68,24 @@ def device_peaks(on_gpu: bool) -> tuple[Peaks, str]:
         if torch.cuda.is_available():
             return roofline.measure_peaks("cuda", seconds=0.05), torch.cuda.get_device_name()
         return H200, "an H200, for want of a GPU here"
-    a, best = torch.randn(512, 512), math.inf
-    for _ in range(4):
+    rates = dict[torch.dtype, float]()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        quick = working_dtype(dtype, on_gpu=False)  # what the engine computes in, where this one is slow here
+        if quick not in rates:
+            rates[quick] = _product_rate(quick)
+        rates[dtype] = rates[quick]
+    return {**{name: rates[dtype] for dtype, name in roofline.NAMES.items()}, "bytes": DISK}, "this CPU"
+
+
+def _product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the CPU's products of square matrices, the best of a few."""
+    size, best = 768, math.inf
+    a = torch.randn(size, size).to(dtype)
+    for _ in range(6):
         began = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - began)
-    rate = 2.0 * 512**3 / best
-    return {"bf16": rate, "fp16": rate, "fp32": rate, "bytes": DISK}, "this CPU, in fp32"
+    return 2.0 * size**3 / best
 
 
 def job_work(
@@ -96,20 +115,22 @@ def job_work(
     if settings.allocation != "uniform":
         first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
         first += sum(s * column_norm.limit(tokens, n).flops for (n, _), s in zip(stages, shares, strict=True))
-        work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation"))
+        work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation", True))
     if needs != "nothing":
         times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
         work += [
-            Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + routed + times),
-            Work("attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens"),
+            Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + routed + times, True),
+            Work(
+                "attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens", True
+            ),
         ]
     if needs == "norms":
         flops = sum(share * column_norm.limit(tokens, n).flops for (n, _), share in zip(stages, shares, strict=True))
-        work.append(Work("norms", flops, "2 · n · tokens"))
+        work.append(Work("norms", flops, "2 · n · tokens", True))
     if needs == "hessian":
         triangles = sum(share * hessian.limit(tokens, n).flops for (n, _), share in zip(stages, shares, strict=True))
         work += [
-            Work("Hessian", triangles, "n(n + 1) · tokens: one triangle" + routed),
+            Work("Hessian", triangles, "n(n + 1) · tokens: one triangle" + routed, True),
             Work("factor", sum(factor.limit(n).flops for n, _ in stages), "n³/3"),
         ]
         if matched:
@@ -117,7 +138,7 @@ def job_work(
             tied = [n * min(n, rows if one else n) for (n, rows), one in zip(stages, alone, strict=True)]
             cross = sum(share * 4.0 * size * tokens for size, share in zip(tied, shares, strict=True))
             rule = "4 · n² · tokens at most, of a single matrix 4 · n · min(n, rows)"
-            work.append(Work("outputs to match", cross, rule + routed))
+            work.append(Work("outputs to match", cross, rule + routed, True))
         if settings.epochs:
             passes = 3 * settings.epochs + 2  # a gradient costs two; before and after the error is measured
             whole = [m for layer in layers for m in layer if model.plans(m.layer)[m.group.block].experts is None]

@@ -77,7 +77,7 @@ def settled(
 
     `shapes` are rows and columns of the matrices that have each of the sparsities. All move alike until the next step
     would make too many zeros, then one after the other takes that step while the sum comes nearer: what is left is
-    less than the smallest step of those (a row's worth for Wanda).
+    less than the smallest step of those.
     """
     least, largest = within(sparsity, most)
     wanted = round(sparsity * sum(rows * columns for group in shapes for rows, columns in group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,6 +75,23 @@ def smallest_per_row(scores: Tensor, k: int) -> Tensor:
     return mask
 
 
+def _spread_over_rows(scores: Tensor, k: int, per_row: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Bool mask [rows, n] of k scores in all, chosen within each row by `per_row`; nothing waits for a GPU.
+
+    Of the first r rows floor(r · k / rows) go, so that any two rows differ by one at most.
+    """
+    rows = len(scores)
+    each, more = divmod(k, max(rows, 1))
+    if not more:
+        return per_row(scores, each)
+    ends = torch.arange(rows + 1, device=scores.device) * more // rows
+    order = ends.diff().argsort(stable=True)  # the rows of one more last
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    for some, count in ((order[: rows - more], each), (order[rows - more :], each + 1)):
+        mask.index_copy_(0, some, per_row(scores[some], count))
+    return mask
+
+
 def smallest_per_group(scores: Tensor, pattern: Pattern) -> Tensor:
     """Bool mask [rows, n] of the M − N smallest scores in each group of M columns; among equal scores the leftmost."""
     keep, group = pattern
@@ -97,9 +114,10 @@ def mask_by_score(
     """Bool mask [rows, n], True where the weight goes: ``W.masked_fill(mask, 0)`` prunes (and leaves +0.0).
 
     scores: [rows, n] float; small scores go first, among equal ones the earliest in row-major order. Exactly
-    floor(sparsity · n) go in each row (``per="row"``, as Wanda compares), or floor(sparsity · rows · n) in the matrix
-    (``per="matrix"``, magnitude pruning). With a pattern N:M, exactly M − N go in each group and sparsity is not
-    used.
+    floor(sparsity · rows · n) go in the matrix. They are chosen in all of it (``per="matrix"``, magnitude pruning) or
+    within each row (``per="row"``, as Wanda compares): then floor(sparsity · n) go in each, and in as many rows as make
+    up the rest, at even distances, one more. No score is compared with another row's to choose those rows. With a
+    pattern N:M, exactly M − N go in each group and sparsity is not used.
 
     ``backend`` as in `rac_kernels.backends.choose`: Triton's kernels choose in rows and in the matrix, CUDA's in the
     matrix; patterns and fp64 are the reference's work. On a GPU the check for NaN waits for the device, the selection
@@ -116,21 +134,21 @@ def mask_by_score(
         check_pattern_fits((keep, group), n)
     fits = not group and _fits(scores)
     chosen = choose(backend, scores.device, triton=fits, cuda=fits and per == "matrix")
-    k = zeros_of(sparsity, n if per == "row" else rows * n)
-    return _mask_op(scores, k, per == "row", keep, group, chosen)
+    return _mask_op(scores, zeros_of(sparsity, rows * n), per == "row", keep, group, chosen)
 
 
 @torch.library.custom_op("rac::mask_by_score", mutates_args=())
 def _mask_op(scores: Tensor, k: int, per_row: bool, keep: int, group: int, backend: str) -> Tensor:
-    """group = 0: k go, of each row or of all; else group - keep of each group."""
+    """group = 0: k go, chosen within each row or in all; else group - keep of each group."""
     if not gpu.capturing() and scores.isnan().any():
         raise ValueError("scores contain NaN")
     if group:
         return smallest_per_group(scores, (keep, group))
-    if backend in ("triton", "cuda"):
-        scores = scores.float().contiguous()
-        return _mark_rows(scores, k) if per_row else _mark(scores, k, backend)
-    return smallest_per_row(scores, k) if per_row else smallest(scores, k, backend)
+    on_gpu = backend in ("triton", "cuda")
+    scores = scores.float().contiguous() if on_gpu else scores
+    if per_row:
+        return _spread_over_rows(scores, k, _mark_rows if on_gpu else smallest_per_row)
+    return _mark(scores, k, backend) if on_gpu else smallest(scores, k, backend)
 
 
 @_mask_op.register_fake

@@ -97,8 +97,7 @@ def test_an_allocated_model_is_as_sparse_as_asked_for_and_verifies(
     assert len(rows) == 26
     weights = sum(row["rows"] * row["columns"] for row in rows)
     zeros = sum(row["zeros"] for row in rows)
-    grain = max(row["rows"] for row in rows) if method == "wanda" else 0  # a model this small has coarse rows
-    assert abs(zeros - 0.6 * weights) <= max(1e-4 * weights, grain)
+    assert abs(zeros - 0.6 * weights) <= 1e-4 * weights
     reach = wanted.allocation_reach
     targets = [row["target"]["sparsity"] for row in rows]
     assert all(0.6 - reach - 1e-9 <= target <= 0.6 + reach + 1e-9 for target in targets)

@@ -6,15 +6,17 @@ import json
 import math
 
 import pytest
+import torch
 
 from rac_engine.base.errors import BadInput
+from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.model import Model
 from rac_engine.plan import memory
 from rac_engine.plan.phases import Machine, Tokens
 from rac_engine.plan.plan import make_plan
 from rac_engine.plan.shapes import Shape
 from rac_engine.plan.text import render
-from rac_engine.plan.work import H200
+from rac_engine.plan.work import H200, device_peaks
 from rac_engine.recipe.settings import PruneSettings
 
 QWEN2_7B = {
@@ -252,6 +254,25 @@ def test_time_is_arithmetic_at_half_the_peaks_or_the_disks(qwen2_7b):
     assert plan.seconds is not None
     assert plan.seconds > 2 * sum(work.flops for work in plan.work) / 1e12
     assert make_plan(qwen2_7b, PruneSettings(method="magnitude"), peaks=peaks).seconds == 2 * plan.disk / 1e9
+
+
+def test_activations_are_priced_at_the_rate_of_their_number_format(qwen2_7b):
+    def seconds(dtype: str, bf16: float) -> float:
+        peaks = {"bf16": bf16, "fp16": bf16, "fp32": 1e12, "bytes": 1e11}
+        plan = make_plan(qwen2_7b, PruneSettings(method="sparsegpt", dtype=dtype), peaks=peaks)
+        assert plan.seconds is not None
+        return plan.seconds
+
+    assert seconds("bfloat16", 1e12) == seconds("float32", 1e12) == seconds("float32", 4e12)
+    # All but factors and sweeps, which are a hundredth of it.
+    assert seconds("bfloat16", 4e12) == pytest.approx(seconds("float32", 4e12) / 4, rel=0.1)
+
+
+def test_a_cpu_has_the_peaks_of_what_the_engine_computes_in():
+    peaks, _ = device_peaks(on_gpu=False)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        assert (peaks[name] == peaks["fp32"]) == (working_dtype(dtype, on_gpu=False) == torch.float32)
+    assert all(rate > 0 for rate in peaks.values())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

@@ -62,11 +62,20 @@ def test_prunes_to_the_target(
 def test_wanda_compares_within_each_row(problem: tuple[Tensor, Tensor]) -> None:
     W, H = problem
     Q = prune_matrix(W, H, "wanda", 0.3).weight
-    scores = W.abs() * H.diagonal().sqrt()
+    scores, every = W.abs() * H.diagonal().sqrt(), int(0.3 * 24 * 64)
     for row in range(24):
-        gone = scores[row].argsort()[: int(0.3 * 64)]
+        count = (row + 1) * every // 24 - row * every // 24  # 19 or 20
+        gone = scores[row].argsort()[:count]
         expected = W[row].index_fill(0, gone, 0)
         assert torch.equal(Q[row], expected)
+
+
+def test_wanda_makes_each_matrix_as_sparse_as_asked_for() -> None:
+    """Matrices of 576 columns at 60%, stacked as those of one input are: each has its own zeros."""
+    weights = [torch.randn(rows, 576, generator=torch.Generator().manual_seed(rows)) for rows in (33, 7, 1)]
+    results = prune_matrices(weights, torch.rand(576), "wanda", Target(sparsity=0.6))
+    assert [result.zeros for result in results] == [int(0.6 * 576 * rows) for rows in (33, 7, 1)]
+    assert all(result.zeros == find_method("wanda").zeros(0.6, *result.weight.shape, 128) for result in results)
 
 
 def test_magnitude_compares_within_the_whole_matrix(problem: tuple[Tensor, Tensor]) -> None:

@@ -80,8 +80,11 @@ def test_masks_hold_the_smallest_and_the_first(values, sparsity, per, dtype, bac
     scores = torch.from_numpy(values).to(dtype)
     mask = mask_by_score(scores, sparsity, per=per, backend=backend)
     flat = scores.reshape(1, -1) if per == "matrix" else scores
-    k = zeros_of(sparsity, flat.shape[1])
-    expected = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, flat.sort(dim=1, stable=True).indices[:, :k], True)
+    k, rows = zeros_of(sparsity, scores.numel()), len(flat)
+    expected = torch.zeros_like(flat, dtype=torch.bool)
+    for row in range(rows):  # of the first rows together their share of k
+        first = flat[row].sort(stable=True).indices[: (row + 1) * k // rows - row * k // rows]
+        expected[row, first] = True
     assert torch.equal(mask, expected.view_as(scores))
 
 
@@ -110,6 +113,14 @@ def test_pruning_by_a_mask_leaves_positive_zeros():
 def test_empty(shape, per):
     assert mask_by_score(torch.empty(shape), 0.5, per=per).shape == shape
     assert mask_by_score(torch.empty(shape), pattern="2:4").shape == shape
+
+
+def test_rows_make_up_the_zeros_of_the_matrix_and_differ_by_one():
+    """floor(.6 · 576) = 345 of every row would leave 59.9% zeros."""
+    mask = mask_by_score(torch.rand(192, 576, generator=torch.Generator().manual_seed(0)), 0.6)
+    assert int(mask.sum()) == int(0.6 * 192 * 576)
+    assert set(mask.sum(1).tolist()) == {345, 346}
+    assert abs(int(mask[:96].sum()) - int(mask[96:].sum())) <= 1  # spread, not all at one end
 
 
 def test_non_contiguous_scores():
