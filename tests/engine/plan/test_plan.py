@@ -257,7 +257,7 @@ def test_time_is_arithmetic_at_half_the_peaks_or_the_disks(qwen2_7b):
 
 
 def test_activations_are_priced_at_the_rate_of_their_number_format(qwen2_7b):
-    def seconds(dtype: str, bf16: float) -> float:
+    def seconds(dtype, bf16):
         peaks = {"bf16": bf16, "fp16": bf16, "fp32": 1e12, "bytes": 1e11}
         plan = make_plan(qwen2_7b, PruneSettings(method="sparsegpt", dtype=dtype), peaks=peaks)
         assert plan.seconds is not None
