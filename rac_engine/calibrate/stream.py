@@ -198,7 +198,7 @@ class Stream:
     def _room_for(self, block: Block) -> Activations | None:
         """Room for a block's inner activations; None if they are too large to be kept."""
         sizes = len(self.hidden), block.width, self.dtype.itemsize
-        keep = keeps_inner(block.plan.attention, *sizes, self._keep_bytes)
+        keep = keeps_inner(block.plan.mixes, *sizes, self._keep_bytes)
         return self._make_activations(block.width) if keep else None
 
     def _make_activations(self, width: int) -> Activations:

@@ -56,7 +56,7 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
     """
     stream.flush()
     wanted.flush()
-    every = _sequences(stream.packing.chunks, block.plan.attention)
+    every = _sequences(stream.packing.chunks, block.plan.mixes)
     most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
     size = min(step_tokens(sum(length for _, length in every)), most)
     # What was made in inference mode, as all of a job is, takes part in no gradient.

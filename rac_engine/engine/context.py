@@ -86,7 +86,7 @@ class Context:
     def make_room(self, matrix: Matrix) -> None:
         """Wait until the layer before is written, if the matrix's stage needs the memory that it takes."""
         within = matrix.layer < self.model.layers
-        if within and (self.model.is_mixture(matrix.layer), matrix.stage) in self.memory.alone:
+        if within and (self.model.kind(matrix.layer), matrix.stage) in self.memory.alone:
             with self.timeline.waiting():
                 self.files.settle()
 

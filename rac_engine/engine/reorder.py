@@ -41,7 +41,7 @@ def reorder_neurons(layer: Layer, stream: Stream, block: Block, number: int) -> 
 
 def _can_move(layer: Layer, block: Block, own: list[Matrix], last: Matrix) -> bool:
     """Whether a block is an MLP without inner biases, all of whose matrices are pruned."""
-    if block.plan.attention or not all(map(layer.context.wants, own)):
+    if block.plan.mixes or not all(map(layer.context.wants, own)):
         return False
     before = [matrix for matrix in own if matrix is not last]
     biases = [getattr(block.linears[matrix.module], "bias", None) for matrix in before]

@@ -54,7 +54,7 @@ def matrix_row(
     if matrix.group.expert is not None:
         row["expert"] = matrix.group.expert
     if matrix.tensor != matrix.name:
-        row["tensor"] = matrix.tensor
+        row |= {"tensor": matrix.tensor, "transposed": matrix.transposed}
     if result.skipped is not None:
         row |= {"skipped": result.skipped, "skipped_code": result.skipped.code}
     return row

@@ -118,7 +118,7 @@ def _leave(layer: Layer, stream: Stream, number: int, kept: Activations | None) 
         room = context.memory.choice.overlap and block.plan.experts is None
     else:
         room = layer.blocks[number + 1].plan.experts is None
-    if room and (kept is not None or not block.plan.attention):
+    if room and (kept is not None or not block.plan.mixes):
         stream.advance_later(block, kept)
     else:
         with context.clock("forward"):

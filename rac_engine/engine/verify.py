@@ -267,11 +267,13 @@ def _check_tensor(
     if not finite and (matrices or settings.get("nonfinite") != "dense"):
         result.problems.append(f"{name}: holds NaN or Inf")
     for matrix, target in zip(matrices, asked, strict=True):
-        if stacked:  # in one tensor with those of other experts, the other way about
+        if stacked:  # in one tensor with those of other experts, in some families the other way about
             expert, tally = int(matrix["expert"]), _Tally(target["pattern"])
-            tally.add(checkpoint.read(name, (expert, expert + 1))[0].T)
+            own = checkpoint.read(name, (expert, expert + 1))[0]
+            tally.add(own.T if matrix.get("transposed", True) else own)
         block_size = int(settings.get("block_size", matrix["columns"]))
-        _check_matrix(info.shape[:0:-1] if stacked else info.shape, matrix, tally, target, block_size, result)
+        shape = info.shape[-2:][:: -1 if stacked and matrix.get("transposed", True) else 1]
+        _check_matrix(shape, matrix, tally, target, block_size, result)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
 from rac_engine.models.model import Model
 from rac_engine.models.observers import Observer
+from rac_engine.models.recurrent import States, cache_name, run_packed
 
 __all__ = [
     "EMBEDDINGS",
@@ -24,7 +25,10 @@ __all__ = [
     "Matrix",
     "Model",
     "Observer",
+    "States",
+    "cache_name",
     "loading_config",
+    "run_packed",
     "scoring_of",
     "working_dtype",
 ]

@@ -12,7 +12,8 @@ stay transformers'.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from rac_engine.models.chunk import Chunk
 from rac_engine.models.experts import Mixture
 from rac_engine.models.matrices import Group, find_groups
 from rac_engine.models.plans import BlockPlan, Family
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of decoder layer: its blocks, and the names and shapes of its tensors as transformers has them."""
+
+    plans: tuple[BlockPlan, ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Architecture:
@@ -33,31 +42,45 @@ class Architecture:
         per_token = getattr(config, "num_experts_per_tok", 0)
         self._experts_per_token: int = max(per_token) if isinstance(per_token, list) else per_token
         self._pretrained = family.find("PreTrainedModel")
-        self._rotary = family.make("RotaryEmbedding", config)
-        self._mixtures: dict[int, bool] = {}
-        self._groups: dict[bool, list[Group]] = {}
+        self._rotary = None if family.rotary is None else family.make(family.rotary, config)
+        self._kinds: dict[int, int] = {}
+        self._alike: list[_Kind] = []
+        self._groups: dict[int, list[Group]] = {}
 
     @property
     def needs_eager_attention(self) -> bool:
         """Whether attention has soft caps or sinks, so that no fused kernel can compute it."""
-        attention = self._bare_layer(0).get_submodule(self.plans(0)[0].module)
-        return hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
+        for layer in range(self.layers):
+            for plan in self.plans(layer):
+                if plan.attention:
+                    attention = self._bare_layer(layer).get_submodule(plan.module)
+                    return (
+                        hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
+                    )
+        return False
 
     def plans(self, layer: int) -> tuple[BlockPlan, ...]:
         """The residual blocks of a decoder layer."""
-        blocks, mixture = self.family.blocks, self.family.mixture
-        return blocks if mixture is None or not self.is_mixture(layer) else (*blocks[:-1], mixture)
+        return self._alike[self.kind(layer)].plans
 
     def is_mixture(self, layer: int) -> bool:
         """Whether a decoder layer has experts that only some tokens go through."""
-        if layer not in self._mixtures:
-            last = self.family.blocks[-1].module
-            self._mixtures[layer] = hasattr(self._bare_layer(layer).get_submodule(last), "experts")
-        return self._mixtures[layer]
+        return any(plan.experts is not None for plan in self.plans(layer))
+
+    def kind(self, layer: int) -> int:
+        """Number of a decoder layer's kind: layers of one kind have the same blocks and tensors of the same shapes."""
+        if layer not in self._kinds:
+            bare = self._bare_layer(layer)
+            shapes = tuple((name, tuple(tensor.shape)) for name, tensor in bare.state_dict().items())
+            found = _Kind(self.family.within(bare), shapes)
+            if found not in self._alike:
+                self._alike.append(found)
+            self._kinds[layer] = self._alike.index(found)
+        return self._kinds[layer]
 
     def groups(self, layer: int) -> list[Group]:
         """The groups of matrices of a decoder layer that share an input, in the order that data goes through them."""
-        kind = self.is_mixture(layer)
+        kind = self.kind(layer)
         if kind not in self._groups:
             self._groups[kind] = find_groups(
                 self.family, self.plans(layer), self._layer(layer), self._experts_per_token
@@ -73,13 +96,19 @@ class Architecture:
         }
         if not self.config.tie_word_embeddings:
             shapes[self.family.head] = table
-        kinds: dict[bool, dict[str, tuple[int, ...]]] = {}
+        kinds: dict[int, dict[str, tuple[int, ...]]] = {}
         for index in range(self.layers):
-            kind = self.is_mixture(index)
+            kind = self.kind(index)
             if kind not in kinds:
-                stacked = any(plan.experts is not None and plan.experts.stacked for plan in self.plans(index))
-                state = (self._bare_layer(index) if stacked else self._layer(index)).state_dict()
-                kinds[kind] = {self.family.on_disk(name): tuple(tensor.shape) for name, tensor in state.items()}
+                layer = self._layer(index)
+                state = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+                for plan in self.plans(index):
+                    if plan.experts is not None and plan.experts.stacked:
+                        home = f"{plan.module}.experts"
+                        state = {name: shape for name, shape in state.items() if not name.startswith(f"{home}.")}
+                        stacked = cast(Mixture, layer.get_submodule(home)).stacked_shapes()
+                        state |= {f"{home}.{name}": shape for name, shape in stacked.items()}
+                kinds[kind] = {self.family.on_disk(name): shape for name, shape in state.items()}
             shapes.update({self._prefix(index) + name: shape for name, shape in kinds[kind].items()})
         return shapes
 
@@ -98,7 +127,7 @@ class Architecture:
     def _bare_layer(self, layer: int) -> nn.Module:
         """The layer as transformers builds it, without weights."""
         with torch.device("meta"):
-            return self.family.make("DecoderLayer", self.config, layer)
+            return self.family.make(self.family.layer, self.config, layer)
 
     def _layer(self, layer: int) -> nn.Module:
         """The layer without weights, every expert a module of its own."""
@@ -116,7 +145,9 @@ class Architecture:
             if plan.experts is not None and plan.experts.stacked and home == f"{plan.module}.experts":
                 if part.endswith("_bias"):
                     return {f"{home}.{e}.{part.removesuffix('_bias')}.bias": bias for e, bias in enumerate(tensor)}
-                return {f"{home}.{e}.{part}.weight": matrix.T for e, matrix in enumerate(tensor)}
+                transposed = plan.experts.transposed
+                each = (matrix.T if transposed else matrix for matrix in tensor)
+                return {f"{home}.{e}.{part}.weight": matrix for e, matrix in enumerate(each)}
         return {name: tensor}
 
     def _stays_fp32(self, name: str, dtype: torch.dtype) -> bool:
@@ -128,6 +159,8 @@ class Architecture:
 
     def _positions(self, x: Tensor, chunk: Chunk, layer: int) -> Any:
         """Rotary embeddings of a chunk: positions start at 0 in every sequence."""
+        if self._rotary is None:
+            return None
         rotary, rope = self._rotary.to(x.device), self.config.rope_parameters or {}
         which = [self.config.layer_types[layer]] if self.family.rotary_by_layer_type else []
         if functools.reduce(dict.__getitem__, which, rope).get("rope_type") in ("dynamic", "longrope"):

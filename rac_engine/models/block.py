@@ -17,6 +17,7 @@ from rac_engine.models.experts import Expert, Mixture
 from rac_engine.models.matrices import Group
 from rac_engine.models.observers import AllObserved, Observation, Observer
 from rac_engine.models.plans import BlockPlan, Family
+from rac_engine.models.recurrent import States, cache_name, run_packed
 from rac_kernels import add_residual, residual_gap
 
 
@@ -42,9 +43,10 @@ class Block:
         self._module = layer.get_submodule(plan.module)
         self._seen: KeyValues | None = None
         """Keys and values of the sequence of which a part has gone through the attention."""
-        taken = inspect.signature(self._module.forward).parameters
-        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # renamed by transformers 5.24
-        self._asks_positions = "position_ids" in taken
+        self._asks_positions = "position_ids" in inspect.signature(self._module.forward).parameters
+        self._states = States()
+        """States of a recurrent module behind the part of a sequence that has gone through it."""
+        self._cache_name = cache_name(self._module)
         self.linears = {name: layer.get_submodule(family.in_module(name)) for group in groups for name in group.modules}
         """The block's matrices by their names within the layer on disk."""
         shared = [group for group in groups if group.expert is None]
@@ -160,6 +162,8 @@ class Block:
         try:
             if self.plan.attention:
                 inner = self._attend(x, chunk)
+            elif self.plan.recurrent:
+                inner = self._recur(x, chunk)
             else:
                 made = self._module(x[None])
                 inner = (made[0] if isinstance(made, tuple) else made)[0]
@@ -192,6 +196,16 @@ class Block:
         )[0][0]
         if chunk.offset + len(x) == chunk.lengths[0]:
             self._seen = None  # the last part
+        return inner
+
+    def _recur(self, x: Tensor, chunk: Chunk) -> Tensor:
+        if not chunk.is_part:
+            return run_packed(self._module, x, chunk.lengths)
+        if chunk.offset == 0:
+            self._states = States()
+        inner: Tensor = self._module(x[None], **{self._cache_name: self._states})[0]
+        if chunk.offset + len(x) == chunk.lengths[0]:
+            self._states = States()  # the last part
         return inner
 
     def _hook(self, name: str, observation: Observation, tokens: int) -> torch.utils.hooks.RemovableHandle:

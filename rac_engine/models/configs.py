@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +32,13 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
     Raises `BadInput` for a `model_type` that is not known, for compressed weights, for quantized ones in a
     format that is not read, and for counts beyond any model's.
     """
-    kind = config.get("model_type")
+    kind, inner = config.get("model_type"), config.get("text_config")
     if kind == "mistral" and "layer_types" in config:
         kind = "ministral"  # as transformers takes it
     family = find_family(kind)
+    if family is None and isinstance(inner, Mapping):
+        kind = inner.get("model_type", kind)
+        family = find_family(kind)
     if family is None:
         raise BadInput(
             f"{file}: model_type {kind!r} is not known; known are {', '.join(known_families())} "
@@ -54,8 +56,8 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
             "model"
         )
     for key, most in _MOST.items():
-        count = config.get(key)
-        if isinstance(count, int) and count > most:
+        counts = [each.get(key) for each in (config, inner) if isinstance(each, Mapping)]
+        if any(isinstance(count, int) and count > most for count in counts):
             raise BadInput(f"{file}: {key} is more than {most:,}, which no model has; the file is not to be trusted")
     return family
 
@@ -85,7 +87,7 @@ def _made_by_transformers(family: Family, config: Mapping[str, Any]) -> Any:
 
     It has the name that transformers knows: by the object's `model_type` it finds how tensors are renamed on loading.
     """
-    name = family.config_type or family.model_type
+    name = config["model_type"] if "text_config" in config else family.config_type or family.model_type
     # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
     return CONFIG_MAPPING[name].from_dict({**_with_floats(config), "model_type": name})
 
@@ -96,7 +98,7 @@ def _with_floats(value: Any) -> Any:
         if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
             return float(value["__float__"])
         return {key: _with_floats(part) for key, part in value.items()}
-    return [_with_floats(part) for part in value] if isinstance(value, list) else copy.deepcopy(value)
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
@@ -106,14 +108,17 @@ def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     model's, and whatever transformers raises.
     """
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    parsed = _made_by_transformers(family, plain)
+    whole = _made_by_transformers(family, plain)
+    parsed = whole.get_text_config(decoder=True)
+    parsed.tie_word_embeddings = whole.tie_word_embeddings  # the whole model's is what counts where there are two
     parsed._attn_implementation = PACKED_ATTENTION
     if getattr(parsed, "use_bidirectional_attention", False):
         raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")
     if (reason := family.unfit(parsed)) is not None:
         raise BadInput(f"{file}: {reason}")
     with torch.device("meta"):
-        angles = sum(buffer.numel() for buffer in family.make("RotaryEmbedding", parsed).buffers())
+        rotary = None if family.rotary is None else family.make(family.rotary, parsed)
+    angles = 0 if rotary is None else sum(buffer.numel() for buffer in rotary.buffers())
     if angles > _MOST_ANGLES:
         raise BadInput(
             f"{file}: heads of more than {_MOST_ANGLES:,} elements, which no model has; the file is not to be trusted"

@@ -20,7 +20,7 @@ class Expert(nn.Module):
         super().__init__()
         for name in (*plan.inputs, plan.output):
             rows, columns = shapes[name]
-            self.add_module(name, nn.utils.skip_init(nn.Linear, columns, rows, bias=plan.stacked, device="meta"))
+            self.add_module(name, nn.utils.skip_init(nn.Linear, columns, rows, bias=plan.biases, device="meta"))
         self._plan, self._activation = plan, activation
 
     def inner(self, x: Tensor) -> Tensor:
@@ -32,26 +32,50 @@ class Expert(nn.Module):
         return self.get_submodule(self._plan.output)(inner)
 
 
+def _activation(fused: Any, inputs: int) -> Callable[..., Tensor]:
+    """The activation between the matrices of an expert, of the outputs of its `inputs` matrices at the entrance."""
+    if hasattr(fused, "up_proj"):
+        plain: Callable[..., Tensor] = fused.act_fn
+        return plain
+    apply: Callable[..., Tensor] | None = getattr(fused, "_apply_gate", None)
+    if apply is not None and apply.__name__ == "_apply_gate":  # the family's own, not that of all
+        return apply if inputs == 1 else lambda gate, up: apply(torch.cat((gate, up), -1))
+    act = fused.act_fn
+
+    def gated(gate: Tensor, up: Tensor | None = None) -> Tensor:
+        if up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        return act(gate) * up
+
+    return gated
+
+
 class Mixture(nn.ModuleList):
     """Experts as modules of their own, by their on-disk names, in the place of transformers' fused ones."""
 
     def __init__(self, fused: Any, plan: ExpertPlan) -> None:
-        if plan.stacked:
-            shapes = {name: tuple(getattr(fused, name).shape[:0:-1]) for name in (*plan.inputs, plan.output)}
-            activation = fused._apply_gate
-        else:
-            width, hidden = fused.intermediate_dim, fused.hidden_dim
-            shapes = dict.fromkeys(plan.inputs, (width, hidden)) | {plan.output: (hidden, width)}
-            act = fused.act_fn
-
-            def activation(gate: Tensor, up: Tensor) -> Tensor:
-                return act(gate) * up
-
-        super().__init__(Expert(plan, activation, shapes) for _ in range(fused.num_experts))
+        # Transformers' own have one matrix for gate and up, or `up_proj` alone where there is no gate.
+        gated = hasattr(fused, "gate_up_proj")
+        entrance, exit_ = (fused.gate_up_proj if gated else fused.up_proj), fused.down_proj
+        turn = -1 if getattr(fused, "is_transposed", plan.transposed) else 1
+        rows, columns = entrance.shape[1:][::turn]
+        shapes = {plan.output: tuple(exit_.shape[1:][::turn])}
+        shapes |= dict.fromkeys(plan.inputs, (rows // len(plan.inputs), columns))
+        super().__init__(Expert(plan, _activation(fused, len(plan.inputs)), shapes) for _ in range(len(entrance)))
         self.plan = plan
         self.names: list[tuple[str, str]] = []
         """Names of the two inputs of every expert: at its entrance, and of its last matrix."""
         self.observation = Observation({}, through=True)
+
+    def stacked_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors in which all experts' matrices and biases are stacked on disk."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in (*self.plan.inputs, self.plan.output):
+            rows, columns = self[0].get_submodule(name).get_parameter("weight").shape
+            shapes[name] = (len(self), columns, rows) if self.plan.transposed else (len(self), rows, columns)
+            if self.plan.biases:
+                shapes[f"{name}_bias"] = (len(self), rows)
+        return shapes
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """The experts' outputs [tokens, hidden] for hidden [tokens, hidden], added up.

@@ -51,10 +51,13 @@ class Matrix:
     dtype: torch.dtype
     tensor: str
     """The tensor on disk: the `name`, unless the matrix is one of several stacked there."""
+    transposed: bool = False
+    """Whether it lies there as [columns, rows]."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """The matrix [rows, columns] as a view of its tensor."""
-        return tensor if self.tensor == self.name else tensor[self.group.expert].T
+        own = tensor if self.tensor == self.name else tensor[self.group.expert]
+        return own.T if self.transposed else own
 
     @property
     def stage(self) -> int:

@@ -63,7 +63,7 @@ class Model(Architecture):
     def _described(cls, checkpoint: Checkpoint) -> tuple[Model, dict[str, tuple[int, ...]]]:
         """The model, and the shapes of all tensors that its config calls for."""
         file = checkpoint.path / "config.json"
-        family = accepted_family(file, checkpoint.config)
+        family = accepted_family(file, checkpoint.config).as_stored(checkpoint.tensors)
         with transformers_errors(file):
             model = cls(checkpoint, family, parse_config(file, family, checkpoint.config))
             return model, model.shapes()
@@ -126,9 +126,11 @@ class Model(Architecture):
             for module in group.modules:
                 stacked = self._stacked(layer, group, module)
                 info = self.checkpoint.tensors[stacked or f"{self._prefix(layer)}{module}.weight"]
-                rows, columns = info.shape[:0:-1] if stacked else info.shape
+                experts = self.plans(layer)[group.block].experts
+                turned = stacked is not None and experts is not None and experts.transposed
+                rows, columns = info.shape[-2:][:: -1 if turned else 1]
                 name = f"{stacked}[{group.expert}]" if stacked else info.name
-                found.append(Matrix(layer, group, module, name, rows, columns, info.dtype, info.name))
+                found.append(Matrix(layer, group, module, name, rows, columns, info.dtype, info.name, turned))
         return found
 
     def prunable(self, also: Sequence[str] = ()) -> Iterator[Matrix]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,11 @@ class ExpertPlan:
     inputs: tuple[str, ...] = ("gate_proj", "up_proj")
     output: str = "down_proj"
     stacked: bool = False
-    """On disk, the matrices of all experts are one tensor [experts, columns, rows], and so are their biases."""
+    """On disk, the matrices of all experts are one tensor [experts, rows, columns], and so are their biases."""
+    transposed: bool = False
+    """Stacked matrices are [experts, columns, rows]."""
+    biases: bool = False
+    """Every matrix has a bias."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class BlockPlan:
     """Matrices that are given the block's input. Names that a layer does not have are passed over."""
     output: str
     attention: bool = False
+    recurrent: bool = False
+    """Whether the module hands a state from token to token: linear attention, a state-space model, a convolution."""
     after: str | None = None
     """Norm of what the block adds to the hidden states."""
     between: tuple[str, ...] = ()
@@ -39,16 +45,33 @@ class BlockPlan:
     experts: ExpertPlan | None = None
     """The experts of a mixture; `inputs` and `output` then name the shared experts, which all tokens go through."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether tokens see those before them in their sequence."""
+        return self.attention or self.recurrent
+
+    def is_in(self, layer: nn.Module) -> bool:
+        """Whether a decoder layer of transformers has this block: its last matrix, or the experts."""
+        home = next((module for name, module in layer.named_modules() if name == self.module), None)
+        if home is None:
+            return False
+        if self.experts is not None:
+            return hasattr(home, "experts")
+        return any(name == self.output for name, _ in home.named_modules())
+
 
 @dataclass(frozen=True)
 class Family:
-    """The models of one `model_type` as transformers builds them: class names start with `prefix`."""
+    """The models of one `model_type` as transformers builds them: class names start with `prefix`.
+
+    A layer has those of `blocks` and `mixture`, in their order, whose modules it has.
+    """
 
     model_type: str
     prefix: str
     blocks: tuple[BlockPlan, ...]
     mixture: BlockPlan | None = None
-    """Takes the place of the last block in layers that have experts."""
+    """The last block of layers that have experts."""
     renames: tuple[tuple[str, str], ...] = ()
     """Beginnings of names within a layer: (of transformers' module, on disk)."""
     folder: str | None = None
@@ -59,6 +82,10 @@ class Family:
     """Factor of a block's output, from the config."""
     rotary_by_layer_type: bool = False
     """Whether the rotary embedding is asked for by `config.layer_types`."""
+    layer: str = "DecoderLayer"
+    """Kind of class of a decoder layer."""
+    rotary: str | None = "RotaryEmbedding"
+    """Kind of class of the rotary embedding; None: positions are not told to the attention."""
     extra_layers: str | None = None
     """The config's number of layers behind the last one that are on disk only."""
     further: tuple[str, ...] = ()
@@ -84,6 +111,35 @@ class Family:
         """An instance of the family's class for `kind`."""
         return self.find(kind)(*args)
 
+    def within(self, layer: nn.Module) -> tuple[BlockPlan, ...]:
+        """The residual blocks that a decoder layer of transformers has."""
+        every = self.blocks if self.mixture is None else (*self.blocks, self.mixture)
+        return tuple(plan for plan in every if plan.is_in(layer))
+
+    def as_stored(self, names: Iterable[str]) -> Family:
+        """The family with its language model and experts called as they are among the tensors `names` on disk.
+
+        A model that also takes images has its language model under a further name, and a checkpoint in FP8 has experts
+        apart which the same model's in bf16 has stacked.
+        """
+        have, family = set(names), self
+        if have and self.embedding not in have:
+            family = next((other for other in map(self._under, _PREFIXES) if other.embedding in have), self)
+        mixture = family.mixture
+        if mixture is None or mixture.experts is None or not mixture.experts.stacked:
+            return family
+        apart = family.on_disk(f"{mixture.module}.experts.0.")
+        if any(name.startswith(family.layers) and f".{apart}" in name for name in have):
+            return replace(family, mixture=replace(mixture, experts=ExpertPlan()))
+        return family
+
+    def _under(self, prefix: str) -> Family:
+        """The same family with what is called `model.` called otherwise, and the head beside it."""
+        names = [name.replace("model.", f"{prefix}.", 1) for name in (self.layers, self.embedding, self.norm)]
+        layers, embedding, norm = names
+        head = f"{prefix.removesuffix('.model')}.{self.head}" if prefix.endswith(".model") else self.head
+        return replace(self, layers=layers, embedding=embedding, norm=norm, head=head)
+
     def on_disk(self, name: str) -> str:
         """The on-disk name within a layer of what transformers' module calls `name`."""
         for ours, theirs in self.renames:
@@ -97,6 +153,10 @@ class Family:
             if name.startswith(theirs):
                 return ours + name.removeprefix(theirs)
         return name
+
+
+_PREFIXES = ("model.language_model", "language_model.model")
+"""Names of the language model within one that also takes images: since transformers 4.52, and before."""
 
 
 def root_of_width(config: Any, dtype: torch.dtype) -> float:
@@ -145,3 +205,12 @@ def mixture(shared: str = "shared_experts") -> BlockPlan:
 
 
 MIXTURE = mixture()
+
+DELTA_NET = BlockPlan(
+    "linear_attn",
+    "input_layernorm",
+    ("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
+    "out_proj",
+    recurrent=True,
+)
+"""Linear attention. What makes its gates and decays (in_proj_b and in_proj_a, a row a head) stays as it is."""

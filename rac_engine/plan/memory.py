@@ -48,7 +48,7 @@ class MemoryPlan:
         return max(sum(phase.host.values()) for phase in self.phases)
 
     @property
-    def alone(self) -> dict[tuple[bool, int], str]:
+    def alone(self) -> dict[tuple[int, int], str]:
         """Stages with no room for a layer that is still being written: names of their matrices by their keys."""
         if self.on_gpu or not self.choice.overlap:
             return {}

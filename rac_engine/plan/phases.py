@@ -84,7 +84,7 @@ class Phase:
     name: str
     device: dict[str, int]
     host: dict[str, int]
-    key: tuple[bool, int] | None = None
+    key: tuple[int, int] | None = None
     """The key of its stage, of a decoder layer."""
 
 
@@ -212,7 +212,7 @@ class PhasePlanner:
         *,
         beside: bool = True,
         done: bool = False,
-        key: tuple[bool, int] | None = None,
+        key: tuple[int, int] | None = None,
     ) -> Phase:
         """A phase with what is there in all of them.
 

@@ -48,7 +48,7 @@ class Plan:
     """On-disk names of decoder matrices that are not pruned, and why."""
     tokens: int
     groups: list[PlannedGroup]
-    """Groups of the first layer and of the first with experts, one expert for all, and lm_head if it is pruned."""
+    """Groups of the first layer of each kind, one expert for all, and lm_head if it is pruned."""
     memory: MemoryPlan
     passes: int
     """Passes over the tokens of a layer for its experts: 2 where all Hessians are gathered together, else more."""
@@ -94,12 +94,8 @@ def make_plan(
     around = [opened.matrices(part) for part in opened.parts(settings.also) if not 0 <= part < opened.layers]
     pruned = [matrix for layer in [*layers, *around] for matrix in layer if matrix.name not in left_dense]
     infos = opened.checkpoint.tensors
-    kinds = {opened.is_mixture(layer): layers[layer] for layer in reversed(range(opened.layers))}
     first = [
-        [matrix for matrix in group if matrix.name not in left_dense]
-        for kind in sorted(kinds)
-        for group in stages_of(kinds[kind])
-        if not group[0].group.expert and (not kind or group[0].group.block or len(kinds) == 1)
+        [matrix for matrix in group if matrix.name not in left_dense] for group in _kinds_of_groups(opened, layers)
     ]
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if settings.solver.needs != "nothing" else 0
@@ -140,6 +136,17 @@ def _open(path: Path) -> Model:
     if not path.is_dir() or (path / INDEX).exists() or (path / SINGLE).exists():
         return Model.open(Checkpoint.open(path))
     return Model.of_config(path, read_config(path / "config.json"))
+
+
+def _kinds_of_groups(model: Model, layers: list[list[Matrix]]) -> list[list[Matrix]]:
+    """The groups of the first layer of each kind that no other kind has, one expert for all; mixtures come last."""
+    first = {model.kind(layer): layer for layer in reversed(range(model.layers))}
+    found: dict[tuple[tuple[str, int, int], ...], list[Matrix]] = {}
+    for layer in sorted(first.values(), key=lambda layer: (model.is_mixture(layer), layer)):
+        for group in stages_of(layers[layer]):
+            if not group[0].group.expert:
+                found.setdefault(tuple((m.module, m.rows, m.columns) for m in group), group)
+    return list(found.values())
 
 
 def _planned(matrices: list[Matrix], settings: PruneSettings) -> PlannedGroup:

@@ -28,6 +28,7 @@ class Input:
     """Rows of the largest matrix."""
     matrices: int
     attention: bool
+    """Whether its block mixes tokens: an attention, or a recurrent mixer."""
     entrance: bool
     """Whether it is the block's own input, behind its norm."""
     last: bool
@@ -35,8 +36,8 @@ class Input:
     inner: int = 3
     """Copies of a block's inner activations that exist while they are made."""
     count: int = 1
-    key: tuple[bool, int] = (False, 0)
-    """Whether its layer is a mixture, and the number of its stage there."""
+    key: tuple[int, int] = (0, 0)
+    """The kind of its layer, and the number of its stage there."""
 
     @property
     def weights(self) -> int:
@@ -167,11 +168,13 @@ class Shape:
         """The shape of a model that goes through in the dtype of the settings."""
         infos = model.checkpoint.tensors
         dtype = dtype_of(model, settings, on_gpu)
-        # Layers of one kind are alike: the one with the most bytes and the first are looked at.
+        # Layers of one kind are alike: the one with the most bytes and the first of each kind are looked at.
         sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
         largest = sizes.index(max(sizes))
         stages = list[Stage]()
-        for layer in dict.fromkeys((largest, 0)):
+        first = {model.kind(layer): layer for layer in reversed(range(model.layers))}
+        del first[model.kind(largest)]
+        for layer in (largest, *sorted(first.values())):
             stages += [found for found in _stages(model, layer, settings.order == "layer") if found not in stages]
         head: Stage | None = None
         if "lm_head" in settings.also:
@@ -229,12 +232,12 @@ def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
                 columns=group[0].columns,
                 largest=max(matrix.rows for matrix in group),
                 matrices=len(group),
-                attention=plan.attention,
+                attention=plan.mixes,
                 entrance=stage == first[group[0].group.block],
                 last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
                 # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.
                 inner=3 if parts > 1 else 4 if plan.experts is None else 6,
                 count=len(every) if routed else 1,
-                key=(model.is_mixture(layer), stage),
+                key=(model.kind(layer), stage),
             )
             yield block, stage, found

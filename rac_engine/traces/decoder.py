@@ -27,16 +27,18 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
 )
 
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format
-from rac_engine.models import Model, loading_config, scoring_of, working_dtype
+from rac_engine.models import Model, States, cache_name, loading_config, run_packed, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
 
@@ -58,11 +60,15 @@ class _InFlight:
 
 
 class _Cache:
-    """Keys and values of the sequences in flight, a row each: [rows, capacity, heads, d] in every layer."""
+    """Keys and values of the sequences in flight, a row each: [rows, capacity, heads, d] in every layer.
+
+    Of recurrent mixers, their states, a row each for those that have been in a step.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows, self.capacity = rows, 0
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, States] = {}
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` tokens."""
@@ -85,6 +91,12 @@ class _Cache:
         for key, value in self.layers.values():
             key[target, :length] = key[source, :length]
             value[target, :length] = value[source, :length]
+
+    def drop(self, row: int, last: int) -> None:
+        """Let row `row` of the states hold what the `last` one holds, which goes."""
+        rows = [*range(row), *([last] if row < last else []), *range(row + 1, last)]
+        for states in self.states.values():
+            states.select(rows)
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
@@ -132,6 +144,15 @@ class _DecodeStep:
             parts.append(packed_attention(q[0, :, new], k[0, :, new], v[0, :, new], self.lengths, scoring))
         return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
 
+    def recur(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
+        """The output [1, tokens, width] of a recurrent mixer for x [1, tokens, hidden] and the states in the cache."""
+        states, parts = self.cache.states.setdefault(layer, States()), []
+        if self.old:
+            parts.append(module(x[0, : self.old, None], **{cache_name(module): states})[:, 0])
+        if self.lengths:
+            parts.append(run_packed(module, x[0, self.old :], self.lengths, states))
+        return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
+
     def _mask(self, window: int | None) -> Tensor:
         """[old, span] bool: which positions of the cache each row sees."""
         if window not in self._masks:
@@ -158,6 +179,27 @@ def _attend(
 AttentionInterface.register(DECODE_ATTENTION, _attend)
 
 
+class _RecurrentMixer(nn.Module):
+    """A recurrent mixer of a decoder layer in place of transformers' own, for tokens of several sequences at once."""
+
+    def __init__(self, layer: int, module: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.module = layer, module
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """The output [1, tokens, hidden] for the step's tokens."""
+        return _STEP.get().recur(self.layer, self.module, hidden_states)
+
+
+def _take_mixers(model: Any, source: Model) -> None:
+    """Put `_RecurrentMixer`s in the place of the recurrent mixers of a causal LM."""
+    for number in range(source.layers):
+        for plan in source.plans(number):
+            if plan.recurrent:
+                layer = model.get_decoder().layers[number]
+                layer.set_submodule(plan.module, _RecurrentMixer(number, layer.get_submodule(plan.module)))
+
+
 class Decoder:
     """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
 
@@ -178,6 +220,7 @@ class Decoder:
             if info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape):
                 source.checkpoint.check_unchanged(name, bytes_of(tensor))
         self.model = model.eval().to(self.device)
+        _take_mixers(self.model, source)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
             self.model.to(quicker)
         ends = self.model.generation_config.eos_token_id
@@ -248,6 +291,7 @@ class Decoder:
             said = sequence.tokens[sequence.prompt :]
             yield sequence.index, Completion(said, "stop" if stopped else "length")
             last = flying.pop()
+            cache.drop(row, len(flying))
             if row < len(flying):
                 cache.move(len(flying), row, len(last.tokens))
                 flying[row] = last
@@ -299,18 +343,20 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     checkpoint, config = source.checkpoint, loading_config(source.checkpoint.config)
     path = checkpoint.path
+    if config is None:
+        config = AutoConfig.from_pretrained(path, **local)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     pair: Any
     if find_format(checkpoint.config) is None:
-        pair = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
+        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        pair = auto.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
     else:
-        if config is None:
-            config = AutoConfig.from_pretrained(path, **local)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
-        causal_lm = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
-        pair = causal_lm.from_pretrained(None, config=config, state_dict=tensors, **options)
+        made = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
+        pair = cast(Any, made).from_pretrained(None, config=config, state_dict=tensors, **options)
         if (path / "generation_config.json").exists():
             pair[0].generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model, found = pair

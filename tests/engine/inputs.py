@@ -43,6 +43,11 @@ def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
                     inner = experts._apply_gate(made).double()
                     seen.setdefault(f"{disk}.down_proj[{expert}]", []).append(inner)
                     continue
+                if not hasattr(experts, "gate_up_proj"):
+                    seen.setdefault(f"{disk}.{expert}.up_proj", []).append(x.double())
+                    inner = experts.act_fn(x @ experts.up_proj[expert].T).double()
+                    seen.setdefault(f"{disk}.{expert}.down_proj", []).append(inner)
+                    continue
                 gate, up = (x @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
                 for part in first:
                     seen.setdefault(f"{disk}.{expert}.{part}", []).append(x.double())
@@ -58,4 +63,5 @@ def inputs_of(folder: Path, ids: list[Tensor]) -> dict[str, Tensor]:
             watch_experts(name, module)
     for sequence in ids:
         model(sequence[None])
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    root = "backbone." if model.config.model_type == "nemotron_h" else "model."
+    return {name.replace("model.", root, 1): torch.cat(parts) for name, parts in seen.items()}

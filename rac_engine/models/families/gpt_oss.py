@@ -13,5 +13,8 @@ FAMILY = Family(
     "gpt_oss",
     "GptOss",
     PRE_NORM,
-    mixture=replace(MIXTURE, experts=ExpertPlan(("gate_up_proj",), "down_proj", stacked=True)),
+    mixture=replace(
+        MIXTURE,
+        experts=ExpertPlan(("gate_up_proj",), "down_proj", stacked=True, transposed=True, biases=True),
+    ),
 )

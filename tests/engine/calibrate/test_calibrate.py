@@ -152,8 +152,10 @@ def test_chunked_and_packed_is_sequence_by_sequence(checkpoint: Make, family: st
     expected = [sum(parts) for parts in zip(*alone, strict=True)]
     for chunk_tokens in (8, 21, 1000):
         for found, exact in zip(exact_hessians(folder, calibration, chunk_tokens), expected, strict=True):
-            # Norms and rotary embeddings are computed in fp32 by transformers itself, whatever goes in.
-            assert (found - exact).abs().max() <= 1e-6 * max(exact.diagonal().max(), 1)
+            # Norms and rotary embeddings are computed in fp32 by transformers itself, whatever goes in, and so is all
+            # of a recurrent mixer.
+            bound = 1e-4 if family in ("qwen3_5_text", "nemotron_h") else 1e-6
+            assert (found - exact).abs().max() <= bound * max(exact.diagonal().max(), 1)
 
 
 @torch.inference_mode()

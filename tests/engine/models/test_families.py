@@ -32,6 +32,8 @@ Make = Callable[..., Path]
 DOCUMENT = Path(__file__).parents[3] / "docs" / "families.md"
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Families that transformers knows under another name only."""
+WITHIN = ["qwen3_vl_text"]
+"""Families that are found within another model only: test_wrappers.py has them."""
 CALIBRATION = tiny.calibration((40, 17, 25, 1, 9))
 FIRST, LAST = "model.layers.0.", "model.layers.1."
 ON_DISK: dict[str, tuple[str, ...]] = {
@@ -65,7 +67,7 @@ def settings(**changes: Any) -> PruneSettings:
 
 
 def test_every_family_is_tested_against_transformers() -> None:
-    assert known_families() == sorted([*tiny.FAMILIES, *tiny.PLAIN, *ALIASES])
+    assert known_families() == sorted([*tiny.FAMILIES, *tiny.PLAIN, *ALIASES, *WITHIN])
 
 
 @pytest.mark.parametrize("name", known_families())
@@ -99,8 +101,11 @@ def test_hidden_states_in_parts_are_those_of_transformers(checkpoint: Make, fami
     start = 0
     for length in (length for chunk in stream.packing.chunks if not chunk.offset for length in chunk.lengths):
         wanted = theirs(stream.packing.token_ids[start : start + length][None]).last_hidden_state[0]
-        found = theirs.norm(stream.hidden.read(start, start + length))
-        assert float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < 1e-5
+        norm = theirs.get_submodule(model.family.norm.removeprefix("model.").removesuffix(".weight"))
+        found = norm(stream.hidden.read(start, start + length))
+        # A recurrent mixer adds up a sequence in parts in another order than at once.
+        recurrent = any(plan.recurrent for layer in range(model.layers) for plan in model.plans(layer))
+        assert float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max()) < (1e-4 if recurrent else 1e-5)
         start += length
     assert start == len(stream.hidden)
 
@@ -114,9 +119,10 @@ def test_half_of_every_matrix_is_pruned_and_nothing_else(checkpoint: Make, tmp_p
     report = prune(source, out, settings(), CALIBRATION)
     before, after = load(source), load(out)
     pruned = {row["name"] for row in report.matrices}
-    kept = ("mlp.gate.weight", "router.gate.weight", "moe.gate.weight", "wg.weight", "expert_gate.weight", "_bias")
+    kept = ["mlp.gate.weight", "router.gate.weight", "moe.gate.weight", "wg.weight", "expert_gate.weight", "_bias"]
+    kept += ["in_proj_a.weight", "in_proj_b.weight", "in_proj_ba.weight", "conv1d.weight", "conv.conv.weight"]
     matrices = {name for name in before if name.startswith("model.layers.") and before[name].ndim > 1}
-    assert pruned == {name for name in matrices if not name.endswith(kept) and "layernorm" not in name}
+    assert pruned == {name for name in matrices if not name.endswith(tuple(kept)) and "layernorm" not in name}
     for name, tensor in after.items():
         if name in pruned:
             assert float((tensor == 0).float().mean()) == pytest.approx(0.5, abs=0.03)

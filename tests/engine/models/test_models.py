@@ -74,7 +74,7 @@ def stream_through(folder: Path, chunk_tokens: int) -> tuple[Model, Stream]:
 def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, variant: str, dtype: torch.dtype) -> None:
     family, changes = VARIANTS[variant]
     folder = checkpoint(family, dtype=dtype, **changes)
-    _, stream = stream_through(folder, chunk_tokens=24)  # longer sequences go through in parts
+    model, stream = stream_through(folder, chunk_tokens=24)  # longer sequences go through in parts
     whole = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").model
     exact = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).model
     theirs: list[torch.Tensor] = []
@@ -84,7 +84,8 @@ def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, vari
         ids = stream.packing.token_ids[start : start + length][None]
         truth = exact(ids).last_hidden_state[0]
         norm = truth.norm(dim=1)
-        found = whole.norm(stream.hidden.read(start, start + length))
+        last = model.family.norm.removesuffix(".weight").rpartition(".")[2]
+        found = whole.get_submodule(last)(stream.hidden.read(start, start + length))
         for errors, states in ((ours, found), (theirs, whole(ids).last_hidden_state[0])):
             errors.append((states.float() - truth).norm(dim=1) / norm)
         start += length
@@ -93,7 +94,9 @@ def test_streamed_hidden_states_are_those_of_transformers(checkpoint: Make, vari
     # bf16, where a token now and then goes to another expert than in fp32 in either pass, the median token.
     share = 1.0 if dtype == torch.float32 else 0.5
     worst, bound = (float(torch.cat(errors).quantile(share)) for errors in (ours, theirs))
-    assert worst <= 1.5 * bound + 1e-5, (worst, bound)
+    # A recurrent mixer adds up a sequence in parts in another order than at once.
+    recurrent = any(plan.recurrent for layer in range(model.layers) for plan in model.plans(layer))
+    assert worst <= 1.5 * bound + (1e-4 if recurrent else 1e-5), (worst, bound)
     if dtype == torch.bfloat16:
         assert 1e-4 < bound < 0.1
 

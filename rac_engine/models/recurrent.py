@@ -1,0 +1,98 @@
+"""States of recurrent mixers: what a linear attention, a state-space model or a convolution hands to the next token.
+
+Transformers' modules ask their cache for these, a row a sequence. `States` answers for one module.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_NAMES = (
+    "cache",
+    "cache_params",
+    "past_key_values",
+)  # the cache's name in a module's forward, by transformers' version
+
+
+def cache_name(module: nn.Module) -> str:
+    """The name that the cache has among the arguments of a mixer of transformers."""
+    taken = inspect.signature(module.forward).parameters
+    return next((name for name in _NAMES if name in taken), _NAMES[0])
+
+
+class States:
+    """The states of a recurrent module for a row of sequences: transformers' cache, as far as the module asks for it.
+
+    The convolution's are its newest inputs [rows, channels, kernel], the recurrent one is the module's own [rows, …].
+    """
+
+    def __init__(self) -> None:
+        self.convolution: dict[int, Tensor] = {}
+        self.recurrent: dict[int, Tensor] = {}
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The convolution's state; None before the first token. A module may change it in place."""
+        return self.convolution.get(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The recurrent state; None before the first token. A module may change it in place."""
+        return self.recurrent.get(state_idx)
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Take the convolution's new inputs [rows, channels, tokens]; returns them behind those held before."""
+        before = self.convolution.get(state_idx)
+        every = conv_states if before is None else torch.cat((before, conv_states), -1)
+        size = conv_kernel_size or (conv_states if before is None else before).shape[-1]
+        self.convolution[state_idx] = F.pad(every, (max(size - every.shape[-1], 0), 0))[..., -size:].clone()
+        return every
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Take the new recurrent state."""
+        self.recurrent[state_idx] = recurrent_states
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int = 0) -> bool:
+        """Whether a token was seen."""
+        return state_idx in self.convolution or state_idx in self.recurrent
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether former states are kept to go back to: never."""
+        return False
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the states of some rows, in that order."""
+        for held in (self.convolution, self.recurrent):
+            for number, state in held.items():
+                held[number] = state[torch.tensor(rows, dtype=torch.long, device=state.device)]
+
+    def append(self, other: States) -> None:
+        """Put the rows of other states behind these."""
+        for held, new in ((self.convolution, other.convolution), (self.recurrent, other.recurrent)):
+            for number, state in new.items():
+                held[number] = torch.cat((held[number], state)) if number in held else state
+
+
+def run_packed(module: nn.Module, x: Tensor, lengths: Sequence[int], states: States | None = None) -> Tensor:
+    """A recurrent module's output [tokens, width] for sequences of `lengths` behind one another in x [tokens, hidden].
+
+    Neighbours of equal length go through together. Each sequence's states are put behind the rows of `states`.
+    """
+    parts, start, name = [], 0, cache_name(module)
+    for length, alike in itertools.groupby(lengths):
+        count = len(list(alike))
+        own = x[start : start + count * length].unflatten(0, (count, length))
+        new = None if states is None else States()
+        parts.append(module(own, **{name: new}).flatten(0, 1))
+        if states is not None and new is not None:
+            states.append(new)
+        start += count * length
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
