@@ -46,7 +46,12 @@ LAYERS = {"mistral3": "language_model.model.layers.", "gemma3": "language_model.
 
 def save(folder: Path, kind: str) -> Path:
     """A random model of transformers, in the names that the hub has."""
-    text = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    text: dict[str, Any] = {
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+    }
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, **TEXT[kind]}
     sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sees |= {"image_size": 28, "patch_size": 14, "num_position_embeddings": 4, **VISION[kind]}
