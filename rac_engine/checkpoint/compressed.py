@@ -2,6 +2,7 @@
 
 Packed (`pack-quantized`): `weight_packed` int32 [rows, columns · bits / 32], unsigned with half of their range added,
 the first in the lowest bits; `weight_scale` [rows, groups], one for each row and group of columns; `weight_shape`.
+FP4 (`mxfp4-pack-quantized`, `nvfp4-pack-quantized`) has uint8 in the place of words, and NVFP4 `weight_global_scale`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint.fp4 import packed_fp4
 from rac_engine.checkpoint.header import Quantized, TensorInfo
 from rac_engine.checkpoint.quantized import Format, misfit, partner, plain_dtype
 from rac_engine.checkpoint.scaled import block_of, find_scaled
@@ -27,7 +29,10 @@ _PACKED, _SCALE, _SHAPE = "_packed", "_scale", "_shape"  # behind a weight's nam
 
 _HALF_BYTE, _BYTE = 4, 8  # bits of a packed integer
 
-_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_FORMATS = (
+    *("float-quantized", "int-quantized", "naive-quantized"),
+    *("pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,14 @@ def _described(weights: list[Any]) -> Format | None:
     kinds, sizes, packed = [], list[object](), set[int]()
     for each in weights:
         bits, kind = each.get("num_bits"), {"float": "FP", "int": "int"}.get(str(each.get("type")))
-        if type(bits) is not int or (kind, bits) not in (("FP", _BYTE), ("int", _BYTE), ("int", _HALF_BYTE)):
+        if type(bits) is not int or kind is None or bits not in (_HALF_BYTE, _BYTE):
             return None
         if kind == "int":
             packed.add(bits)
         sizes.append(each.get("block_structure"))
         strategy, group = each.get("strategy"), each.get("group_size")
-        shared = {"channel": "row", "group": f"{group} columns of a row", "block": "block"}.get(str(strategy), "tensor")
+        grouped = dict.fromkeys(("group", "tensor_group"), f"{group} columns of a row")
+        shared = {"channel": "row", "block": "block", **grouped}.get(str(strategy), "tensor")
         kinds.append(f"{kind}{bits} with a scale for each {shared}")
     if len(packed) > 1:
         return None
@@ -116,6 +122,9 @@ def _find_packed(tensors: Mapping[str, TensorInfo], bits: int) -> Iterator[Tenso
                     "that are not in the columns' order, are not read; prune the bf16 model"
                 )
         scales = partner(tensors, packed, name + _SCALE)
+        if packed.dtype == torch.uint8:
+            yield packed_fp4(packed, name, scales, tensors.get(f"{name}_global_scale"), divides=True)
+            continue
         columns = packed.shape[-1] * 32 // bits if packed.shape else 0
         fits = (
             (packed.dtype, len(packed.shape), len(scales.shape)) == (torch.int32, 2, 2)

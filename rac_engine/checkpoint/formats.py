@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rac_engine.checkpoint.compressed import compressed_format
-from rac_engine.checkpoint.mxfp4 import mxfp4_format
+from rac_engine.checkpoint.fp4 import mxfp4_format, nvfp4_format
 from rac_engine.checkpoint.quantized import Format, sections
 from rac_engine.checkpoint.scaled import fp8_format, modelopt_format
 
-_FORMATS = (fp8_format, modelopt_format, mxfp4_format, compressed_format)
+_FORMATS = (fp8_format, modelopt_format, mxfp4_format, nvfp4_format, compressed_format)
 
-READ = "FP8, MXFP4 and compressed-tensors' FP8, int8 and packed int4"
+READ = "FP8, MXFP4, NVFP4 and compressed-tensors' FP8, int8 and packed int4"
 """The formats in words."""
 
 

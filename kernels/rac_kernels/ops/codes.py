@@ -14,12 +14,14 @@ INT4_NUMBERS = tuple(float(number) for number in range(-8, 8))
 _ROWS = 128  # widened at once
 
 
-def dequantize_codes(codes: Tensor, numbers: tuple[float, ...], scales: Tensor, out: Tensor) -> Tensor:
-    """out = the number of each code · the scale of its group, rounded once to out's dtype; returns out.
+def dequantize_codes(
+    codes: Tensor, numbers: tuple[float, ...], scales: Tensor, out: Tensor, factor: float = 1.0
+) -> Tensor:
+    """out = the number of each code · the scale of its group, rounded to out's dtype; returns out.
 
     codes: [rows, columns / 2] uint8, two a byte, that of the even column in the lower half. numbers: those of the codes
-    0 to 15. scales: [rows, groups], for groups of columns / groups consecutive columns each. out: [rows, columns], of
-    any strides. Products are made in fp32.
+    0 to 15. scales: [rows, groups] of any float dtype, for groups of columns / groups consecutive columns each; all are
+    multiplied by `factor` first. out: [rows, columns], of any strides. Products are made in fp32.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, for FP4 (E2M1) in groups and their scales (E8M0).
     """
@@ -29,7 +31,8 @@ def dequantize_codes(codes: Tensor, numbers: tuple[float, ...], scales: Tensor, 
     for at in range(0, len(codes) if columns else 0, _ROWS):
         some = codes[at : at + _ROWS]
         wide = pairs.index_select(0, some.flatten().int()).view(torch.float32)
-        grouped = wide.view(len(some), scales.shape[1], -1) * scales[at : at + _ROWS, :, None].float()
+        own = scales[at : at + _ROWS, :, None].float() * factor
+        grouped = wide.view(len(some), scales.shape[1], -1) * own
         out[at : at + _ROWS] = grouped.view(len(some), columns)
     return out
 

@@ -189,6 +189,42 @@ def test_packed_integers(tmp_path: Path, bits: int, groups: int) -> None:
     check(folder, {"a.weight": spread(integers, scales, (1, 96 // groups))})
 
 
+FP4 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+NVFP4 = {"num_bits": 4, "strategy": "tensor_group", "type": "float", "group_size": 16}
+MXFP4 = {"num_bits": 4, "strategy": "group", "type": "float", "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (compressed("nvfp4-pack-quantized", NVFP4), "FP4 with a scale for each 16 columns of a row"),
+        (compressed("mxfp4-pack-quantized", MXFP4), "FP4 with a scale for each 32 columns of a row"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}, "NVFP4"),
+    ],
+    ids=["nvfp4", "mxfp4", "modelopt"],
+)
+def test_fp4_in_single_matrices(tmp_path: Path, quantization: dict[str, Any], words: str) -> None:
+    """NVFP4 has a scale for the whole tensor beside those of its groups, which divides or multiplies them."""
+    which = torch.randint(16, (5, 64), generator=torch.Generator().manual_seed(0))
+    stored, given = (which[:, 0::2] | which[:, 1::2] << 4).to(torch.uint8), torch.tensor(FP4)[which]
+    scales, powers = numbers(5, 4).to(FP8), torch.arange(120, 130, dtype=torch.uint8).view(5, 2)
+    tensors: dict[str, Tensor] = {"a.weight_packed": stored, "a.weight_scale": scales}
+    group, expected = 16, dict[str, Tensor]()
+    if words == "NVFP4":
+        tensors = {"a.weight": stored, "a.weight_scale": scales, "a.weight_scale_2": torch.tensor(0.25)}
+        tensors |= {"a.input_scale": numbers(), "b.weight": values(3, 4), "b.weight_scale": torch.tensor(0.5)}
+        expected["b.weight"] = spread(tensors["b.weight"], torch.full((1, 1), 0.5), (3, 4))  # in FP8
+    elif words.endswith("16 columns of a row"):
+        tensors |= {"a.weight_global_scale": torch.tensor([4.0]), "a.input_global_scale": numbers(1)}
+    else:
+        group, tensors["a.weight_scale"], scales = 32, powers, torch.exp2(powers.float() - 125)
+    expected["a.weight"] = spread(given, scales.float() / 4, (1, group))
+    folder = save(tmp_path / "model", quantization, tensors)
+    check(folder, expected)
+    form = find_format({"quantization_config": quantization})
+    assert form is not None and form.words == words
+
+
 def test_a_word_is_what_compressed_tensors_makes_of_eight_integers() -> None:
     """By its version 0.20.1."""
     assert pack(torch.tensor([[-8, -7, -1, 0, 1, 2, 6, 7]]), 4).item() == -22444272
@@ -278,7 +314,7 @@ def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoi
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
-        (compressed("nvfp4-pack-quantized", {**KIMI, "type": "float"}), "compressed-tensors, nvfp4-pack-quantized"),
+        (compressed("mxfp8-quantized", {**KIMI, "type": "float"}), "compressed-tensors, mxfp8-quantized"),
         (compressed("marlin-24", KIMI), "compressed-tensors, marlin-24"),
         (compressed("pack-quantized"), "compressed-tensors, pack-quantized"),
         (compressed("pack-quantized", {**KIMI, "num_bits": 3}), "compressed-tensors, pack-quantized"),
@@ -289,7 +325,7 @@ def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoi
         (compressed("pack-quantized", KIMI, transform_config={"a": 1}), "compressed-tensors, pack-quantized"),
         (compressed("pack-quantized", config_groups=[1]), "compressed-tensors, pack-quantized"),
         (compressed(["a"], KIMI), r"compressed-tensors, ['a']"),  # type: ignore[arg-type]
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, NVFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt, W4A8_AWQ"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [16]}, "fp8"),
         (None, "None"),
@@ -301,6 +337,7 @@ def test_what_is_not_read_is_called_by_its_name(quantization: object, said: str)
 
 
 PACKED = {"a.weight_packed": torch.zeros(4, 8, dtype=torch.int32), "a.weight_scale": torch.ones(4, 2)}
+BYTES = {"a.weight_packed": torch.zeros(4, 32, dtype=torch.uint8), "a.weight_scale": values(4, 4)}
 
 
 @pytest.mark.parametrize(
@@ -315,6 +352,9 @@ PACKED = {"a.weight_packed": torch.zeros(4, 8, dtype=torch.int32), "a.weight_sca
         (compressed("pack-quantized", KIMI), {**PACKED, "a.weight_zero_point": torch.ones(1)}, "zero points"),
         (compressed("pack-quantized", KIMI), {**PACKED, "a.weight_g_idx": torch.ones(1)}, "columns' order"),
         (compressed("float-quantized", BY_ROW), {"a.weight": values(4, 8), "a.weight_scale": torch.ones(3)}, "by row"),
+        (compressed("mxfp4-pack-quantized", MXFP4), {**BYTES, "a.weight_scale": torch.ones(4, 2)}, "in groups of 32"),
+        (compressed("mxfp4-pack-quantized", MXFP4), {**BYTES, "a.weight_scale": torch.ones(4, 3)}, "in groups of 32"),
+        (compressed("nvfp4-pack-quantized", NVFP4), {**BYTES, "a.weight_global_scale": torch.ones(2)}, "as a whole"),
         (MISTRAL, {"a.weight": values(2, 4, 8), "a.weight_scale_inv": torch.ones(3, 1, 1)}, "does not scale"),
         (MISTRAL, {"a.weight": values(4), "a.weight_scale_inv": torch.ones(())}, "does not scale"),
         (DEEPSEEK, {"a.weight": values(2, 4, 8), "a.weight_scale_inv": torch.ones(1, 1)}, "in blocks of 16 × 16"),

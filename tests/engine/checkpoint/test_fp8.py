@@ -177,7 +177,7 @@ def test_scales_must_fit(pair: tuple[Path, Path], tmp_path: Path) -> None:
     ("quantization", "said"),
     [
         ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt, NVFP4"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "modelopt, W4A16_AWQ"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors, pack-quantized"),
         ({"quant_method": ["fp8"], "format": {"a": 1}}, r"\['fp8'\], \{'a': 1\}"),
         ({"quant_method": "fp8"}, "fp8"),

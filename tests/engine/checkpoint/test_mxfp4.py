@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint import tensors as module
 from rac_engine.checkpoint.reader import INDEX, Checkpoint
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
@@ -162,6 +163,22 @@ def test_experts_are_read_as_transformers_reads_them(pair: tuple[Path, Path]) ->
         found = checkpoint.read(name)
         assert torch.equal(found.view(torch.int16), tensor.view(torch.int16)), name
         assert torch.equal(checkpoint.read(name, (1, 3)), tensor[1:3]), name
+
+
+def test_going_through_experts_holds_one_at_a_time(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    real = module.read_tensor
+
+    def noted(info: Any, *rest: Any) -> Tensor:
+        tensor = real(info, *rest)
+        held.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(module, "read_tensor", noted)
+    monkeypatch.setattr(module, "PIECE", 512)
+    source = Checkpoint.open(pair[0])
+    assert source.nonfinite() == []
+    assert sorted(set(held)) == [2 * WIDTH * HIDDEN, 2 * 2 * WIDTH * HIDDEN]
 
 
 def test_mxfp4_is_pruned_as_the_bf16_that_it_stands_for(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def test_numbers_times_the_scale_of_their_group(
             expected[i, j] = numbers[which[i, j]] * scales[i, j // (columns // groups)]
     found = dequantize_codes(codes, numbers, scales, torch.full((rows, columns), torch.nan))
     assert torch.equal(found, expected)
+    eighths = dequantize_codes(codes, numbers, scales, torch.empty(rows, columns), 0.125)
+    assert torch.equal(eighths, expected / 8)
     turned = torch.full((columns, rows), torch.nan, dtype=torch.bfloat16)
     assert torch.equal(dequantize_codes(codes, numbers, scales, turned.T), expected.bfloat16())
     assert torch.equal(turned, expected.T.bfloat16())
