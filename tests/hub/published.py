@@ -155,8 +155,8 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
         for key in _names(name):
             assert key not in made, f"{key} is there twice"
             if key.endswith(SCALE):
-                made[key] = scales.pop(key)
-                assert list(made[key].shape) == shape and made[key].dtype == DTYPES[dtype], key
+                made[key] = scales.pop(key).to(DTYPES[dtype])
+                assert list(made[key].shape) == shape, key
                 continue
             if dtype == "U8":  # FP4 with exponents around -4
                 ends = (121, 126) if key.endswith(SCALES) else (0, 256)
@@ -198,7 +198,7 @@ def _without_scales(name: str, stored: dict[str, Tensor], config: dict[str, Any]
     if scales is None:
         return tensor
     block = config["quantization_config"]["weight_block_size"]
-    return (tensor.float() * _spread(scales, block, tensor.shape)).bfloat16()
+    return (tensor.float() * _spread(scales.float(), block, tensor.shape)).bfloat16()
 
 
 def _write_weights(folder: Path, files: str, tensors: dict[str, Tensor]) -> None:
