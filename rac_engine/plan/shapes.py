@@ -87,7 +87,9 @@ class Attention:
         heads = int(config.num_attention_heads)
         key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
-        key_values, widths, group = 2 * key_heads * width, 2 * width, heads // key_heads
+        keys = _most_rows(model, "k_proj") or key_heads * width  # of the layer with the most, where they differ
+        values = _most_rows(model, "v_proj") or keys
+        key_values, widths, group = keys + values, width + width * values // keys, heads // key_heads
         if latent := getattr(config, "kv_lora_rank", None):
             # The cache holds the latent; keys and (widened) values are made of it for all tokens so far.
             width = int(config.qk_nope_head_dim) + int(config.qk_rope_head_dim)
@@ -100,7 +102,7 @@ class Attention:
             widths=widths,
             head=width,
             open=model.needs_eager_attention,
-            window=getattr(config, "sliding_window", None),
+            window=getattr(config, "sliding_window", None) or None,
         )
 
     def passing(self, shape: Shape, chunk: int, longest: int, on_gpu: bool) -> int:
@@ -193,6 +195,15 @@ class Shape:
             attention=Attention.of(model),
             stages=tuple(stages),
         )
+
+
+def _most_rows(model: Model, part: str) -> int:
+    """Rows of the largest matrix of that name in the layers' attention; 0 if there is none."""
+    names = (
+        f"{model.family.layers}{layer}.{model.plans(layer)[0].module}.{part}.weight" for layer in range(model.layers)
+    )
+    infos = model.checkpoint.tensors
+    return max((infos[name].shape[0] for name in names if name in infos), default=0)
 
 
 def _largest(model: Model, layer: int) -> int:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rac_engine.base.errors import BadInput
+from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.model import Model
 from rac_engine.plan import memory
 from rac_engine.plan.phases import Machine, Tokens
 from rac_engine.plan.plan import make_plan
-from rac_engine.plan.shapes import Shape
+from rac_engine.plan.shapes import Attention, Shape
 from rac_engine.plan.text import render
 from rac_engine.plan.work import H200, device_peaks
 from rac_engine.recipe.settings import PruneSettings
@@ -328,3 +329,10 @@ def test_settings_that_do_not_fit_the_model_are_refused(checkpoint):
         make_plan(checkpoint(), PruneSettings(dense=["nonsense"]))
     with pytest.raises(BadInput, match="pattern 3:7"):
         make_plan(checkpoint(), PruneSettings(pattern="3:7"))
+
+
+def test_attention_is_planned_by_the_layer_with_the_most_keys(checkpoint):
+    """MiMo has twice the keys in the layers with a sliding window, and values narrower than keys."""
+    attention = Attention.of(Model.open(Checkpoint.open(checkpoint("mimo_v2_flash"))))
+    assert (attention.queries, attention.key_values, attention.widths) == (4 * 12, 2 * 12 + 2 * 8, 12 + 8)
+    assert Attention.of(Model.open(Checkpoint.open(checkpoint("qwen2_moe", use_sliding_window=False)))).window is None
