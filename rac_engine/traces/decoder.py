@@ -365,7 +365,21 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
             f"{path}: transformers finds no weights for {lost[0]!r}, one of {len(lost)} of its tensors; sample with "
             "another engine"
         )
+    _put_fp32_back(model, source)
     return model
+
+
+def _put_fp32_back(model: Any, source: Model) -> None:
+    """Give what is stored in fp32 and is to be used so (`Family.fp32`) as it is: transformers rounds some of it."""
+    family = source.family
+    for number in range(source.layers if family.fp32 else 0):
+        layer = model.get_decoder().layers[number]
+        for name in source.tensor_names(number):
+            inside = family.in_module(name.removeprefix(f"{family.layers}{number}."))
+            stored = source.checkpoint.tensors[name].dtype
+            if stored == torch.float32 and any(part in inside for part in family.fp32):
+                home, _, part = inside.rpartition(".")
+                getattr(layer.get_submodule(home), part).data = source.checkpoint.read(name)
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,34 @@ def test_what_a_family_is_not_described_for_is_refused(
         Model.open(Checkpoint.open(folder))
 
 
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [
+        ("minimax_m2", ("gate.weight", "e_score_correction_bias")),
+        ("glm4_moe", ("gate.weight", "gate.e_score_correction_bias")),
+        ("ernie4_5_moe", ("gate.weight", "gate.moe_statics.e_score_correction_bias")),
+        ("hunyuan_v1_moe", ("gate.wg.weight",)),
+    ],
+)
+def test_routers_are_used_in_fp32_in_a_bf16_model(
+    checkpoint: Make, tmp_path: Path, family: str, router: tuple[str, ...]
+) -> None:
+    """Pruned and sampled with what the file has, though transformers rounds what no list of its own names."""
+    source = checkpoint(family, shard_size="1GB")
+    wide = {
+        name: tensor.float() * 1.001 for name, tensor in load(source).items() if name.endswith(("_bias", "gate.weight"))
+    }
+    folder = change(source, tmp_path / "model", {**load(source), **wide})
+    model, last = Model.open(Checkpoint.open(folder)), 1
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(last)}
+    module = model.build_layer(last, tensors, torch.bfloat16, "cpu")[1]._module
+    sampled = Decoder(tiny.save_tokenizer(folder), dtype=torch.bfloat16).model.model.layers[last].mlp
+    for name in router:
+        ours, theirs = module.state_dict()[name], sampled.state_dict()[name]
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
 def test_mistral_with_layer_types_is_ministral_as_for_transformers(checkpoint: Make, tmp_path: Path) -> None:
     folder = change(checkpoint("ministral", shard_size="1GB"), tmp_path / "model", model_type="mistral")
     assert Model.open(Checkpoint.open(folder)).family.model_type == "ministral"
