@@ -25,6 +25,7 @@ from rac_engine.cli.app import main
 from rac_engine.models.model import Model
 from rac_engine.traces.calibration import Calibration, TokenSequence
 from rac_engine.traces.decoder import Decoder
+from rac_engine.traces.sampling import Request, Sampling
 from rac_engine.traces.template import render
 from tests.hub.published import LAYOUTS, Published, publish
 
@@ -149,6 +150,19 @@ def test_prompts_are_the_tokens_of_tokenizer_json(name, published):
     assert ids == backend.encode(text, add_special_tokens=False).ids
     said = json.loads((given.path / "generation_config.json").read_text())["eos_token_id"]
     assert decoder.stops == frozenset(said if isinstance(said, list) else [said])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.inference_mode()
+def test_what_is_sampled_is_what_transformers_would_say(name, published):
+    given = published(name)
+    decoder, whole = Decoder(given.path, dtype=torch.float32), loaded(given.plain)[0]
+    ids = render(decoder.tokenizer, [{"role": "user", "content": "What is 1 + 21?"}], name)
+    (said,) = decoder.decode([Request(ids, 0)], Sampling(4, temperature=0), 1)
+    for token in said.token_ids:
+        assert token == int(whole(torch.as_tensor(ids)[None]).logits[0, -1, : decoder.vocabulary].argmax())
+        ids.append(token)
+    assert len(said.token_ids) == 4 or said.token_ids[-1] in decoder.stops
 
 
 @pytest.mark.parametrize(
