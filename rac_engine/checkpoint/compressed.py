@@ -88,7 +88,7 @@ def _described(weights: list[Any]) -> Format | None:
     """The format of groups of weights that are known to be symmetric."""
     kinds, sizes, packed = [], list[object](), set[int]()
     for each in weights:
-        bits, kind = each.get("num_bits"), {"float": "FP", "int": "int"}.get(str(each.get("type")))
+        bits, kind = each.get("num_bits"), {"float": "FP", "int": "int"}.get(str(each.get("type", "int")))
         if type(bits) is not int or kind is None or bits not in (_HALF_BYTE, _BYTE):
             return None
         if kind == "int":

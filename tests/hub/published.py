@@ -11,9 +11,9 @@ name stands for a tensor each. Lines beginning with # are remarks; `also FILE` i
 which no index names.
 
 The weights are random; block-scaled FP8 is the value and the scale of each block that `weight_scale_inv` has, and
-MXFP4, `_blocks` and `_scales`, stands for what transformers makes of it. Every layout has the same byte-level BPE of
-272 tokens, with the special tokens of its tokenizer_config.json at their ids. A chat template is named there by its
-file in `templates`, and put in its place.
+MXFP4, `_blocks` and `_scales`, stands for what transformers makes of it; `weight_packed` holds four-bit integers,
+eight in a word. Every layout has the same byte-level BPE of 272 tokens, with the special tokens of its
+tokenizer_config.json at their ids. A chat template is named there by its file in `templates`, and put in its place.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
     "U8": torch.uint8,
+    "I32": torch.int32,
 }
 MERGES = "Ġ t|h e|i n|Ġ a|e r|o n|Ġt he|r e|a t|Ġ s|e n|o r|Ġ w|i s|n d|i t"
 SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
+PACKED, BESIDE = "_packed", ("weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,9 @@ def publish(name: str, folder: Path) -> Published:
     stored = _random_tensors(lines[1:], config)
     _write_weights(path, lines[0], stored)
     tensors = {
-        key.removesuffix(BLOCKS): _without_scales(key, stored, config)
+        key.removesuffix(BLOCKS).removesuffix(PACKED): _without_scales(key, stored, config)
         for key in stored
-        if not key.endswith((SCALE, SCALES))
+        if not key.endswith((SCALE, SCALES, *BESIDE))
     }
     if len(tensors) < len(stored):
         shutil.copytree(path, plain, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -103,7 +105,7 @@ def publish(name: str, folder: Path) -> Published:
         (plain / "config.json").write_text(json.dumps(config))
         _write_weights(plain, lines[0], tensors)
     marked = (line.split()[0] for line in lines[1:] if line.endswith(" pruned"))
-    pruned = (key.removesuffix(BLOCKS) for name in marked for key in _names(name))
+    pruned = (key.removesuffix(BLOCKS).removesuffix(PACKED) for name in marked for key in _names(name))
     return Published(name, path, plain if plain.exists() else path, tensors, frozenset(pruned))
 
 
@@ -162,6 +164,9 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
                 ends = (121, 126) if key.endswith(SCALES) else (0, 256)
                 made[key] = torch.randint(*ends, shape, generator=draw, dtype=torch.uint8)
                 continue
+            if key.endswith((PACKED, *BESIDE)):
+                made[key] = _packed_part(key, shape, made, draw).to(DTYPES[dtype])
+                continue
             tensor = torch.randn(shape, generator=draw)
             # Norms around one, biases around zero, and matrices that keep the size of what goes through them.
             tensor = 1 + tensor / 10 if len(shape) == 1 and key.endswith("weight") else tensor / math.sqrt(shape[-1])
@@ -170,6 +175,16 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
             made[key] = tensor.to(DTYPES[dtype])
     assert not scales, f"no scales in the table for {sorted(scales)}"
     return made
+
+
+def _packed_part(key: str, shape: list[int], made: dict[str, Tensor], draw: torch.Generator) -> Tensor:
+    """What a weight of four-bit integers lies in: words of eight, a scale for each group, and the shape."""
+    if key.endswith(PACKED):
+        return torch.randint(-(1 << 31), 1 << 31, shape, generator=draw)
+    if key.endswith(BESIDE[0]):
+        return (torch.rand(shape, generator=draw) + 0.5) / 32
+    rows, words = made[key.replace(BESIDE[1], f"weight{PACKED}")].shape
+    return torch.tensor([rows, 8 * words])
 
 
 def _spread(scales: Tensor, block: list[int], shape: torch.Size) -> Tensor:
@@ -191,14 +206,18 @@ def _to_fp8(tensor: Tensor, quantization: dict[str, Any]) -> tuple[Tensor, Tenso
 
 
 def _without_scales(name: str, stored: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-    """The tensor, in bf16 if it is block-scaled or MXFP4."""
+    """The tensor, in bf16 if it is block-scaled, MXFP4 or packed integers."""
     if name.endswith(BLOCKS):
         return convert_moe_packed_tensors(stored[name], stored[name.removesuffix(BLOCKS) + SCALES])
-    tensor, scales = stored[name], stored.get(name + SCALE)
-    if scales is None:
+    if name.endswith(PACKED):
+        integers = torch.stack([(stored[name] >> 4 * place & 15) - 8 for place in range(8)], -1).flatten(1)
+        scales = stored[name.replace(PACKED, "_scale")].float()
+        return (integers * scales.repeat_interleave(integers.shape[1] // scales.shape[1], 1)).bfloat16()
+    tensor, block_scales = stored[name], stored.get(name + SCALE)
+    if block_scales is None:
         return tensor
     block = config["quantization_config"]["weight_block_size"]
-    return (tensor.float() * _spread(scales.float(), block, tensor.shape)).bfloat16()
+    return (tensor.float() * _spread(block_scales.float(), block, tensor.shape)).bfloat16()
 
 
 def _write_weights(folder: Path, files: str, tensors: dict[str, Tensor]) -> None:
