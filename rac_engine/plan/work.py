@@ -88,6 +88,12 @@ def _product_rate(dtype: torch.dtype) -> float:
     return 2.0 * size**3 / best
 
 
+def _attention_width(model: Model, layer: list[Matrix]) -> int:
+    """Columns of what the attention of a layer gives; 0 for a layer without one, such as a recurrent one."""
+    columns = [matrix.columns for matrix in layer if model.plans(matrix.layer)[matrix.group.block].attention]
+    return columns[-1] if columns else 0
+
+
 def job_work(
     model: Model,
     settings: PruneSettings,
@@ -99,7 +105,7 @@ def job_work(
 ) -> list[Work]:
     """FLOPs of the whole job; those of an operation by its ``limit()``."""
     weights = sum(matrix.rows * matrix.columns * matrix.group.share for layer in layers for matrix in layer)
-    width = [matrix.columns for matrix in layers[0] if matrix.group.block == 0][-1]  # what attention gives
+    mixed = sum(_attention_width(model, layer) for layer in layers)
     matched = settings.reconstructs != "layer"
     passes = 2 if settings.order == "layer" or matched else 1
     groups = [
@@ -113,16 +119,14 @@ def job_work(
     work: list[Work] = []
     needs, arithmetic = settings.solver.needs, settings.solver.arithmetic
     if settings.allocation != "uniform":
-        first = (2.0 * weights + 2.0 * width * length * len(layers)) * tokens
+        first = (2.0 * weights + 2.0 * mixed * length) * tokens
         first += sum(s * column_norm.limit(tokens, n).flops for (n, _), s in zip(stages, shares, strict=True))
         work.append(Work("first pass", first, "2 · weights · tokens, attention and norms, for the allocation", True))
     if needs != "nothing":
         times = " · 2 models" if matched else " · 2 passes" if passes == 2 else ""
         work += [
             Work("forward", 2.0 * weights * tokens * passes, "2 · weights · tokens" + routed + times, True),
-            Work(
-                "attention", 2.0 * width * length * tokens * len(layers) * passes, f"sequences of {length} tokens", True
-            ),
+            Work("attention", 2.0 * mixed * length * tokens * passes, f"sequences of {length} tokens", True),
         ]
     if needs == "norms":
         flops = sum(share * column_norm.limit(tokens, n).flops for (n, _), share in zip(stages, shares, strict=True))
@@ -143,7 +147,7 @@ def job_work(
             passes = 3 * settings.epochs + 2  # a gradient costs two; before and after the error is measured
             whole = [m for layer in layers for m in layer if model.plans(m.layer)[m.group.block].experts is None]
             flops = 2.0 * sum(matrix.rows * matrix.columns for matrix in whole) * tokens
-            flops += 2.0 * width * length * tokens * len(layers)
+            flops += 2.0 * mixed * length * tokens
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
     if arithmetic is not None:
         solving = sum(arithmetic.flops(rows, n) for n, rows in stages)

@@ -336,3 +336,12 @@ def test_attention_is_planned_by_the_layer_with_the_most_keys(checkpoint):
     attention = Attention.of(Model.open(Checkpoint.open(checkpoint("mimo_v2_flash"))))
     assert (attention.queries, attention.key_values, attention.widths) == (4 * 12, 2 * 12 + 2 * 8, 12 + 8)
     assert Attention.of(Model.open(Checkpoint.open(checkpoint("qwen2_moe", use_sliding_window=False)))).window is None
+
+
+@pytest.mark.parametrize(("family", "columns"), [("nemotron_h", 4 * 12), ("qwen2", 3 * 48)])
+def test_attention_is_counted_in_the_layers_that_have_one(checkpoint, family, columns):
+    """Nemotron H has it in one layer of five."""
+    plan = make_plan(checkpoint(family), PruneSettings(method="wanda", order="staged"), tokens=1000, length=100)
+    found = {work.name: work for work in plan.work}["attention"]
+    passes = 2 if "2 models" in plan.work[0].rule else 1
+    assert found.flops == 2 * columns * 100 * 1000 * passes
