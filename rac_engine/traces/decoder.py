@@ -400,6 +400,11 @@ def load_tokenizer(path: str | Path) -> Any:
         config = loading_config(json.loads(file.read_bytes())) if file.exists() else None
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers has no one exception for this
+        if "contains custom code" in str(error):
+            raise BadInput(
+                f"{path}: its tokenizer is code that was published with it, which is never run; put a tokenizer in its "
+                "place that transformers loads without (a tokenizer.json), or import traces of another engine"
+            ) from None
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None
     # Where its files are missing, transformers makes up a tokenizer that knows special tokens only.
