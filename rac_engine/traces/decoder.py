@@ -339,6 +339,7 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
         "dtype": dtype,
         "attn_implementation": DECODE_ATTENTION,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # told of below, in one line
     }
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     checkpoint, config = source.checkpoint, loading_config(source.checkpoint.config)
@@ -360,9 +361,9 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
         if (path / "generation_config.json").exists():
             pair[0].generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model, found = pair
-    if lost := sorted(found["missing_keys"]):
+    if lost := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         raise BadInput(
-            f"{path}: transformers finds no weights for {lost[0]!r}, one of {len(lost)} of its tensors; sample with "
+            f"{path}: transformers finds no weights that fit {lost[0]!r}, one of {len(lost)} such tensors; sample with "
             "another engine"
         )
     _put_fp32_back(model, source)

@@ -301,6 +301,17 @@ def test_kimi_k2_thinking_is_pruned_and_sampled_as_the_bf16_that_it_stands_for(t
     assert json.loads((made / "config.json").read_text()) == config
     assert "int4 with a scale for each 16 columns of a row" in load_metrics(made / "rac").end["notes"][0]
     assert verify(made, thinking).problems == []
+    # K2.5 is the same within a model that also sees images.
+    parts = {f"language_model.{name}": tensor for name, tensor in packed.items()} | {"vision_tower.a": numbers(2)}
+    seeing = save(tmp_path / "seeing", None, parts)
+    inner = {**config, "quantization_config": compressed("pack-quantized", group)}
+    whole = {"model_type": "kimi_k25", "text_config": inner, "tie_word_embeddings": False, "vision_config": {}}
+    (seeing / "config.json").write_text(json.dumps(whole))
+    model = Model.open(Checkpoint.open(seeing))
+    prunable = {matrix.name.removeprefix("language_model.") for matrix in model.prunable()}
+    assert prunable == {matrix.name for matrix in Model.open(Checkpoint.open(thinking)).prunable()}
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert torch.equal(model.checkpoint.read(f"language_model.{expert}"), plain[expert])
 
 
 def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoint: Make, tmp_path: Path) -> None:

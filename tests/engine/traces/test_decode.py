@@ -169,15 +169,25 @@ def test_a_bit_that_transformers_reads_otherwise_is_found(
         Decoder(folder)
 
 
-def test_weights_that_transformers_does_not_find_are_not_made_up(tmp_path: Path) -> None:
-    """It knows experts on disk by the name of the config's kind, and goes on with random ones where it does not."""
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        # It knows experts on disk by the name of the config's kind, and goes on with random ones where it does not.
+        ({"model_type": "another"}, r"'model\.layers\.0\.mlp\.experts\.down_proj', one of 4 such"),
+        ({"vocab_size": 65}, r"'lm_head\.weight', one of 2 such"),
+    ],
+    ids=["missing", "other shape"],
+)
+def test_weights_that_transformers_does_not_find_are_not_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], lost: str
+) -> None:
     folder = save(tmp_path, "qwen3_moe")
     config = AutoConfig.from_pretrained(folder)
-    config.model_type = "another"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rac_engine.traces.decoder.loading_config", lambda _: config)
-        with pytest.raises(BadInput, match=r"no weights for 'model\.layers\.0\.mlp\.experts\.down_proj', one of 4 of"):
-            Decoder(folder)
+    for key, value in change.items():
+        setattr(config, key, value)
+    monkeypatch.setattr("rac_engine.traces.decoder.loading_config", lambda _: config)
+    with pytest.raises(BadInput, match=f"finds no weights that fit {lost}"):
+        Decoder(folder)
 
 
 def test_a_folder_without_tokenizer_is_bad_input(tmp_path: Path) -> None:
