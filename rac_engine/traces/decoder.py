@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from rac_engine.base.errors import BadInput
+from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format
 from rac_engine.models import Model, States, cache_name, loading_config, run_packed, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
@@ -47,6 +48,8 @@ DECODE_ATTENTION = "rac_decode"
 PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
 
 _SMALL = 50_000_000  # parameters
+
+_MAX_TEMPLATE_FILE = 4 << 20  # bytes
 
 
 @dataclass(eq=False)
@@ -411,4 +414,10 @@ def load_tokenizer(path: str | Path) -> Any:
     # Where its files are missing, transformers makes up a tokenizer that knows special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise BadInput(f"{path}: no tokenizer; copy the model's tokenizer files into the folder")
+    # Models that also take images may have the template there, where transformers' processors look for it alone.
+    file = Path(path) / "chat_template.json"
+    if not tokenizer.chat_template and file.exists():
+        found = read_json_object(file, _MAX_TEMPLATE_FILE, "give the checkpoint's folder", "fetch the checkpoint again")
+        if isinstance(template := found.get("chat_template"), str):
+            tokenizer.chat_template = template
     return tokenizer

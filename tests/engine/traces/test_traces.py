@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,18 @@ def test_a_template_that_would_fill_the_memory_is_refused(template: str, tokeniz
         render(Hostile(), [{"role": "user", "content": "a"}], "p.jsonl:1")
     assert peak_memory() - before < 1.2 * 2**30
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize(("text", "found"), [('{"chat_template": "{{ 1 }}"}', "{{ 1 }}"), ("{}", None)])
+def test_a_template_may_lie_in_a_file_of_its_own(text: str, found: str | None, tmp_path: Path) -> None:
+    """Models that also take images have it in chat_template.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ABACUS / name, tmp_path / name)
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(text)
+    assert load_tokenizer(tmp_path).chat_template == found
+    shutil.copy(ABACUS / "chat_template.jinja", tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == (ABACUS / "chat_template.jinja").read_text()
 
 
 def test_the_columns_of_a_trace(prompts: Path, tmp_path: Path) -> None:
