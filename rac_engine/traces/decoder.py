@@ -359,8 +359,11 @@ def _load(source: Model, dtype: torch.dtype) -> Any:
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
-        made = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)[type(config)]
-        pair = cast(Any, made).from_pretrained(None, config=config, state_dict=tensors, **options)
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        made = cast(Any, mapping[type(config)])
+        if made.config_class is not type(config):  # the language model of one that also takes images
+            config = config.get_text_config()
+        pair = made.from_pretrained(None, config=config, state_dict=tensors, **options)
         if (path / "generation_config.json").exists():
             pair[0].generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     model, found = pair
