@@ -16,9 +16,10 @@ from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
 from rac_engine.models.model import Model
 from rac_engine.models.observers import Observer
-from rac_engine.models.recurrent import States, cache_name, run_packed
+from rac_engine.models.recurrent import CALL_TOKENS, States, cache_name, run_packed, state_bytes, token_bytes
 
 __all__ = [
+    "CALL_TOKENS",
     "EMBEDDINGS",
     "Block",
     "Chunk",
@@ -30,5 +31,7 @@ __all__ = [
     "loading_config",
     "run_packed",
     "scoring_of",
+    "state_bytes",
+    "token_bytes",
     "working_dtype",
 ]

@@ -59,6 +59,16 @@ class Architecture:
                     )
         return False
 
+    def recurrent_mixers(self) -> list[nn.Module]:
+        """A recurrent mixer, without weights, of each kind of layer that has one."""
+        first = {self.kind(layer): layer for layer in reversed(range(self.layers))}
+        return [
+            self._bare_layer(layer).get_submodule(plan.module)
+            for layer in first.values()
+            for plan in self.plans(layer)
+            if plan.recurrent
+        ]
+
     def plans(self, layer: int) -> tuple[BlockPlan, ...]:
         """The residual blocks of a decoder layer."""
         return self._alike[self.kind(layer)].plans

@@ -17,7 +17,7 @@ from rac_engine.models.experts import Expert, Mixture
 from rac_engine.models.matrices import Group
 from rac_engine.models.observers import AllObserved, Observation, Observer
 from rac_engine.models.plans import BlockPlan, Family
-from rac_engine.models.recurrent import States, cache_name, run_packed
+from rac_engine.models.recurrent import States, cache_name, run_on, run_packed
 from rac_kernels import add_residual, residual_gap
 
 
@@ -203,7 +203,7 @@ class Block:
             return run_packed(self._module, x, chunk.lengths)
         if chunk.offset == 0:
             self._states = States()
-        inner: Tensor = self._module(x[None], **{self._cache_name: self._states})[0]
+        inner = run_on(self._module, x[None], self._states)[0]
         if chunk.offset + len(x) == chunk.lengths[0]:
             self._states = States()  # the last part
         return inner

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CALL_TOKENS = 1024
+"""Tokens that go through a recurrent module in one call, of one sequence or of several."""
+
 _NAMES = (
     "cache",
     "cache_params",
@@ -84,15 +87,59 @@ class States:
 def run_packed(module: nn.Module, x: Tensor, lengths: Sequence[int], states: States | None = None) -> Tensor:
     """A recurrent module's output [tokens, width] for sequences of `lengths` behind one another in x [tokens, hidden].
 
-    Neighbours of equal length go through together. Each sequence's states are put behind the rows of `states`.
+    Neighbours of equal length may go through together. Each sequence's states are put behind the rows of `states`.
     """
-    parts, start, name = [], 0, cache_name(module)
+    parts, start = [], 0
     for length, alike in itertools.groupby(lengths):
         count = len(list(alike))
-        own = x[start : start + count * length].unflatten(0, (count, length))
-        new = None if states is None else States()
-        parts.append(module(own, **{name: new}).flatten(0, 1))
-        if states is not None and new is not None:
-            states.append(new)
-        start += count * length
+        together = max(CALL_TOKENS // length, 1)
+        for first in range(0, count, together):
+            some = min(together, count - first)
+            new = States()
+            own = x[start : start + some * length].unflatten(0, (some, length))
+            parts.append(run_on(module, own, new).flatten(0, 1))
+            start += some * length
+            if states is not None:
+                states.append(new)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def run_on(module: nn.Module, x: Tensor, states: States) -> Tensor:
+    """A recurrent module's output [rows, tokens, width] for the next tokens x [rows, tokens, hidden] of sequences.
+
+    `states` are those behind the tokens before, and then behind these. No more than `CALL_TOKENS` go through in a call:
+    what transformers' modules make of a token, written in plain PyTorch, takes a hundred times its size.
+    """
+    length, name = x.shape[1], cache_name(module)
+    count = -(-length * len(x) // CALL_TOKENS)
+    if count == 1 or len(x) > 1:
+        made: Tensor = module(x, **{name: states})
+        return made
+    ends = [length * number // count for number in range(count + 1)]
+    parts = [module(x[:, a:b], **{name: states}) for a, b in itertools.pairwise(ends)]
+    return torch.cat(parts, 1)
+
+
+def token_bytes(mixer: nn.Module, size: int) -> int:
+    """Bytes that a recurrent mixer of transformers takes for a token of a call, activations having `size` bytes.
+
+    Counted in what its plain PyTorch makes: a gated delta net and Mamba 2 compute in fp32.
+    """
+    at: Any = mixer
+    if hasattr(mixer, "head_k_dim"):  # per head queries, keys, values and products of the tokens of a chunk of 64
+        keys, values = at.num_v_heads * at.head_k_dim, at.num_v_heads * at.head_v_dim
+        return int(4 * (6 * keys + 7 * values + 3 * 64 * at.num_v_heads) + size * at.conv_dim)
+    if hasattr(mixer, "ssm_state_size"):
+        inner, states = at.num_heads * at.head_dim, at.num_heads * at.ssm_state_size
+        grouped = 2 * at.n_groups * at.ssm_state_size
+        return int(4 * (11 * inner + 4 * states + 2 * grouped + 3 * at.chunk_size * at.num_heads))
+    columns = next(part.weight.shape[1] for part in mixer.modules() if isinstance(part, nn.Linear))
+    return 6 * size * int(columns)
+
+
+def state_bytes(mixer: nn.Module) -> int:
+    """Bytes of a sequence's recurrent state in fp32, where a mixer has one."""
+    at: Any = mixer
+    if hasattr(mixer, "head_k_dim"):
+        return int(4 * at.num_v_heads * at.head_k_dim * at.head_v_dim)
+    return int(4 * at.num_heads * at.head_dim * at.ssm_state_size) if hasattr(mixer, "ssm_state_size") else 0

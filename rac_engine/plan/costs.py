@@ -50,7 +50,9 @@ def observing_bytes(shape: Shape, found: Input, chunk: int, longest: int, tied: 
     own, norm = chunk * hidden * size, chunk * hidden * 8
     if found.entrance:
         return max(norm + own, 2 * own) if tied else max(norm, own)
-    if found.attention:
+    if found.recurrent:
+        inside = shape.recurrent.passing(shape, chunk, found.columns)
+    elif found.attention:
         inside = shape.attention.passing(shape, chunk, longest, on_gpu)
     else:
         inside = chunk * size * (hidden * (3 if found.count > 1 else 1) + found.inner * found.columns)
@@ -84,7 +86,9 @@ def tuned_bytes(shape: Shape, stage: Stage, tokens: int, chunk: int, longest: in
     last, attention = stage.inputs[-1], shape.attention
     weights = stage.before + sum(found.weights for found in stage.inputs)
     inner = last.inner * last.columns
-    if last.attention:
+    if last.recurrent:
+        inner = shape.recurrent.token // 2  # of what is made, kept for the gradient, and the gradient's own
+    elif last.attention:
         in_the_open = attention.open or attention.window is not None
         scores = min(longest, chunk) * attention.queries // attention.head if in_the_open else 0
         inner = attention_inner(attention.queries, attention.key_values, scores)

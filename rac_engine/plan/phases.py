@@ -181,7 +181,7 @@ class PhasePlanner:
             if self.converted and not before.attention:
                 work["weights of the block before"] = self._mlp(before) * shape.size
         work["activations of a chunk"] = max(passing, counting)
-        if self.at_once or any(i.attention and not i.entrance for i in stage.inputs):
+        if self.at_once or any(i.attention and not i.recurrent and not i.entrance for i in stage.inputs):
             work["keys and values"] = self._keys_and_values(self.streams)
         name = f"observe {stage.name}"
         return self._phase(name, stage, keeping, {**gathered, **work}, key=stage.inputs[0].key)

@@ -11,7 +11,7 @@ import torch
 
 from rac_engine.calibrate import match_bytes, statistic_bytes
 from rac_engine.checkpoint import find_format
-from rac_engine.models import Model, working_dtype
+from rac_engine.models import CALL_TOKENS, Model, state_bytes, token_bytes, working_dtype
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import Needs, run_of_rows
 from rac_kernels.ops import attention
@@ -29,6 +29,8 @@ class Input:
     matrices: int
     attention: bool
     """Whether its block mixes tokens: an attention, or a recurrent mixer."""
+    recurrent: bool
+    """Whether what mixes them is a recurrent mixer."""
     entrance: bool
     """Whether it is the block's own input, behind its norm."""
     last: bool
@@ -122,6 +124,29 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Recurrent:
+    """The recurrent mixers, as far as memory depends on them."""
+
+    token: int
+    """Bytes of a token that goes through."""
+    state: int
+    """Bytes of a sequence's state."""
+
+    @classmethod
+    def of(cls, model: Model, size: int) -> Recurrent:
+        mixers = model.recurrent_mixers()
+        return cls(
+            token=max((token_bytes(mixer, size) for mixer in mixers), default=0),
+            state=max((state_bytes(mixer) for mixer in mixers), default=0),
+        )
+
+    def passing(self, shape: Shape, chunk: int, width: int) -> int:
+        """Bytes of a chunk on its way through it: what has come out of `width`, twice while it is put together."""
+        call = min(chunk, CALL_TOKENS)
+        return call * self.token + 2 * self.state + chunk * shape.size * (shape.hidden + 2 * width)
+
+
+@dataclass(frozen=True)
 class Stage:
     """Inputs that are looked at in one pass over the tokens, and what has become of the layer before."""
 
@@ -153,6 +178,7 @@ class Shape:
     quantized_bytes: int
     """Bytes of the largest matrix as it lies quantized in the files, at most one a weight."""
     attention: Attention
+    recurrent: Recurrent
     stages: tuple[Stage, ...]
     """Inputs that are looked at together, of the largest layer and of the first."""
 
@@ -182,7 +208,7 @@ class Shape:
         if "lm_head" in settings.also:
             (matrix,) = model.matrices(model.layers)
             run = run_of_rows(matrix.rows, matrix.columns)
-            head = Stage((Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, True, False),), 0, 0)
+            head = Stage((Input(matrix.module, matrix.rows, matrix.columns, run, 1, False, False, True, False),), 0, 0)
         return cls(
             head=head,
             head_bytes=0 if head is None else infos[model.family.head].nbytes,
@@ -193,6 +219,7 @@ class Shape:
             embedding_bytes=infos[model.family.embedding].nbytes * (2 if "embeddings" in settings.also else 1),
             quantized_bytes=0 if find_format(model.checkpoint.config) is None else _largest(model, largest),
             attention=Attention.of(model),
+            recurrent=Recurrent.of(model, dtype.itemsize),
             stages=tuple(stages),
         )
 
@@ -244,6 +271,7 @@ def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
                 largest=max(matrix.rows for matrix in group),
                 matrices=len(group),
                 attention=plan.mixes,
+                recurrent=plan.recurrent,
                 entrance=stage == first[group[0].group.block],
                 last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
                 # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.

@@ -220,7 +220,7 @@ print(report.end["memory"]["host_planned"], report.end["memory"]["host_measured"
 """
 
 SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 2}
-JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
+JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sparsegpt": ("qwen2", {}, {"method": "sparsegpt"}),
     "admm": ("qwen2", {}, {"method": "admm", "overrides": [{"modules": ".*up_proj", "damping": 0.1}]}),
     "tuned": ("qwen2", {}, {"method": "admm", "pattern": "1:4", "tune": 1}),
@@ -230,6 +230,28 @@ JOBS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "matched experts": (
         "mixtral",
         {"intermediate_size": 1024, "num_local_experts": 8},
+        {"method": "sparsegpt", "reconstruct": "dense"},
+    ),
+    "linear attention": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 8,
+            "linear_num_value_heads": 16,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+        {"method": "sparsegpt"},
+    ),
+    "state space": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "mlp"],
+            "mamba_num_heads": 16,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 64,
+            "chunk_size": 128,
+        },
         {"method": "sparsegpt", "reconstruct": "dense"},
     ),
 }
