@@ -246,13 +246,14 @@ JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "state space": (
         "nemotron_h",
         {
-            "layers_block_type": ["linear_attention", "mlp"],
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mlp", "linear_attention", "mlp"],
             "mamba_num_heads": 16,
             "mamba_head_dim": 64,
             "ssm_state_size": 64,
             "chunk_size": 128,
         },
-        {"method": "sparsegpt", "reconstruct": "dense"},
+        {"method": "sparsegpt"},
     ),
 }
 
