@@ -248,7 +248,8 @@ JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             "num_hidden_layers": 3,
             "layers_block_type": ["mlp", "linear_attention", "mlp"],
-            "mamba_num_heads": 16,
+            "intermediate_size": 512,
+            "mamba_num_heads": 32,
             "mamba_head_dim": 64,
             "ssm_state_size": 64,
             "chunk_size": 128,
