@@ -1,10 +1,15 @@
-"""The formats of quantized weights that are read, by a config.json."""
+"""The formats of quantized weights that are read, by a config.json.
+
+To add one, write a function that makes a `Format` of a quantization_config, or None where it is another's, and put it
+into `_FORMATS`. Its `find` yields the weights as they are to be presented, each with a `Quantized` that reads it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rac_engine.base.errors import one_line
 from rac_engine.checkpoint.compressed import compressed_format
 from rac_engine.checkpoint.fp4 import mxfp4_format, nvfp4_format
 from rac_engine.checkpoint.quantized import Format, sections
@@ -14,6 +19,8 @@ _FORMATS = (fp8_format, modelopt_format, mxfp4_format, nvfp4_format, compressed_
 
 READ = "FP8, MXFP4, NVFP4 and compressed-tensors' FP8, int8 and packed int4"
 """The formats in words."""
+
+_LONGEST = 100  # name of a format that is not read
 
 
 def find_format(config: Mapping[str, Any]) -> Format | None:
@@ -30,6 +37,6 @@ def unread_format(config: Mapping[str, Any]) -> str | None:
     if not said or find_format(config) is not None:
         return None
     if not isinstance(said[0], Mapping):
-        return str(said[0])
+        return one_line(str(said[0]))[:_LONGEST]
     kind = said[0].get("format") or said[0].get("quant_algo")
-    return str(said[0].get("quant_method")) + ("" if kind is None else f", {kind}")
+    return one_line(str(said[0].get("quant_method")) + ("" if kind is None else f", {kind}"))[:_LONGEST]

@@ -338,6 +338,7 @@ def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoi
         (compressed(["a"], KIMI), r"compressed-tensors, ['a']"),  # type: ignore[arg-type]
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt, W4A8_AWQ"),
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "a\nb" + "c" * 200}, "a b" + "c" * 97),
         ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [16]}, "fp8"),
         (None, "None"),
     ],
