@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rac_engine.base.errors import BadInput
@@ -87,9 +88,14 @@ def _made_by_transformers(family: Family, config: Mapping[str, Any]) -> Any:
 
     It has the name that transformers knows: by the object's `model_type` it finds how tensors are renamed on loading.
     """
-    name = config["model_type"] if "text_config" in config else family.config_type or family.model_type
+    name = _known_to_transformers(family, config)
     # A copy all through: transformers writes into what it is given, rope_scaling among the rest.
     return CONFIG_MAPPING[name].from_dict({**_with_floats(config), "model_type": name})
+
+
+def _known_to_transformers(family: Family, config: Mapping[str, Any]) -> str:
+    """The `model_type` that transformers has a class for."""
+    return str(config["model_type"]) if "text_config" in config else family.config_type or family.model_type
 
 
 def _with_floats(value: Any) -> Any:
@@ -107,6 +113,8 @@ def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     Raises `BadInput` for a model that is not causal, for what the family is not described for, and for heads beyond any
     model's, and whatever transformers raises.
     """
+    if (name := _known_to_transformers(family, config)) not in CONFIG_MAPPING:
+        raise BadInput(f"{file}: transformers {transformers.__version__} has no {name} models; a newer one may have")
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     whole = _made_by_transformers(family, plain)
     parsed = whole.get_text_config(decoder=True)

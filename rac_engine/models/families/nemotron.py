@@ -1,4 +1,4 @@
-"""Nemotron 3 and 4, Minitron: q k v and up, norms with biases before the blocks; partial rotary embeddings."""
+"""Nemotron 4, Minitron: q k v and up, norms with biases before the blocks; partial rotary embeddings."""
 
 from __future__ import annotations
 

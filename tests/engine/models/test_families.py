@@ -20,6 +20,7 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.engine.pruning import prune
+from rac_engine.models import configs
 from rac_engine.models.chunk import Chunk
 from rac_engine.models.families import find_family, known_families
 from rac_engine.models.model import Model
@@ -278,6 +279,13 @@ def test_rotary_embeddings_are_those_of_published_configs(tmp_path: Path, family
     cosines = turned.real if isinstance(turned, Tensor) else turned[0][..., : turned[0].shape[-1] // 2]
     assert cosines.shape == (1, 3, pairs)
     assert float(cosines[0, 0, 0]) == pytest.approx(factor)
+
+
+def test_a_family_that_this_transformers_has_not_is_named(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("hy_v3", shard_size="1GB")
+    monkeypatch.setattr(configs, "CONFIG_MAPPING", {})
+    with pytest.raises(BadInput, match=r"config.json: transformers \S+ has no hy_v3 models; a newer one may have"):
+        Model.open(Checkpoint.open(folder))
 
 
 def test_mistral_with_layer_types_is_ministral_as_for_transformers(checkpoint: Make, tmp_path: Path) -> None:
