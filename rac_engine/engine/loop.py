@@ -60,5 +60,6 @@ def _write_rest(context: Context) -> None:
         for matrix, table, result in pruned_embeddings(context):
             rows.append(matrix_row(matrix, result, table, context.target(matrix)))
             if result.skipped is None:
-                digests[matrix.name] = files.writer.write(matrix.name, result.weight)
+                for name in (matrix.name, *context.model.tied_copies):
+                    digests[name] = files.writer.write(name, result.weight)
         files.journal.append({"tensors": digests | files.writer.finish(), "matrices": rows})

@@ -22,7 +22,7 @@ from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, othe
 from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
-from rac_engine.models import Matrix, Model
+from rac_engine.models import EMBEDDINGS, Matrix, Model
 from rac_engine.recipe import PruneSettings, load_recipe, pruning_pattern
 from rac_engine.solve import ReasonCode
 from rac_engine.traces import load_tokenizer
@@ -378,6 +378,11 @@ def _check_source(
     if sha256 and source.sha256() != sha256:
         result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
     pruned = {matrix.get("tensor", matrix["name"]) for matrix in metrics.pruned}
+    if any(matrix["layer"] == EMBEDDINGS for matrix in metrics.pruned):
+        copies = Model.open(source).tied_copies
+        pruned.update(copies)
+        for name in set(copies) - set(Model.open(made).tied_copies):
+            result.problems.append(f"{name}: is a copy of the embeddings in the source, but not here")
     for matrix in metrics.pruned:
         name, said = matrix["name"], matrix.get("zeros_before", 0)
         if "tensor" not in matrix and name in source.tensors:

@@ -107,6 +107,13 @@ class Model(Architecture):
         before, behind = [EMBEDDINGS] * ("embeddings" in also), [self.layers] * ("lm_head" in also)
         return [*before, *range(self.layers), *behind]
 
+    @property
+    def tied_copies(self) -> tuple[str, ...]:
+        """Name of a lm_head that is stored though it is tied, as a copy of the embeddings (small Qwen 3 have one)."""
+        head, table = self.family.head, self.family.embedding
+        stored = self.config.tie_word_embeddings and head in self.checkpoint.tensors
+        return (head,) if stored and self.checkpoint.same(head, table) else ()
+
     def tensor_names(self, layer: int) -> list[str]:
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:

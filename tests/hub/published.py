@@ -6,9 +6,9 @@ is derived from the engine or from transformers: it is what they are held agains
 
 `tensors.txt` begins with the names of the weight files, `files 3 model-%05d-of-%06d.safetensors`, with `from 0`
 behind where they are not counted from 1. Each line behind is a tensor, with its dtype in safetensors' words and its
-shape, and `pruned` at the end if it is one of those that a pruning job prunes. A range `{0-2}` or a list `{q,k}` in a
-name stands for a tensor each. Lines beginning with # are remarks; `also FILE` is a file of weights in another form,
-which no index names.
+shape (or `=` and the tensor that it is a copy of), and `pruned` at the end if it is one of those that a pruning job
+prunes. A range `{0-2}` or a list `{q,k}` in a name stands for a tensor each. Lines beginning with # are remarks; `also
+FILE` is a file of weights in another form, which no index names.
 
 The weights are random; block-scaled FP8 is the value and the scale of each block that `weight_scale_inv` has, and
 MXFP4, `_blocks` and `_scales`, stands for what transformers makes of it; `weight_packed` holds four-bit integers,
@@ -153,9 +153,12 @@ def _random_tensors(lines: list[str], config: dict[str, Any]) -> dict[str, Tenso
     scales: dict[str, Tensor] = {}
     for line in lines:
         name, dtype, sizes = line.removesuffix(" pruned").split(maxsplit=2)
-        shape = json.loads(sizes)
+        shape = [] if dtype == "=" else json.loads(sizes)
         for key in _names(name):
             assert key not in made, f"{key} is there twice"
+            if dtype == "=":
+                made[key] = made[sizes].clone()
+                continue
             if key.endswith(SCALE):
                 made[key] = scales.pop(key).to(DTYPES[dtype])
                 assert list(made[key].shape) == shape, key

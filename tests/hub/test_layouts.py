@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DeepseekV3Config
@@ -190,3 +190,22 @@ def test_thinking_is_switched_by_what_the_template_is_told(
     for wrong, said in (("enable_thinkng=false", "no argument 'enable_thinkng'"), ("thinking", "is not NAME=VALUE")):
         assert main([*command.split(), "other", "--template-arguments", wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_head_that_is_stored_though_it_is_tied_stays_a_copy_of_the_embeddings(published, tmp_path, capsys):
+    """transformers would untie them if they differed."""
+    given, out = published("Qwen3-0.6B"), tmp_path / "out"
+    (tmp_path / "p.jsonl").write_text('{"problem": "Add 2 and 2."}\n')
+    words = f"prune {given.path} {out} --calibration {tmp_path / 'p.jsonl'} --method sparsegpt --also embeddings"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    after = weights(out)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert float((after["lm_head.weight"] == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    model = loaded(out)[0]
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert main(["verify", str(out), "--source", str(given.path)]) == 0, capsys.readouterr().out
+    file = next(file for file in out.glob("*.safetensors") if "lm_head.weight" in load_file(file))
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": given.tensors["lm_head.weight"]}, file, metadata={"format": "pt"})
+    assert main(["verify", str(out), "--source", str(given.path)]) != 0
+    assert "is a copy of the embeddings in the source" in capsys.readouterr().out
