@@ -60,57 +60,61 @@ ON_DISK: dict[str, tuple[str, ...]] = {
 """Names that published checkpoints have and transformers' modules have not, or that other families lack."""
 
 
-PUBLISHED: dict[str, tuple[dict[str, Any], int, float]] = {
-    "nemotron": ({"partial_rotary_factor": 0.5, "rope_percent": 0.5, "norm_eps": 1e-5, "hidden_act": "relu2"}, 4, 1.0),
-    "stablelm": ({"partial_rotary_factor": 0.25, "rope_theta": 10000, "hidden_size": 64, "use_qkv_bias": True}, 2, 1.0),
-    "glm4_moe_lite": (
-        {
-            **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
-            **{"first_k_dense_replace": 1, "n_routed_experts": 4, "rope_scaling": None, "topk_method": "noaux_tc"},
-            "partial_rotary_factor": 1.0,
-        },
+PUBLISHED: dict[str, tuple[int, float, str]] = {
+    "nemotron": (
         4,
         1.0,
+        """
+        {"partial_rotary_factor": 0.5, "rope_percent": 0.5, "norm_eps": 1e-05, "hidden_act": "relu2"}""",
+    ),
+    "stablelm": (
+        2,
+        1.0,
+        """
+        {"partial_rotary_factor": 0.25, "rope_theta": 10000, "use_qkv_bias": true}""",
+    ),
+    "glm4_moe_lite": (
+        4,
+        1.0,
+        """
+        {"first_k_dense_replace": 1, "n_routed_experts": 4, "topk_method": "noaux_tc", "partial_rotary_factor": 1.0,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "rope_scaling": null}""",
     ),
     "deepseek_v2": (
-        {
-            **{"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
-            **{
-                "first_k_dense_replace": 1,
-                "n_routed_experts": 4,
-                "n_group": 1,
-                "topk_group": 1,
-                "num_experts_per_tok": 2,
-            },
-            "rope_scaling": {
-                **{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707},
-                **{"original_max_position_embeddings": 4096, "type": "yarn"},
-            },
-        },
         4,
         1.0,
+        """
+        {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+        "q_lora_rank": null, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn"}}""",
     ),
     "phimoe": (
-        {
-            **{"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 131072},
-            **{"attention_bias": True, "lm_head_bias": True, "num_local_experts": 4, "rope_theta": 10000.0},
-            "rope_scaling": {
-                **{"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "type": "longrope"},
-                **{"long_mscale": 1.243163121016122, "short_mscale": 1.243163121016122},
-                "original_max_position_embeddings": 4096,
-            },
-        },
         8,
         1.243163121016122,
+        """
+        {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 131072,
+        "attention_bias": true, "lm_head_bias": true, "num_local_experts": 4, "rope_theta": 10000.0,
+        "rope_scaling": {"long_factor": [1, 1, 1, 1, 1, 1, 1, 1], "long_mscale": 1.243163121016122,
+        "original_max_position_embeddings": 4096, "short_factor": [1, 1, 1, 1, 1, 1, 1, 1],
+        "short_mscale": 1.243163121016122, "type": "longrope"}}""",
     ),
     "internlm3": (
-        {"qkv_bias": False, "bias": False, "head_dim": 16, "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}},
         8,
         1.0,
+        """
+        {"qkv_bias": false, "bias": false, "head_dim": 16,
+        "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}}""",
     ),
-    "minimax_m2": ({"head_dim": 16, "rotary_dim": 8, "rope_theta": 5000000, "num_local_experts": 4}, 4, 1.0),
+    "minimax_m2": (
+        4,
+        1.0,
+        """
+        {"head_dim": 16, "rotary_dim": 8, "rope_theta": 5000000, "num_local_experts": 4}""",
+    ),
 }
-"""What published config.json have (sizes aside), and the rotary embedding: pairs of elements, and factor."""
+"""Pairs of elements and factor of the rotary embedding, and the part of a published config.json that decides them."""
 
 
 def load(folder: Path) -> dict[str, Tensor]:
@@ -271,10 +275,10 @@ def test_routers_are_used_in_fp32_in_a_bf16_model(
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_rotary_embeddings_are_those_of_published_configs(tmp_path: Path, family: str) -> None:
-    fields, pairs, factor = PUBLISHED[family]
+    pairs, factor, fields = PUBLISHED[family]
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 4, "num_hidden_layers": 2}
     config = {"model_type": family, "vocab_size": 64, "num_key_value_heads": 4, "torch_dtype": "bfloat16"}
-    model = Model.of_config(tmp_path, {**config, **sizes, **fields})
+    model = Model.of_config(tmp_path, {**config, **sizes, **json.loads(fields)})
     turned = model._positions(torch.ones(1, 3, 64), Chunk(0, 3, (3,)), 0)
     cosines = turned.real if isinstance(turned, Tensor) else turned[0][..., : turned[0].shape[-1] // 2]
     assert cosines.shape == (1, 3, pairs)
@@ -314,7 +318,7 @@ def test_kimi_k2_is_a_deepseek_v3_that_keeps_its_name(checkpoint: Make, tmp_path
 
 
 def test_a_tokenizer_that_is_code_is_not_run_but_named(checkpoint: Make, tmp_path: Path) -> None:
-    """As Kimi K2 and Hunyuan A13B publish theirs."""
+    """Kimi K2 and Hunyuan A13B publish theirs so."""
     folder = change(checkpoint("deepseek_v3", shard_size="1GB"), tmp_path / "model", model_type="kimi_k2")
     (folder / "tokenization_kimi.py").write_text("raise SystemExit('it was run')\n")
     said = {"tokenizer_class": "TikTokenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_kimi.Tok", None]}}
@@ -324,7 +328,7 @@ def test_a_tokenizer_that_is_code_is_not_run_but_named(checkpoint: Make, tmp_pat
 
 
 def test_floats_that_json_lacks_are_read_in_the_form_transformers_writes(checkpoint: Make, tmp_path: Path) -> None:
-    """As in a Granite hybrid's `time_step_limit`, where a dict would be an error."""
+    """Granite hybrids have one in `time_step_limit`, where a dict would be an error."""
     folder = checkpoint("olmoe", shard_size="1GB")
     changed = change(folder, tmp_path / "model", clip_qkv={"__float__": "Infinity"}, lists=[{"__float__": "-Infinity"}])
     config = Model.open(Checkpoint.open(changed)).config
