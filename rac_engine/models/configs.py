@@ -76,7 +76,7 @@ def transformers_errors(file: Path) -> Iterator[None]:
 
 
 def loading_config(config: Mapping[str, Any]) -> Any:
-    """The configuration of a config.json whose `model_type` transformers does not know; None if it can read it itself."""
+    """The configuration of a config.json with a `model_type` that transformers does not know; None if it knows it."""
     family = find_family(config.get("model_type"))
     if family is None or family.config_type is None:
         return None
