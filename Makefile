@@ -10,13 +10,14 @@ PEERS := .venv-peers
 # On a machine with a GPU: the Python that has its PyTorch and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test soak lint bench gpu clean
+.PHONY: help demo test soak lint bench real gpu clean
 help:
 	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
 	@echo "make test    lint, types and the test suite"
 	@echo "make soak    every kill point, random kills and 100,000 hostile inputs: an hour or so"
 	@echo "make lint    ruff, clang-format and mypy alone"
 	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
+	@echo "make real    a real model, SmolLM2-135M, pruned by every method beside llm-compressor: half an hour, then a table"
 	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
 	@echo "make clean   remove .venv and everything built"
 
@@ -64,6 +65,14 @@ $(PEERS)/.ready: $(VENV)/.runtime
 
 bench: $(PEERS)/.ready
 	PYTHONPATH=kernels $(PEERS)/bin/python benchmarks/kernels.py --record
+
+# Opens the GGUF file that the weights come in; nothing of the product needs it.
+$(PEERS)/.gguf: $(PEERS)/.ready
+	$(PEERS)/bin/python -m pip install --quiet gguf==0.19.0
+	@touch $@
+
+real: $(PEERS)/.gguf
+	$(BIN)/python benchmarks/real.py --peers $(PEERS) --record
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py

@@ -19,7 +19,7 @@ from rac_kernels.ops.fp8 import dequantize_blocks
 from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
-from rac_kernels.ops.objective import objective, reconstruction_error
+from rac_kernels.ops.objective import objective, reconstruction_error, squared_outputs
 from rac_kernels.ops.profile import ScoreProfile, score_profile
 from rac_kernels.ops.residual import add_residual, residual_gap
 from rac_kernels.ops.routing import add_expert_, slots_by_expert
@@ -83,6 +83,7 @@ __all__ = [
     "spread_columns",
     "squared_error",
     "squared_norm_accumulate_",
+    "squared_outputs",
     "sweep",
     "symmetrize_",
 ]

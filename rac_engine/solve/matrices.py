@@ -22,6 +22,7 @@ from rac_kernels import (
     objective,
     output_cross,
     reconstruction_error,
+    squared_outputs,
 )
 
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
@@ -183,18 +184,15 @@ def _measured(
 
     `number` is the matrix's place among those whose `outputs` are known.
     """
-    cross = None if outputs is None else outputs.of(weight)
-    whole = _power(weight, H) if outputs is None else outputs.dense[number]
-
-    def error(candidate: Tensor) -> tuple[float, float]:
-        if outputs is None or cross is None:
-            cost = objective(weight, candidate, H)
-        else:
-            cost = reconstruction_error(candidate, H, cross, outputs.power[number])
-        return cost, cost / whole if whole else 0.0
-
-    cost, share = error(result.weight)
-    simple = error(_by_magnitude(weight, target))[1]
+    candidate = _by_magnitude(weight, target)
+    if outputs is None:
+        whole, cost = _power(weight, H), objective(weight, result.weight, H)
+        by_magnitude = _power(weight - candidate, H)  # of the weights that went
+    else:
+        cross, whole = outputs.of(weight), outputs.dense[number]
+        cost = reconstruction_error(result.weight, H, cross, outputs.power[number])
+        by_magnitude = reconstruction_error(candidate, H, cross, outputs.power[number])
+    share, simple = (each / whole if whole else 0.0 for each in (cost, by_magnitude))
     notes = result.notes
     if share > simple:
         notes = [*notes, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
@@ -287,4 +285,4 @@ def left_dense(weight: Tensor, why: Reason) -> MatrixResult:
 
 def _power(weight: Tensor, hessian: Tensor) -> float:
     """‖X Wᵀ‖²: what pruning everything would cost."""
-    return objective(weight, torch.zeros_like(weight[:1]).expand_as(weight), hessian)
+    return squared_outputs(weight, hessian)

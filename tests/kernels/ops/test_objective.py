@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rac_kernels import objective
+from rac_kernels import objective, squared_outputs
 from rac_kernels.testing import gram
 
 
@@ -32,6 +32,22 @@ def test_fp64_from_start_to_end():
     expected = float(torch.trace(D @ H.double() @ D.T))
     assert objective(W, Q, H) == pytest.approx(expected, rel=1e-10)
     assert objective(W, W, H) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows, n", [(1, 1), (70, 33), (9, 300), (0, 3), (3, 0)])
+def test_squared_outputs(rows, n, dtype):
+    X = torch.randn(50, n, generator=torch.Generator().manual_seed(0)).double()
+    W = torch.randn(rows, n, generator=torch.Generator().manual_seed(1)).to(dtype)
+    H = (X.T @ X).float()
+    assert squared_outputs(W, H.triu() + torch.full_like(H, 1e9).tril(-1)) == pytest.approx(
+        float((X @ W.double().T).square().sum()), rel=3e-6
+    )
+
+
+def test_squared_outputs_of_weights_whose_squares_are_beyond_fp32():
+    W, H = torch.full((2, 3), 1e30, dtype=torch.bfloat16), torch.eye(3)
+    assert squared_outputs(W, H) == objective(W, torch.zeros_like(W), H) > 1e60
 
 
 def test_shapes_that_do_not_fit():
