@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rac_engine.base.errors import BadInput
 from rac_engine.checkpoint import READ, unread_format
 from rac_engine.models.attention import PACKED_ATTENTION
+from rac_engine.models.discovery.small import Unfit
 from rac_engine.models.families import find_family, known_families
 from rac_engine.models.plans import Family
 
@@ -27,11 +28,13 @@ _MOST = {
 _MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
 
 
-def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
-    """The family of a config.json (`file`).
+def accepted_family(
+    file: Path, config: Mapping[str, Any], undescribed: Callable[[Mapping[str, Any]], Family]
+) -> Family:
+    """The family of a config.json (`file`): described by a file or, where there is none, what `undescribed` finds.
 
-    Raises `BadInput` for a `model_type` that is not known, for compressed weights, for quantized ones in a
-    format that is not read, and for counts beyond any model's.
+    Raises `BadInput` for a `model_type` that neither knows (`undescribed` raises `Unfit`), for compressed weights, for
+    quantized ones in a format that is not read, and for counts beyond any model's.
     """
     kind, inner = config.get("model_type"), config.get("text_config")
     if kind == "mistral" and "layer_types" in config:
@@ -40,11 +43,6 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
     if family is None and isinstance(inner, Mapping):
         kind = inner.get("model_type", kind)
         family = find_family(kind)
-    if family is None:
-        raise BadInput(
-            f"{file}: model_type {kind!r} is not known; known are {', '.join(known_families())} "
-            "(docs/families.md says how to add one)"
-        )
     for key in ("sparsity_config", "compression_config", "compression"):
         if key in config:
             raise BadInput(
@@ -60,7 +58,15 @@ def accepted_family(file: Path, config: Mapping[str, Any]) -> Family:
         counts = [each.get(key) for each in (config, inner) if isinstance(each, Mapping)]
         if any(isinstance(count, int) and count > most for count in counts):
             raise BadInput(f"{file}: {key} is more than {most:,}, which no model has; the file is not to be trusted")
-    return family
+    if family is not None:
+        return family
+    try:
+        return undescribed(_with_floats(config))
+    except Unfit as unfit:
+        raise BadInput(
+            f"{file}: model_type {kind!r} is not known; known are {', '.join(known_families())}; nor could it be "
+            f"traced: {unfit} (docs/families.md says how to add one)"
+        ) from unfit
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from rac_engine.checkpoint import Checkpoint, TensorInfo, find_format
 from rac_engine.models.architecture import Architecture
 from rac_engine.models.block import Block, Head
 from rac_engine.models.configs import accepted_family, parse_config, transformers_errors
+from rac_engine.models.discovery.discover import discover
+from rac_engine.models.discovery.holding import hold
 from rac_engine.models.dtypes import compute_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
 from rac_engine.models.plans import Family
@@ -63,7 +66,7 @@ class Model(Architecture):
     def _described(cls, checkpoint: Checkpoint) -> tuple[Model, dict[str, tuple[int, ...]]]:
         """The model, and the shapes of all tensors that its config calls for."""
         file = checkpoint.path / "config.json"
-        family = accepted_family(file, checkpoint.config).as_stored(checkpoint.tensors)
+        family = accepted_family(file, checkpoint.config, _traced).as_stored(checkpoint.tensors)
         with transformers_errors(file):
             model = cls(checkpoint, family, parse_config(file, family, checkpoint.config))
             return model, model.shapes()
@@ -77,6 +80,11 @@ class Model(Architecture):
     def notes(self) -> list[str]:
         """Remarks for the report on how this checkpoint is read and written."""
         found = []
+        if self.family.traced:
+            found.append(
+                f"no description names {self.family.model_type!r}: its blocks were found by tracing a small model of "
+                "its config, and held against transformers"
+            )
         if (form := find_format(self.checkpoint.config)) is not None:
             made = {str(info.dtype)[6:] for info in self.checkpoint.tensors.values() if info.quantized is not None}
             read = f"were read and written as {' and '.join(sorted(made))}" if made else "are none: all are plain"
@@ -213,3 +221,16 @@ class Model(Architecture):
                 continue
             if name.startswith(self.family.layers):
                 raise BadInput(f"{where}: tensor {name!r} is not part of this {self.family.model_type} model")
+
+
+def _traced(config: Mapping[str, Any]) -> Family:
+    """The family of a config.json that no file describes. Raises `Unfit` where there is none to be found."""
+    return _traced_once(json.dumps(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _traced_once(config: str) -> Family:
+    """Find the family of a config.json as text, and hold it against transformers."""
+    found = discover(json.loads(config))
+    hold(found, Model(Checkpoint(Path(), {}, {}, {}), found.family, found.config))
+    return found.family

@@ -94,6 +94,8 @@ class Family:
     """Parts of names of tensors to compute in fp32 besides those that transformers' class lists."""
     config_type: str | None = None
     """The model_type whose configuration class transformers has for it; None: its own."""
+    traced: bool = False
+    """Whether no file describes it: it was found by tracing a small model."""
     unfit: Callable[[Any], str | None] = lambda config: None
     """Why a config of this family cannot be pruned; None if it can."""
     layers: str = "model.layers."

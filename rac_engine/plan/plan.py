@@ -57,6 +57,8 @@ class Plan:
     hessians: bool
     """Whether the method gathers Hessians."""
     work: list[Work]
+    notes: list[str]
+    """How the checkpoint is read, where that is not plain."""
     seconds: float | None = None
     """About how long it takes, if `peaks` were given."""
 
@@ -128,6 +130,7 @@ def make_plan(
         disk=disk,
         hessians=settings.solver.needs == "hessian",
         work=work,
+        notes=opened.notes(),
         seconds=seconds,
     )
 

@@ -13,6 +13,7 @@ def render(plan: Plan) -> str:
     lines = [
         f"{plan.model}: {plan.model_type}, {plan.layers} layers, {format_count(plan.parameters)} parameters",
         f"{plan.matrices} matrices to prune, {format_count(plan.weights)} weights ({percent(share)} of all)",
+        *plan.notes,
         "",
         "Matrices of a layer that share an input",
     ]
