@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rac_engine.base.errors import BadInput
-from rac_engine.checkpoint import Checkpoint, TensorInfo, find_format
+from rac_engine.checkpoint import Checkpoint, TensorInfo, bytes_of, find_format
 from rac_engine.models.architecture import Architecture
 from rac_engine.models.block import Block, Head
 from rac_engine.models.configs import accepted_family, parse_config, transformers_errors
@@ -31,6 +31,8 @@ from rac_engine.models.discovery.holding import hold
 from rac_engine.models.dtypes import compute_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
 from rac_engine.models.plans import Family
+
+_COMPARED = 64  # rows of a head and of embeddings that tell whether one is a copy of the other
 
 _COMPUTED = "rotary_emb.inv_freq"  # stored by some checkpoints; what the config says is used, as transformers does
 
@@ -42,11 +44,16 @@ class Model(Architecture):
         super().__init__(family, config)
         self.checkpoint = checkpoint
         self.dtype = compute_dtype(checkpoint, family)
+        self.untied = False
+        """Whether a lm_head is stored that is not the embeddings it is tied to by the config, or by its default."""
 
     @classmethod
     def open(cls, checkpoint: Checkpoint) -> Model:
         """Raises `BadInput` for an unknown family and for tensors that do not fit the config."""
         model, shapes = cls._described(checkpoint)
+        if model.config.tie_word_embeddings and model._has_own_head():
+            model.config.tie_word_embeddings, model.untied = False, True
+            shapes[model.family.head] = shapes[model.family.embedding]
         model._check(shapes)
         return model
 
@@ -92,6 +99,11 @@ class Model(Architecture):
         if (count := self.checkpoint.left_out) > 0:
             found.append(
                 f"{count} scales of quantized activations and caches were left out: plain weights have no use for them"
+            )
+        if self.untied:
+            found.append(
+                f"{self.family.head} is not the table of embeddings that config.json ties it to: it was taken as a "
+                "matrix of its own, as transformers does"
             )
         extra = tuple(self._prefix(layer) for layer in self.extra_layers)
         if any(name.startswith(extra) for name in self.checkpoint.tensors):
@@ -204,6 +216,18 @@ class Model(Architecture):
         embedded = F.embedding(token_ids, table).to(dtype)
         scale = self.family.embedding_scale(self.config, dtype)
         return embedded if scale == 1 else embedded.mul_(scale)
+
+    def _has_own_head(self) -> bool:
+        """Whether a lm_head is stored that is no copy of the embeddings, by their first rows."""
+        names = (self.family.head, self.family.embedding)
+        if not all(name in self.checkpoint.tensors for name in names):
+            return False
+        head, table = (self.checkpoint.tensors[name] for name in names)
+        if (head.dtype, head.shape) != (table.dtype, table.shape) or len(head.shape) != 2:
+            return True
+        few = (0, min(head.shape[0], _COMPARED))
+        first, second = (bytes_of(self.checkpoint.read(name, few)) for name in names)
+        return first != second
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor that the config calls for is there in its shape, and no other."""

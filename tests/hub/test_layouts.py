@@ -209,3 +209,17 @@ def test_a_head_that_is_stored_though_it_is_tied_stays_a_copy_of_the_embeddings(
     save_file(tensors | {"lm_head.weight": given.tensors["lm_head.weight"]}, file, metadata={"format": "pt"})
     assert main(["verify", str(out), "--source", str(given.path)]) != 0
     assert "is a copy of the embeddings in the source" in capsys.readouterr().out
+
+
+def test_a_head_that_is_tied_by_default_but_stored_for_itself_is_a_matrix_of_its_own(published, tmp_path, capsys):
+    """transformers does not tie them then: Mistral 3's config says nothing, and its default is to tie them."""
+    given, out = published("Magistral-Small-2509"), tmp_path / "out"
+    (tmp_path / "p.jsonl").write_text('{"problem": "Add 2 and 2."}\n')
+    words = f"prune {given.path} {out} --calibration {tmp_path / 'p.jsonl'} --method sparsegpt --also lm_head"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    head, before = weights(out)["language_model.lm_head.weight"], given.tensors["language_model.lm_head.weight"]
+    assert float((head == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert not torch.equal(head, before)
+    assert torch.equal(loaded(out)[0].lm_head.weight, head.float())
+    assert main(["verify", str(out), "--source", str(given.path)]) == 0, capsys.readouterr().out
+    assert "not the table of embeddings" in (out / "rac" / "metrics.jsonl").read_text()
