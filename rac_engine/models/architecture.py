@@ -12,6 +12,7 @@ stay transformers'.
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,7 +43,8 @@ class Architecture:
         per_token = getattr(config, "num_experts_per_tok", 0)
         self._experts_per_token: int = max(per_token) if isinstance(per_token, list) else per_token
         self._pretrained = family.find("PreTrainedModel")
-        self._rotary = None if family.rotary is None else family.make(family.rotary, config)
+        rotary = family.rotary if family.has_positions(config) else None
+        self._rotary = None if rotary is None else family.make(rotary, config)
         self._kinds: dict[int, int] = {}
         self._alike: list[_Kind] = []
         self._groups: dict[int, list[Group]] = {}
@@ -136,8 +138,11 @@ class Architecture:
 
     def _bare_layer(self, layer: int) -> nn.Module:
         """The layer as transformers builds it, without weights."""
+        made = self.family.find(self.family.layer)
+        asked = inspect.signature(made).parameters
+        kind = {"layer_type": self.config.layer_types[layer]} if "layer_type" in asked else {}
         with torch.device("meta"):
-            return self.family.make(self.family.layer, self.config, layer)
+            return cast(nn.Module, made(self.config, layer, **kind))
 
     def _layer(self, layer: int) -> nn.Module:
         """The layer without weights, every expert a module of its own."""

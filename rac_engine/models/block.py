@@ -39,11 +39,13 @@ class Block:
         self.plan, self.groups = plan, groups
         self.norm = nn.Identity() if plan.norm is None else layer.get_submodule(plan.norm)
         self._after = nn.Identity() if plan.after is None else layer.get_submodule(plan.after)
+        self._factor = None if plan.times is None else cast(Tensor, getattr(layer, plan.times))
         self._rotary, self._scale = rotary, scale
         self._module = layer.get_submodule(plan.module)
         self._seen: KeyValues | None = None
         """Keys and values of the sequence of which a part has gone through the attention."""
-        self._asks_positions = "position_ids" in inspect.signature(self._module.forward).parameters
+        taken = inspect.signature(self._module.forward).parameters
+        self._asks_positions, self._shares = "position_ids" in taken, "shared_kv_states" in taken
         self._states = States()
         """States of a recurrent module behind the part of a sequence that has gone through it."""
         self._cache_name = cache_name(self._module)
@@ -124,7 +126,8 @@ class Block:
 
     def add(self, hidden: Tensor, output: Tensor) -> Tensor:
         """The hidden states behind the block [tokens, hidden] from those before it and its last matrix's `output`."""
-        return add_residual(hidden, self._after(output), self._scale)
+        factor = None if self._factor is None else self._factor.to(hidden.dtype)
+        return add_residual(hidden, self._after(output), self._scale, factor)
 
     def output_gap(self, wanted: Tensor, hidden: Tensor) -> Tensor | None:
         """The change of the last matrix's output that would turn the states `hidden` [tokens, hidden] into `wanted`.
@@ -187,6 +190,8 @@ class Block:
         asked: dict[str, Any] = {self._cache_name: self._seen}
         if self._asks_positions:
             asked["position_ids"] = chunk.positions(x.device)[None]
+        if self._shares:
+            asked["shared_kv_states"] = {}  # what other layers might use: none does
         inner: Tensor = self._module(
             x[None],
             position_embeddings=self._rotary(x[None], chunk),

@@ -40,6 +40,8 @@ class BlockPlan:
     """Whether the module hands a state from token to token: linear attention, a state-space model, a convolution."""
     after: str | None = None
     """Norm of what the block adds to the hidden states."""
+    times: str | None = None
+    """Tensor [1] of the layer that the hidden states behind the block are multiplied by."""
     between: tuple[str, ...] = ()
     """Matrices behind `inputs` that have an input of their own each."""
     experts: ExpertPlan | None = None
@@ -86,6 +88,8 @@ class Family:
     """Kind of class of a decoder layer."""
     rotary: str | None = "RotaryEmbedding"
     """Kind of class of the rotary embedding; None: positions are not told to the attention."""
+    has_positions: Callable[[Any], bool] = lambda config: True
+    """Whether a config has the rotary embedding."""
     extra_layers: str | None = None
     """The config's number of layers behind the last one that are on disk only."""
     further: tuple[str, ...] = ()
@@ -207,6 +211,8 @@ def mixture(shared: str = "shared_experts") -> BlockPlan:
 
 
 MIXTURE = mixture()
+
+MAMBA = BlockPlan("mamba", "input_layernorm", ("in_proj",), "out_proj", recurrent=True)
 
 DELTA_NET = BlockPlan(
     "linear_attn",

@@ -87,8 +87,10 @@ class Attention:
     def of(cls, model: Model) -> Attention:
         config = model.config
         heads = int(config.num_attention_heads)
-        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        width = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
+        # Where layers differ, transformers does not tell of them all at once.
+        each = list(getattr(config, "per_layer_config", None) or [config])
+        key_heads = max(int(getattr(one, "num_key_value_heads", None) or heads) for one in each)
+        width = max(int(getattr(one, "head_dim", None) or model.hidden_size // heads) for one in each)
         keys = _most_rows(model, "k_proj") or key_heads * width  # of the layer with the most, where they differ
         values = _most_rows(model, "v_proj") or keys
         key_values, widths, group = keys + values, width + width * values // keys, heads // key_heads

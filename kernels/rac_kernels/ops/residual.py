@@ -8,9 +8,10 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def add_residual(hidden: Tensor, output: Tensor, scale: float = 1.0) -> Tensor:
-    """hidden + scale · output, both [tokens, n] of one float dtype."""
-    return hidden + (output if scale == 1 else output * scale)
+def add_residual(hidden: Tensor, output: Tensor, scale: float = 1.0, factor: Tensor | None = None) -> Tensor:
+    """(hidden + scale · output) · factor, both [tokens, n] of one float dtype; factor [1], 1 where there is none."""
+    made = hidden + (output if scale == 1 else output * scale)
+    return made if factor is None else made * factor
 
 
 def residual_gap(wanted: Tensor, hidden: Tensor, scale: float = 1.0) -> Tensor:
