@@ -51,7 +51,7 @@ lint: $(VENV)/.dev
 
 # As many workers as there are cores, within reason: each takes up to 2 GB. tests/conftest.py divides the tests among them.
 test: lint
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --no-loadscope-reorder
 
 soak: $(VENV)/.dev
 	RAC_SOAK=1 $(BIN)/python -m pytest -q -s tests/faults tests/fuzz

@@ -31,23 +31,28 @@ APART = TESTS / "engine" / "plan" / "test_memory.py"
 """Long tests that share next to nothing. They end, wherever there is room."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests that `pytest -n` gives to one worker")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the tests among the workers of `pytest -n 2 --dist loadgroup`: by files, but for those named above."""
-
     def when(item: pytest.Item) -> int:
         folder = item.path.relative_to(TESTS).parts[0]
         return TOGETHER.index(folder) if folder in TOGETHER else len(TOGETHER) + (item.path == APART)
 
     items.sort(key=when)
-    for item in items:
-        path = item.path.relative_to(TESTS)
-        if item.path != APART:
-            item.add_marker(pytest.mark.xdist_group(path.parts[0] if path.parts[0] in TOGETHER else path.as_posix()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests among the workers of `pytest -n`: by files, but for those named above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file == APART.relative_to(TESTS.parent).as_posix():
+                return nodeid
+            folder = file.split("/")[1]
+            return folder if folder in TOGETHER else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
