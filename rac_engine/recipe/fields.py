@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,19 +66,28 @@ def _method(value: str) -> str:
 
 
 def _arguments(value: Any) -> Any:
-    """Turn the command line's ["enable_thinking=false"] into a mapping; a value is read as JSON, if it is that."""
-    if not isinstance(value, list):
-        return value
-    found: dict[str, Any] = {}
-    for each in value:
-        name, sign, text = each.partition("=")
-        if not sign:
-            raise ValueError(f"{each!r} is not NAME=VALUE")
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
+    """Check names and values, and turn the command line's ["enable_thinking=false"] into a mapping.
+
+    A value there is read as JSON, if it is that.
+    """
+    if isinstance(value, list):
+        pairs = [str(each).partition("=") for each in value]
+        if wrong := [name for name, sign, _ in pairs if not sign]:
+            raise ValueError(f"{wrong[0]!r} is not NAME=VALUE")
+        value = {name: _json_or_text(text) for name, _, text in pairs}
+    for name, each in value.items() if isinstance(value, dict) else ():
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"{name!r} is no name of an argument")
+        if not isinstance(each, bool | int | float | str) or each in (math.inf, -math.inf) or each != each:
+            raise ValueError(f"{name} should be true or false, a number or text")
+    return value
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _regex(value: str) -> str:
@@ -102,9 +112,7 @@ MethodName = Annotated[str, AfterValidator(_method)]
 
 ModuleName = Annotated[str, AfterValidator(_regex)]
 
-TemplateArguments = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | float | str], BeforeValidator(_arguments)
-]
+TemplateArguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 

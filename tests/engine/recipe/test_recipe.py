@@ -207,3 +207,30 @@ def test_of_several_overrides_the_last_wins():
     assert (settings.of("b").pattern, settings.of("b").sparsity) == ("2:4", 0.5)
     assert (settings.of("a").pattern, settings.of("a").sparsity) == (None, 0.3)
     assert (settings.of("ab").pattern, settings.of("ab").sparsity, settings.of("ab").damping) == ("1:4", 0.75, 0.5)
+
+
+def test_arguments_of_a_template_are_a_mapping_or_name_and_value():
+    told = {"thinking": False, "effort": "high", "budget": 512, "share": 0.5}
+    words = ["thinking=false", "effort=high", "budget=512", "share=0.5"]
+    for said in (told, words):
+        built = build(TraceSettings, {"prompts": "p", "template_arguments": said}, str)
+        assert built.template_arguments == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"x": [1]}, "x should be true or false"),
+        ({"x": None}, "x should be true or false"),
+        (["x=NaN"], "x should be true or false"),
+        ({"x": float("inf")}, "x should be true or false"),
+        ({"a b": 1}, "'a b' is no name"),
+        ({"": 1}, "'' is no name"),
+        (["x"], "'x' is not NAME=VALUE"),
+        (3, "should be"),
+    ],
+)
+def test_arguments_that_no_template_takes_are_one_line(arguments, said):
+    with pytest.raises(BadInput, match=said) as caught:
+        build(TraceSettings, {"prompts": "p", "template_arguments": arguments}, str)
+    assert "\n" not in str(caught.value)
