@@ -358,7 +358,9 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
-        "num_local_experts": 0,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 16,
         "shared_intermediate_size": 40,
         "mamba_n_heads": 4,
         "mamba_d_head": 16,
@@ -382,6 +384,11 @@ PLAIN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "exaone": {},
+    "cohere2": {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
 }
 """Families that are described in words that others use too: they go through fewer tests, in a smaller size."""
 

@@ -42,6 +42,7 @@ class Block:
         self._factor = None if plan.times is None else cast(Tensor, getattr(layer, plan.times))
         self._rotary, self._scale = rotary, scale
         self._module = layer.get_submodule(plan.module)
+        self._beside = None if plan.beside is None else layer.get_submodule(plan.beside.module)
         self._seen: KeyValues | None = None
         """Keys and values of the sequence of which a part has gone through the attention."""
         taken = inspect.signature(self._module.forward).parameters
@@ -55,7 +56,7 @@ class Block:
         self.first = shared[0].input if shared else family.on_disk(plan.module)
         """Name of the block's own input, which all tokens have."""
         self.last: str | None = None
-        """Name of the input of the last matrix, where `inner` ends with it: not in a mixture."""
+        """Name of the input of the last matrix, where `inner` ends with it: not in a mixture or with an MLP beside."""
         self.width = 0
         """Columns of the last matrix."""
         self._output: nn.Module = nn.Identity()
@@ -63,9 +64,9 @@ class Block:
         self._routed: dict[str, tuple[Expert, bool]] = {}
         """By an input's name: the expert it belongs to, and whether it is that of the expert's last matrix."""
         self._between = [group.input for group in shared[1:]]
-        if plan.experts is None:
+        if plan.experts is None and plan.beside is None:
             self._take_output(self._between.pop())
-        else:
+        if plan.experts is not None:
             self._name_experts([group.input for group in groups if group.expert is not None])
 
     def _take_output(self, name: str) -> None:
@@ -86,8 +87,8 @@ class Block:
     def inner(self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer] | None = None) -> Tensor:
         """The input of the last matrix [tokens, width] from the block's normalised input x [tokens, hidden].
 
-        In a mixture there is no such input: the module's output [tokens, hidden] is returned. `observers` are shown the
-        inputs they name.
+        In a mixture, or with an MLP beside, there is no such input: the output [tokens, hidden] of all is returned.
+        `observers` are shown the inputs they name.
         """
         return self._pass(x, chunk, Observation(observers or {}, through=True))
 
@@ -141,7 +142,8 @@ class Block:
     @contextmanager
     def copied(self) -> Iterator[dict[str, nn.Module]]:
         """Replace the block's parameters with fp32 copies within the context; gives its matrices by their names."""
-        parts = (self.norm, self._module, self._output, self._after)
+        parts = [self.norm, self._module, self._output, self._after]
+        parts += [] if self._beside is None else [self._beside]
         held = {
             (module, name): parameter
             for part in parts
@@ -170,6 +172,8 @@ class Block:
             else:
                 made = self._module(x[None])
                 inner = (made[0] if isinstance(made, tuple) else made)[0]
+            if self._beside is not None:
+                inner = inner + self._beside(x)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -79,7 +79,7 @@ def find_groups(family: Family, plans: tuple[BlockPlan, ...], layer: nn.Module, 
         for names_by_group in _stages(plan, experts):
             number = found[-1].stage + 1 if found else 0
             for names, expert in names_by_group:
-                here = [f"{plan.module}.{name}" for name in names if f"{plan.module}.{name}" in linears]
+                here = [name for name in names if name in linears]
                 if here:
                     modules = tuple(family.on_disk(name) for name in here)
                     share = 1.0 if expert is None else experts_per_token / experts
@@ -88,12 +88,17 @@ def find_groups(family: Family, plans: tuple[BlockPlan, ...], layer: nn.Module, 
 
 
 def _stages(plan: BlockPlan, experts: int) -> list[list[tuple[tuple[str, ...], int | None]]]:
-    """Each stage of a block: the names of the matrices of each group in its module, and the expert that has them."""
-    stages: list[list[tuple[tuple[str, ...], int | None]]] = [[(plan.inputs, None)]]
+    """Each stage of a block: the names of the matrices of each group within the layer, and the expert that has them."""
+    home = plan.module
+    entrance, exits = [f"{home}.{name}" for name in plan.inputs], [f"{home}.{plan.output}"]
+    if plan.beside is not None:
+        entrance += [f"{plan.beside.module}.{name}" for name in plan.beside.inputs]
+        exits.append(f"{plan.beside.module}.{plan.beside.output}")
+    stages: list[list[tuple[tuple[str, ...], int | None]]] = [[(tuple(entrance), None)]]
     if plan.between:
-        stages.append([((name,), None) for name in plan.between])
-    stages.append([((plan.output,), None)])
+        stages.append([((f"{home}.{name}",), None) for name in plan.between])
+    stages.append([((name,), None) for name in exits])
     if plan.experts is not None:
         for number, parts in ((0, plan.experts.inputs), (-1, (plan.experts.output,))):
-            stages[number] += [(tuple(f"experts.{e}.{part}" for part in parts), e) for e in range(experts)]
+            stages[number] += [(tuple(f"{home}.experts.{e}.{part}" for part in parts), e) for e in range(experts)]
     return stages

@@ -170,7 +170,7 @@ class Model(Architecture):
         if experts is None or not experts.stacked or group.expert is None:
             return None
         home, _, part = module.rpartition(f".{group.expert}.")
-        return f"{self._prefix(layer)}{home}.{part}"
+        return self._prefix(layer) + self.family.on_disk(f"{home}.{part}")
 
     def build_layer(self, layer: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> list[Block]:
         """The residual blocks of a decoder layer with weights from `tensors` (by on-disk names)."""

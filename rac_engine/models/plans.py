@@ -44,6 +44,8 @@ class BlockPlan:
     """Tensor [1] of the layer that the hidden states behind the block are multiplied by."""
     between: tuple[str, ...] = ()
     """Matrices behind `inputs` that have an input of their own each."""
+    beside: BlockPlan | None = None
+    """An MLP that is given the same normalised input, and whose output is added to the module's."""
     experts: ExpertPlan | None = None
     """The experts of a mixture; `inputs` and `output` then name the shared experts, which all tokens go through."""
 
@@ -120,7 +122,9 @@ class Family:
     def within(self, layer: nn.Module) -> tuple[BlockPlan, ...]:
         """The residual blocks that a decoder layer of transformers has."""
         every = self.blocks if self.mixture is None else (*self.blocks, self.mixture)
-        return tuple(plan for plan in every if plan.is_in(layer))
+        found = [plan for plan in every if plan.is_in(layer)]
+        beside = {plan.beside.module for plan in found if plan.beside is not None}
+        return tuple(plan for plan in found if plan.module not in beside)
 
     def as_stored(self, names: Iterable[str]) -> Family:
         """The family with its language model and experts called as they are among the tensors `names` on disk.

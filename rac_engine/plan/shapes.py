@@ -275,7 +275,7 @@ def _inputs(model: Model, layer: int) -> Iterator[tuple[int, int, Input]]:
                 attention=plan.mixes,
                 recurrent=plan.recurrent,
                 entrance=stage == first[group[0].group.block],
-                last=plan.experts is None and group[0].module == f"{plan.module}.{plan.output}",
+                last=plan.experts is None and plan.beside is None and group[0].module == f"{plan.module}.{plan.output}",
                 # The gate's, as it comes and activated, and the up's; one matrix for both is taken apart once made.
                 inner=3 if parts > 1 else 4 if plan.experts is None else 6,
                 count=len(every) if routed else 1,

@@ -178,9 +178,24 @@ def test_half_of_every_matrix_is_pruned_and_nothing_else(checkpoint: Make, tmp_p
     assert (same / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     report = prune(source, out, settings(), CALIBRATION)
     before, after = load(source), load(out)
-    pruned = {row["name"] for row in report.matrices}
-    kept = ["mlp.gate.weight", "router.gate.weight", "moe.gate.weight", "wg.weight", "expert_gate.weight", "_bias"]
-    kept += ["in_proj_a.weight", "in_proj_b.weight", "in_proj_ba.weight", "conv1d.weight", "conv.conv.weight"]
+    pruned = {row.get("tensor", row["name"]) for row in report.matrices}
+    kept = [
+        "router.layer.weight",
+        "mlp.gate.weight",
+        "router.gate.weight",
+        "moe.gate.weight",
+        "wg.weight",
+        "expert_gate.weight",
+        "_bias",
+    ]
+    kept += [
+        "router.layer.weight",
+        "in_proj_a.weight",
+        "in_proj_b.weight",
+        "in_proj_ba.weight",
+        "conv1d.weight",
+        "conv.conv.weight",
+    ]
     matrices = {
         name
         for name in before
