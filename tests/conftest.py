@@ -20,8 +20,9 @@ from transformers.utils import logging
 from tests import tiny
 
 logging.disable_progress_bar()
-# The same cases every time, so that a failure is of the change at hand; `make soak` explores.
-settings.register_profile("steady", derandomize=not os.environ.get("RAC_SOAK"))
+# The same cases every time, so that a failure is of the change at hand; `make soak` explores. How long one takes says
+# nothing where tests share the cores.
+settings.register_profile("steady", derandomize=not os.environ.get("RAC_SOAK"), deadline=None)
 settings.load_profile("steady")
 
 TESTS = Path(__file__).parent

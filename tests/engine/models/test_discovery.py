@@ -31,7 +31,7 @@ from rac_engine.recipe.settings import PruneSettings
 from tests import tiny
 
 DESCRIBED = (
-    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "phi3", "granite", "glm4", "starcoder2"),
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "phi3", "granite", "glm4", "exaone"),
     *("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "hy_v3", "ernie4_5_moe", "mimo_v2_flash", "qwen2_moe"),
 )
 
@@ -87,7 +87,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
 }
 UNDESCRIBED: dict[str, dict[str, Any]] = {
-    "exaone": {"num_layers": 3},
+    "helium": {},
     "afmoe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -98,7 +98,7 @@ UNDESCRIBED: dict[str, dict[str, Any]] = {
         "global_attn_every_n_layers": 2,
     },
 }
-"""Names of its own on disk; norms before and after, a gate in the attention, a mixture, scaled embeddings."""
+"""Plain blocks; norms before and after, a gate in the attention, a mixture, scaled embeddings."""
 
 
 def save(folder: Path, kind: str) -> Path:
@@ -146,7 +146,7 @@ def test_a_model_that_no_file_describes_is_pruned_and_that_is_said(tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("cohere2", "self_attn and mlp are parallel branches"),
+        ("cohere", "self_attn and mlp are parallel branches"),
         ("gpt2", "attn.c_attn.weight .Conv1D."),
         ("gpt_neox", "behind attention the hidden states are not"),
         ("lfm3", "is recurrent"),
