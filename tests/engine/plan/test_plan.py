@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rac_engine.base.errors import BadInput
+from rac_engine.base.sizes import format_bytes
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.model import Model
@@ -267,6 +268,18 @@ def test_activations_are_priced_at_the_rate_of_their_number_format(qwen2_7b):
     assert seconds("bfloat16", 1e12) == seconds("float32", 1e12) == seconds("float32", 4e12)
     # All but factors and sweeps, which are a hundredth of it.
     assert seconds("bfloat16", 4e12) == pytest.approx(seconds("float32", 4e12) / 4, rel=0.1)
+
+
+def test_a_plan_without_a_limit_says_what_the_heap_keeps(qwen2_7b):
+    def said(machine):
+        page = render(make_plan(qwen2_7b, tokens=20_000, machine=machine))
+        return [line for line in page.splitlines() if "freed memory is kept" in line]
+
+    memory = make_plan(qwen2_7b, tokens=20_000).memory
+    chunk = max(phase.host.get("activations of a chunk", 0) for phase in memory.phases)
+    (line,) = said(Machine())
+    assert chunk and f"some {format_bytes(3 * chunk // 2)} more" in line
+    assert not said(Machine(host_limit=64 << 30)) and not said(Machine(True, 24 << 30))
 
 
 def test_a_cpu_has_the_peaks_of_what_the_engine_computes_in():
