@@ -26,6 +26,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -305,15 +306,14 @@ def measured(command: Sequence[str], environment: dict[str, str], output: Any) -
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
+        # Not by the usage that wait4 gives: its peak is that of this program too, whose copy the child once was.
         while not ended.wait(0.1):
-            total = 0
-            try:
+            with suppress(psutil.Error, OSError, ValueError, IndexError):
                 first = psutil.Process(child.pid)
-                for process in (first, *first.children(recursive=True)):
-                    total += process.memory_info().rss
-            except psutil.Error:
-                continue
-            peak[0] = max(peak[0], total)
+                total = sum(process.memory_info().rss for process in (first, *first.children(recursive=True)))
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                highest = int(status.partition("VmHWM:")[2].split()[0]) << 10
+                peak[0] = max(peak[0], total, highest)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -324,7 +324,7 @@ def measured(command: Sequence[str], environment: dict[str, str], output: Any) -
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command)
-    return Usage(wall, usage.ru_utime + usage.ru_stime, max(peak[0], usage.ru_maxrss << 10))
+    return Usage(wall, usage.ru_utime + usage.ru_stime, peak[0])
 
 
 @torch.inference_mode()

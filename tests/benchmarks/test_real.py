@@ -64,7 +64,7 @@ def test_a_process_is_measured_with_its_children(real: ModuleType, tmp_path: Pat
     with (tmp_path / "log").open("w") as log:
         usage = real.measured([sys.executable, "-c", program], dict(os.environ), log)
         assert usage.processor > 0.4 and usage.wall > 0.4
-        assert usage.peak > 120 << 20  # of both, which no one process has
+        assert 120 << 20 < usage.peak < 220 << 20  # of both, which no one process has; and not of this one
         with pytest.raises(subprocess.CalledProcessError):
             real.measured([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ), log)
 

@@ -19,6 +19,7 @@ from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import INDEX, Checkpoint
 from rac_engine.models import attention, dtypes
+from rac_engine.models import block as blocks
 from rac_engine.models.model import Model
 from rac_kernels.ops import attention as ops
 from tests import tiny
@@ -223,3 +224,19 @@ def test_heads_beyond_any_model_are_refused_at_once(checkpoint: Make, family: st
     config = json.loads((checkpoint(family) / "config.json").read_text())
     with pytest.raises(BadInput, match=r"heads of more than 1,048,576 elements"):
         Model.of_config(Path("m"), {**config, "head_dim": 1 << 32})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_some_tokens_normalised_at_a_time_have_the_same_bits(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    model = Model.open(Checkpoint.open(checkpoint(family, hidden_size=96)))
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
+    hidden = torch.randn(2 * blocks.NORMED + 1, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for one in model.build_layer(0, tensors, dtype, "cpu"):
+        with torch.inference_mode():
+            by_parts = one.norm(hidden)
+            monkeypatch.setattr(blocks, "NORMED", len(hidden))
+            assert by_parts.dtype == dtype and torch.equal(one.norm(hidden), by_parts)
+            monkeypatch.undo()
