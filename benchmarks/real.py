@@ -154,11 +154,17 @@ class Made:
             "peer": self._peer_versions(),
             "model": {"name": NAME, "package": PACKAGE, "shapes": _shapes(self.model) if self.model.exists() else None},
             "tokens": self.args.tokens,
+            "traces": {split: read for split in ("calibration", "held-out") if (read := self._summary(split))},
             "measured": MEASURED,
             "limit": parts.get("limit"),
             "dense": parts.get("quality-dense"),
             "jobs": jobs,
         }
+
+    def _summary(self, split: str) -> dict[str, Any] | None:
+        """The summary of the traces of a split, as `rac trace` leaves it; None where there are none yet."""
+        path = self._traces(split) / "traces.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
     def _part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A part as its file says, made if that is not there."""
