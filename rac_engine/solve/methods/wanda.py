@@ -29,5 +29,6 @@ METHOD = Method(
     title="Wanda",
     needs="norms",
     solve=solve,
-    workspace=lambda stacked: {SOLVING: select.workspace(stacked.weights, per="row")},
+    # One matrix's scores at a time, beside the masks of all.
+    workspace=lambda stacked: {SOLVING: select.workspace(stacked.largest, per="row") + stacked.weights},
 )
