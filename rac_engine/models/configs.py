@@ -20,7 +20,7 @@ from rac_engine.models.plans import Family
 
 # What transformers makes lists of: a config that asks for more than any model has would be obeyed for days.
 _MOST = {
-    **dict.fromkeys(("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers"), 10_000),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_nextn_predict_layers", "num_mtp_layers"), 10_000),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 100_000),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 100_000),
 }

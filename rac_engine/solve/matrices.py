@@ -25,6 +25,8 @@ from rac_kernels import (
     squared_outputs,
 )
 
+DIGITS = 1e-5  # in which two errors that are found in different ways may differ
+
 TOGETHER = 1 << 26  # weights solved together at most, where there is more than one matrix
 
 WHOLE = 1 << 28  # weights of a matrix beyond which it is solved by runs of rows, with thresholds of their own
@@ -187,14 +189,15 @@ def _measured(
     candidate = _by_magnitude(weight, target)
     if outputs is None:
         whole, cost = _power(weight, H), objective(weight, result.weight, H)
-        by_magnitude = _power(weight - candidate, H)  # of the weights that went
+        # Of the weights that went, to fewer digits: where both are the same, so are their errors.
+        by_magnitude = cost if torch.equal(result.weight, candidate) else _power(weight - candidate, H)
     else:
         cross, whole = outputs.of(weight), outputs.dense[number]
         cost = reconstruction_error(result.weight, H, cross, outputs.power[number])
         by_magnitude = reconstruction_error(candidate, H, cross, outputs.power[number])
     share, simple = (each / whole if whole else 0.0 for each in (cost, by_magnitude))
     notes = result.notes
-    if share > simple:
+    if share > simple * (1 + DIGITS):
         notes = [*notes, f"worse than magnitude pruning: relative error {share:.3g}, by magnitude {simple:.3g}"]
     return replace(result, objective=cost, relative_error=share, magnitude_error=simple, power=whole, notes=notes)
 
