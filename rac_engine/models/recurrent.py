@@ -132,7 +132,8 @@ def token_bytes(mixer: nn.Module, size: int) -> int:
     if hasattr(mixer, "ssm_state_size"):
         inner, states = at.num_heads * at.head_dim, at.num_heads * at.ssm_state_size
         grouped = 2 * at.n_groups * at.ssm_state_size
-        return int(4 * (8 * inner + 4 * states + 2 * grouped) + 10 * at.chunk_size * at.num_heads)
+        own = 4 * size * inner  # what comes in and goes out, in the activations' own format
+        return int(own + 4 * (6 * inner + 4 * states + 2 * grouped) + 10 * at.chunk_size * at.num_heads)
     columns = next(part.weight.shape[1] for part in mixer.modules() if isinstance(part, nn.Linear))
     return 6 * size * int(columns)
 
