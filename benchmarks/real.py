@@ -164,7 +164,10 @@ class Made:
     def _summary(self, split: str) -> dict[str, Any] | None:
         """The summary of the traces of a split, as `rac trace` leaves it; None where there are none yet."""
         path = self._traces(split) / "traces.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary | {"prompts_file": Path(summary["prompts_file"]).name}  # no path of this machine
 
     def _part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A part as its file says, made if that is not there."""
