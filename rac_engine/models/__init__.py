@@ -16,7 +16,7 @@ from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
 from rac_engine.models.model import Model
 from rac_engine.models.observers import Observer
-from rac_engine.models.recurrent import CALL_TOKENS, States, cache_name, run_packed, state_bytes, token_bytes
+from rac_engine.models.recurrent import CALL_TOKENS, States, Workspace, run_on, run_packed, workspace
 
 __all__ = [
     "CALL_TOKENS",
@@ -27,11 +27,11 @@ __all__ = [
     "Model",
     "Observer",
     "States",
-    "cache_name",
+    "Workspace",
     "loading_config",
+    "run_on",
     "run_packed",
     "scoring_of",
-    "state_bytes",
-    "token_bytes",
     "working_dtype",
+    "workspace",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,24 +53,16 @@ class Architecture:
     @property
     def needs_eager_attention(self) -> bool:
         """Whether attention has soft caps or sinks, so that no fused kernel can compute it."""
-        for layer in range(self.layers):
-            for plan in self.plans(layer):
-                if plan.attention:
-                    attention = self._bare_layer(layer).get_submodule(plan.module)
-                    return (
-                        hasattr(attention, "sinks") or getattr(self.config, "attn_logit_softcapping", None) is not None
-                    )
-        return False
+        attention = next((mixer for plan, mixer in self.mixers() if plan.attention), None)
+        capped = getattr(self.config, "attn_logit_softcapping", None) is not None
+        return attention is not None and (capped or hasattr(attention, "sinks"))
 
-    def recurrent_mixers(self) -> list[nn.Module]:
-        """A recurrent mixer, without weights, of each kind of layer that has one."""
-        first = {self.kind(layer): layer for layer in reversed(range(self.layers))}
-        return [
-            self._bare_layer(layer).get_submodule(plan.module)
-            for layer in first.values()
-            for plan in self.plans(layer)
-            if plan.recurrent
-        ]
+    def mixers(self) -> Iterator[tuple[BlockPlan, nn.Module]]:
+        """The attentions and recurrent mixers of the first layer of each kind, without weights."""
+        for layer in self.first_layers():
+            for plan in self.plans(layer):
+                if plan.mixes:
+                    yield plan, self._bare_layer(layer).get_submodule(plan.module)
 
     def plans(self, layer: int) -> tuple[BlockPlan, ...]:
         """The residual blocks of a decoder layer."""
@@ -89,6 +82,13 @@ class Architecture:
                 self._alike.append(found)
             self._kinds[layer] = self._alike.index(found)
         return self._kinds[layer]
+
+    def first_layers(self) -> list[int]:
+        """Number of the first decoder layer of each kind."""
+        first: dict[int, int] = {}
+        for layer in range(self.layers):
+            first.setdefault(self.kind(layer), layer)
+        return list(first.values())
 
     def groups(self, layer: int) -> list[Group]:
         """The groups of matrices of a decoder layer that share an input, in the order that data goes through them."""

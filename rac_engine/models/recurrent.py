@@ -5,9 +5,11 @@ Transformers' modules ask their cache for these, a row a sequence. `States` answ
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +19,19 @@ from torch.nn import functional as F
 CALL_TOKENS = 1024
 """Tokens that go through a recurrent module in one call, of one sequence or of several."""
 
-_NAMES = (
-    "cache",
-    "cache_params",
-    "past_key_values",
-)  # the cache's name in a module's forward, by transformers' version
+_NAMES = ("cache", "cache_params", "past_key_values")
+"""Names of the cache among the arguments of a module, by transformers' version."""
 
 
 def cache_name(module: nn.Module) -> str:
     """The name that the cache has among the arguments of a mixer of transformers."""
-    taken = inspect.signature(module.forward).parameters
+    kind: Any = type(module)
+    return _cache_name(kind)
+
+
+@functools.cache
+def _cache_name(kind: Any) -> str:
+    taken = inspect.signature(kind.forward).parameters
     return next((name for name in _NAMES if name in taken), _NAMES[0])
 
 
@@ -71,11 +76,12 @@ class States:
         """Whether former states are kept to go back to: never."""
         return False
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep the states of some rows, in that order."""
+    def drop(self, row: int) -> None:
+        """Let go of a row, whose place the last one takes."""
         for held in (self.convolution, self.recurrent):
             for number, state in held.items():
-                held[number] = state[torch.tensor(rows, dtype=torch.long, device=state.device)]
+                state[row] = state[-1]
+                held[number] = state[:-1]
 
     def append(self, other: States) -> None:
         """Put the rows of other states behind these."""
@@ -120,27 +126,31 @@ def run_on(module: nn.Module, x: Tensor, states: States) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def token_bytes(mixer: nn.Module, size: int) -> int:
-    """Bytes that a recurrent mixer of transformers takes for a token of a call, activations having `size` bytes.
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes that a recurrent mixer takes."""
+
+    token: int = 0
+    """Of a token of a call."""
+    state: int = 0
+    """Of a sequence's recurrent state in fp32."""
+
+
+def workspace(mixer: nn.Module, size: int) -> Workspace:
+    """Bytes that a recurrent mixer of transformers takes, activations having `size` bytes.
 
     Counted in what its plain PyTorch makes: a gated delta net and Mamba 2 compute in fp32.
     """
     at: Any = mixer
     if hasattr(mixer, "head_k_dim"):  # per head queries, keys, values and products of the tokens of a chunk of 64
         keys, values = at.num_v_heads * at.head_k_dim, at.num_v_heads * at.head_v_dim
-        return int(4 * (6 * keys + 7 * values + 3 * 64 * at.num_v_heads) + size * at.conv_dim)
+        token = 4 * (6 * keys + 7 * values + 3 * 64 * at.num_v_heads) + size * at.conv_dim
+        return Workspace(token, 4 * keys * at.head_v_dim)
     if hasattr(mixer, "ssm_state_size"):
         inner, states = at.num_heads * at.head_dim, at.num_heads * at.ssm_state_size
         grouped = 2 * at.n_groups * at.ssm_state_size
         own = 4 * size * inner  # what comes in and goes out, in the activations' own format
-        return int(own + 4 * (6 * inner + 4 * states + 2 * grouped) + 10 * at.chunk_size * at.num_heads)
+        token = own + 4 * (6 * inner + 4 * states + 2 * grouped) + 10 * at.chunk_size * at.num_heads
+        return Workspace(token, 4 * inner * at.ssm_state_size)
     columns = next(part.weight.shape[1] for part in mixer.modules() if isinstance(part, nn.Linear))
-    return 6 * size * int(columns)
-
-
-def state_bytes(mixer: nn.Module) -> int:
-    """Bytes of a sequence's recurrent state in fp32, where a mixer has one."""
-    at: Any = mixer
-    if hasattr(mixer, "head_k_dim"):
-        return int(4 * at.num_v_heads * at.head_k_dim * at.head_v_dim)
-    return int(4 * at.num_heads * at.head_dim * at.ssm_state_size) if hasattr(mixer, "ssm_state_size") else 0
+    return Workspace(6 * size * int(columns))

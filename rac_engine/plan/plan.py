@@ -143,9 +143,8 @@ def _open(path: Path) -> Model:
 
 def _kinds_of_groups(model: Model, layers: list[list[Matrix]]) -> list[list[Matrix]]:
     """The groups of the first layer of each kind that no other kind has, one expert for all; mixtures come last."""
-    first = {model.kind(layer): layer for layer in reversed(range(model.layers))}
     found: dict[tuple[tuple[str, int, int], ...], list[Matrix]] = {}
-    for layer in sorted(first.values(), key=lambda layer: (model.is_mixture(layer), layer)):
+    for layer in sorted(model.first_layers(), key=lambda layer: (model.is_mixture(layer), layer)):
         for group in stages_of(layers[layer]):
             if not group[0].group.expert:
                 found.setdefault(tuple((m.module, m.rows, m.columns) for m in group), group)

@@ -11,7 +11,7 @@ import torch
 
 from rac_engine.calibrate import match_bytes, statistic_bytes
 from rac_engine.checkpoint import find_format
-from rac_engine.models import CALL_TOKENS, Model, state_bytes, token_bytes, working_dtype
+from rac_engine.models import CALL_TOKENS, Model, Workspace, working_dtype, workspace
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import Needs, run_of_rows
 from rac_kernels.ops import attention
@@ -126,21 +126,13 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Recurrent:
+class Recurrent(Workspace):
     """The recurrent mixers, as far as memory depends on them."""
-
-    token: int
-    """Bytes of a token that goes through."""
-    state: int
-    """Bytes of a sequence's state."""
 
     @classmethod
     def of(cls, model: Model, size: int) -> Recurrent:
-        mixers = model.recurrent_mixers()
-        return cls(
-            token=max((token_bytes(mixer, size) for mixer in mixers), default=0),
-            state=max((state_bytes(mixer) for mixer in mixers), default=0),
-        )
+        each = [workspace(mixer, size) for plan, mixer in model.mixers() if plan.recurrent] or [Workspace()]
+        return cls(max(one.token for one in each), max(one.state for one in each))
 
     def passing(self, shape: Shape, chunk: int, width: int) -> int:
         """Bytes of a chunk on its way through it: what has come out of `width`, twice while it is put together."""
@@ -202,9 +194,8 @@ class Shape:
         sizes = [sum(infos[name].nbytes for name in model.tensor_names(layer)) for layer in range(model.layers)]
         largest = sizes.index(max(sizes))
         stages = list[Stage]()
-        first = {model.kind(layer): layer for layer in reversed(range(model.layers))}
-        del first[model.kind(largest)]
-        for layer in (largest, *sorted(first.values())):
+        others = [layer for layer in model.first_layers() if model.kind(layer) != model.kind(largest)]
+        for layer in (largest, *others):
             stages += [found for found in _stages(model, layer, settings.order == "layer") if found not in stages]
         head: Stage | None = None
         if "lm_head" in settings.also:

@@ -76,7 +76,7 @@ class Outputs:
     @classmethod
     def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
         """Outputs Y = X Wᵀ by the inputs of both models: X′ᵀX [columns, columns] and XᵀX (upper triangle)."""
-        powers = [_power(weight, gram) for weight in weights]
+        powers = [squared_outputs(weight, gram) for weight in weights]
         return cls(cross, powers, powers, shared=True)
 
     def of(self, weight: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def prune_matrix(
         statistic = (H if needs == "hessian" else H.diagonal()).to(torch.float32, copy=True).contiguous()
     (result,) = prune_matrices([W], statistic, method, Target(sparsity, pattern, damping, block_size))
     if result.objective is None:
-        cost, whole = objective(W, result.weight, H), _power(W, H)
+        cost, whole = objective(W, result.weight, H), squared_outputs(W, H)
         result = replace(result, objective=cost, relative_error=cost / whole if whole else 0.0)
     return result
 
@@ -188,9 +188,9 @@ def _measured(
     """
     candidate = _by_magnitude(weight, target)
     if outputs is None:
-        whole, cost = _power(weight, H), objective(weight, result.weight, H)
+        whole, cost = squared_outputs(weight, H), objective(weight, result.weight, H)
         # Of the weights that went, to fewer digits: where both are the same, so are their errors.
-        by_magnitude = cost if torch.equal(result.weight, candidate) else _power(weight - candidate, H)
+        by_magnitude = cost if torch.equal(result.weight, candidate) else squared_outputs(weight - candidate, H)
     else:
         cross, whole = outputs.of(weight), outputs.dense[number]
         cost = reconstruction_error(result.weight, H, cross, outputs.power[number])
@@ -284,8 +284,3 @@ def _by_magnitude(weight: Tensor, target: Target) -> Tensor:
 def left_dense(weight: Tensor, why: Reason) -> MatrixResult:
     """The result for a matrix that stays as it is."""
     return MatrixResult(weight, None, count_zeros(weight), None, [], skipped=why)
-
-
-def _power(weight: Tensor, hessian: Tensor) -> float:
-    """‖X Wᵀ‖²: what pruning everything would cost."""
-    return squared_outputs(weight, hessian)

@@ -12,7 +12,7 @@ a step follows from the requests.
 
 from __future__ import annotations
 
-import json
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +38,8 @@ from transformers import (
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import read_json_object
-from rac_engine.checkpoint import Checkpoint, bytes_of, find_format
-from rac_engine.models import Model, States, cache_name, loading_config, run_packed, scoring_of, working_dtype
+from rac_engine.checkpoint import Checkpoint, bytes_of, find_format, read_config
+from rac_engine.models import Model, States, loading_config, run_on, run_packed, scoring_of, working_dtype
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
 
@@ -89,17 +89,12 @@ class _Cache:
             buffer.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
         return held
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Let row `target` hold what row `source` holds."""
-        for key, value in self.layers.values():
-            key[target, :length] = key[source, :length]
-            value[target, :length] = value[source, :length]
-
-    def drop(self, row: int, last: int) -> None:
-        """Let row `row` of the states hold what the `last` one holds, which goes."""
-        rows = [*range(row), *([last] if row < last else []), *range(row + 1, last)]
+    def drop(self, row: int, last: int, length: int) -> None:
+        """Let row `row` hold what the `last` one, of `length` tokens, holds, which goes."""
+        for tensor in itertools.chain(*self.layers.values()) if row < last else ():
+            tensor[row, :length] = tensor[last, :length]
         for states in self.states.values():
-            states.select(rows)
+            states.drop(row)
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
@@ -151,7 +146,7 @@ class _DecodeStep:
         """The output [1, tokens, width] of a recurrent mixer for x [1, tokens, hidden] and the states in the cache."""
         states, parts = self.cache.states.setdefault(layer, States()), []
         if self.old:
-            parts.append(module(x[0, : self.old, None], **{cache_name(module): states})[:, 0])
+            parts.append(run_on(module, x[0, : self.old, None], states)[:, 0])
         if self.lengths:
             parts.append(run_packed(module, x[0, self.old :], self.lengths, states))
         return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
@@ -174,7 +169,7 @@ _STEP: ContextVar[_DecodeStep] = ContextVar("step")
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """`_DecodeStep.attend` as one of transformers' attention functions, the `step` being one of its options."""
+    """`_DecodeStep.attend`, of the forward pass under way, as one of transformers' attention functions."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     return _STEP.get().attend(layer, query, key, value, scoring_of(module, options)), None
 
@@ -294,9 +289,8 @@ class Decoder:
             said = sequence.tokens[sequence.prompt :]
             yield sequence.index, Completion(said, "stop" if stopped else "length")
             last = flying.pop()
-            cache.drop(row, len(flying))
+            cache.drop(row, len(flying), len(last.tokens))
             if row < len(flying):
-                cache.move(len(flying), row, len(last.tokens))
                 flying[row] = last
 
     def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
@@ -404,7 +398,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
     try:
         file = Path(path) / "config.json"
-        config = loading_config(json.loads(file.read_bytes())) if file.exists() else None
+        config = loading_config(read_config(file)) if file.exists() else None
         tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers has no one exception for this
         if "contains custom code" in str(error):
