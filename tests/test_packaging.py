@@ -75,7 +75,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(work)!r})", cwd=tree)
     (sdist,) = work.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(work / "unpacked", filter="data")
+        if hasattr(tarfile, "data_filter"):  # not in Python 3.11.3 and before, as Debian 12 has it
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(work / "unpacked")
     # What is compiled is of interest here, not how well: without the optimizer it takes a third of the time.
     quick = work / "compiler"
     quick.write_text(f'#!/bin/sh\nexec {shlex.join(compiler)} "$@" -O0\n')
