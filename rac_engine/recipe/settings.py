@@ -51,7 +51,8 @@ class TraceSettings(Settings):
     )
     batch_size: Count = Field(
         default=128,
-        description="traces sampled before they are kept, half of them at a time; what a stop costs at most",
+        description="traces sampled before they are kept, half of them at a time; what a stop costs at most. Fewer "
+        "where the budget needs no more",
     )
 
 

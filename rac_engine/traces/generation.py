@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.records import Messages, question_of, read_jsonl
-from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
+from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
 
 TRACE_TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
@@ -174,12 +175,10 @@ def _sample_all(
 ) -> None:
     """Sample batch by batch, behind those in the journal, until the budget is spent or the prompts have ended."""
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    batches = range(0, len(asked), settings.batch_size)
-    for number, first in list(enumerate(batches))[job.done :]:
-        if not counts.left:
-            break
-        rows = _sample(decoder, asked[first : first + settings.batch_size], settings, counts, progress)
-        file = f"part-{number:05d}.parquet"
+    while counts.left and counts.traces < len(asked):
+        batch = asked[counts.traces : counts.traces + _batch_size(settings, counts)]
+        rows = _sample(decoder, batch, settings, counts, progress)
+        file = f"part-{job.done:05d}.parquet"
         table = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist([row | common for row in rows], schema=SCHEMA), table, compression="zstd")
         data = table.getvalue().to_pybytes()
@@ -187,6 +186,16 @@ def _sample_all(
             require_space(job.partial, len(data))
             replace_file(job.partial / file, data)
         job.journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
+
+
+def _batch_size(settings: TraceSettings, counts: _Counts) -> int:
+    """Traces to sample together: as many as what is left of the budget is likely to take, by the mean of those kept.
+
+    Before there are any, a trace is taken to be half as long as it may become. What a batch gives beyond the budget is
+    sampled for nothing.
+    """
+    length = counts.tokens / counts.traces if counts.traces else settings.max_new_tokens / 2
+    return min(settings.batch_size, math.ceil(counts.left / max(length, 1)))
 
 
 def _summarize(job: FolderJob, report: TraceReport, settings: TraceSettings, identity: dict[str, Any]) -> None:
@@ -225,6 +234,12 @@ class _Counts:
         """Tokens that the budget still has."""
         return self.budget - self.tokens
 
+    def with_batch(self, at: Progress) -> str:
+        """Progress towards the budget in words, with a batch that is under way."""
+        tokens = min(self.tokens + at.tokens, self.budget)
+        done = f"{format_count(tokens)} of {format_count(self.budget)} tokens"
+        return f"{done} · {self.traces + at.finished} traces done · {format_count(at.rate)} tokens/s"
+
     def add(self, counts: dict[str, Any]) -> None:
         """Add the counts of a batch."""
         self.traces += counts["traces"]
@@ -243,7 +258,8 @@ def _sample(
     progress: Callable[[Any], None],
 ) -> list[dict[str, Any]]:
     """Rows of the traces of `part`, as many as the budget takes."""
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    longest = min(settings.max_new_tokens, counts.left)  # the rest would be cut off
+    sampling = Sampling(longest, settings.temperature, settings.top_p)
     requests = [
         Request(
             render(
@@ -256,9 +272,8 @@ def _sample(
         )
         for prompt, sample in part
     ]
-    before = f"{format_count(counts.tokens)} of {format_count(counts.budget)} tokens kept"
     rows_at_once = at_a_time(settings.batch_size)
-    completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(f"{before} · {at}"))
+    completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(counts.with_batch(at)))
     rows: list[dict[str, Any]] = []
     left, reasons, given = counts.left, dict[str, int](), 0
     spent = 0

@@ -20,7 +20,7 @@ from rac_engine.jobs.layout import TRACES_SUMMARY
 from rac_engine.recipe.settings import TraceSettings
 from rac_engine.traces import files
 from rac_engine.traces.calibration import Weighting, load_calibration
-from rac_engine.traces.decoder import load_tokenizer
+from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import generate, load_prompts
 from rac_engine.traces.template import render
 
@@ -67,6 +67,26 @@ def test_prompts_that_run_out_are_said(prompts: Path, tmp_path: Path) -> None:
     report = generate(ABACUS, settings(prompts, tokens=10_000, max_new_tokens=3), tmp_path / "t")
     assert report.traces == 24 and report.tokens < 10_000
     assert "fewer than the 10,000" in report.describe()
+
+
+def test_little_is_sampled_beyond_the_budget_and_progress_moves(prompts: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    wanted = settings(prompts, max_new_tokens=400, batch_size=128, temperature=0)
+    asked: list[tuple[int, int]] = []
+    decode = Decoder.decode
+
+    def counted(self: Decoder, requests: Any, sampling: Any, *rest: Any) -> Any:
+        found = decode(self, requests, sampling, *rest)
+        asked.append((len(requests), sum(len(x.prompt) + len(y.token_ids) for x, y in zip(requests, found))))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "decode", counted)
+        report = generate(ABACUS, wanted, tmp_path / "t", progress=lambda what: said.append(str(what)))
+    sampled = sum(tokens for _, tokens in asked)
+    assert report.tokens == 600 <= sampled < 900, asked
+    shown = [int(line.partition(" of 600 tokens · ")[0]) for line in said]
+    assert len(set(shown)) > 50 and max(shown) <= 600
 
 
 def test_a_seed_gives_the_same_traces_and_an_interruption_changes_nothing(prompts: Path, tmp_path: Path) -> None:
