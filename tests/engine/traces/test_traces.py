@@ -77,7 +77,9 @@ def test_little_is_sampled_beyond_the_budget_and_progress_moves(prompts: Path, t
 
     def counted(self: Decoder, requests: Any, sampling: Any, *rest: Any) -> Any:
         found = decode(self, requests, sampling, *rest)
-        asked.append((len(requests), sum(len(x.prompt) + len(y.token_ids) for x, y in zip(requests, found))))
+        asked.append(
+            (len(requests), sum(len(x.prompt) + len(y.token_ids) for x, y in zip(requests, found, strict=True)))
+        )
         return found
 
     with pytest.MonkeyPatch.context() as patch:
