@@ -176,7 +176,7 @@ def default_of(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, BaseModel):
         return "its defaults"
-    if value is None:
+    if value in (None, ""):
         return "none"
     return f"`{value}`"
 

@@ -26,7 +26,7 @@ from rac_engine.jobs.job import FileJob
 from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import EvalSettings
-from rac_engine.traces import Decoder, Request, Sampling, at_a_time, render, request_key
+from rac_engine.traces import Decoder, Request, Sampling, at_a_time, instructed, render, request_key
 
 ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
 
@@ -99,22 +99,16 @@ class _Question:
 
 def _questions(problems: list[Problem], settings: EvalSettings, decoder: Decoder) -> list[_Question]:
     """Every problem as often as there are samples, rendered by the model's chat template."""
-    return [
-        _Question(
-            problem,
-            Request(
-                render(
-                    decoder.tokenizer,
-                    problem.messages,
-                    f"{settings.problems}: problem {problem.id}",
-                    settings.template_arguments,
-                ),
-                request_key(settings.seed, problem.id, sample),
-            ),
-        )
-        for problem in problems
-        for sample in range(settings.samples)
-    ]
+    questions = []
+    for problem in problems:
+        where = f"{settings.problems}: problem {problem.id}"
+        asked = instructed(problem.messages, settings.instruction, where)
+        prompt = render(decoder.tokenizer, asked, where, settings.template_arguments)
+        questions += [
+            _Question(problem, Request(prompt, request_key(settings.seed, problem.id, sample)))
+            for sample in range(settings.samples)
+        ]
+    return questions
 
 
 def _identity(
@@ -186,9 +180,9 @@ def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str,
     if found.get("problems_sha256") != digest:
         raise BadInput(f"{path}: answers other problems than these; evaluate both models on the same problems")
     then, now = found.get("settings", {}), settings.model_dump(mode="json")
-    then.setdefault("template_arguments", {})
-    for name in ("samples", "max_new_tokens", "temperature", "top_p", "seed", "template_arguments"):
-        if then.get(name) != now[name]:
+    earlier_versions = {"template_arguments": {}, "instruction": ""}
+    for name in ("samples", "max_new_tokens", "temperature", "top_p", "seed", *earlier_versions):
+        if then.get(name, earlier_versions.get(name)) != now[name]:
             raise BadInput(
                 f"{path}: was sampled with another {name}: {then.get(name)!r}, now {now[name]!r}; evaluate both models "
                 "with the same settings"

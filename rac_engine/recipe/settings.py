@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 RESERVED_NAMES = ("dense", "pruned")
 
+INSTRUCTION = "text added below each prompt, or put around it where it holds {prompt}: how to answer, for example"
+
 KEEPS_LITTLE = 0.3  # share of weights that a pattern keeps: with more there is little to gain by tuning for the time
 
 
@@ -46,6 +48,7 @@ class TraceSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
+    instruction: str = Field(default="", description=INSTRUCTION)
     template_arguments: TemplateArguments = Field(
         default={}, description="what the chat template is told besides the messages: `enable_thinking`, for example"
     )
@@ -291,6 +294,7 @@ class EvalSettings(Settings):
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
+    instruction: str = Field(default="", description=INSTRUCTION)
     template_arguments: TemplateArguments = Field(
         default={}, description="what the chat template is told besides the messages: `enable_thinking`, for example"
     )

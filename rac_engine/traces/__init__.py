@@ -10,7 +10,7 @@ from __future__ import annotations
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
-from rac_engine.traces.records import Messages, question_of, read_jsonl
+from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render
 
@@ -26,6 +26,7 @@ __all__ = [
     "Weighting",
     "at_a_time",
     "generate",
+    "instructed",
     "load_calibration",
     "load_prompts",
     "load_tokenizer",

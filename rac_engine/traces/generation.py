@@ -22,7 +22,7 @@ from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces.decoder import Decoder
-from rac_engine.traces.records import Messages, question_of, read_jsonl
+from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
 
@@ -260,18 +260,12 @@ def _sample(
     """Rows of the traces of `part`, as many as the budget takes."""
     longest = min(settings.max_new_tokens, counts.left)  # the rest would be cut off
     sampling = Sampling(longest, settings.temperature, settings.top_p)
-    requests = [
-        Request(
-            render(
-                decoder.tokenizer,
-                prompt.messages,
-                f"{settings.prompts}: prompt {prompt.id}",
-                settings.template_arguments,
-            ),
-            request_key(settings.seed, prompt.id, sample),
-        )
-        for prompt, sample in part
-    ]
+    requests = []
+    for prompt, sample in part:
+        where = f"{settings.prompts}: prompt {prompt.id}"
+        asked = instructed(prompt.messages, settings.instruction, where)
+        ids = render(decoder.tokenizer, asked, where, settings.template_arguments)
+        requests.append(Request(ids, request_key(settings.seed, prompt.id, sample)))
     rows_at_once = at_a_time(settings.batch_size)
     completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(counts.with_batch(at)))
     rows: list[dict[str, Any]] = []

@@ -56,6 +56,21 @@ def question_of(record: dict[str, Any], where: str) -> Messages:
     return messages
 
 
+def instructed(messages: Messages, instruction: str, where: str) -> Messages:
+    """The conversation with an instruction in its last user's message: below it, or around it at `{prompt}`.
+
+    Raises `BadInput` for a conversation without a user.
+    """
+    if not instruction:
+        return messages
+    last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
+    if last is None:
+        raise BadInput(f"{where}: no message is the user's, so an instruction has no place")
+    form = instruction if "{prompt}" in instruction else "{prompt}\n" + instruction
+    content = form.replace("{prompt}", messages[last]["content"])
+    return [*messages[:last], {"role": "user", "content": content}, *messages[last + 1 :]]
+
+
 def messages_of(record: dict[str, Any], where: str) -> Messages:
     """The conversation that a record asks to continue: its `messages`, else its `problem` or `prompt` as the user's."""
     messages = record.get("messages")

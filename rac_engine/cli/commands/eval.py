@@ -17,7 +17,16 @@ from rac_engine.cli.options import (
     settings_of,
 )
 
-_COMMON = ("problems", "limit", "samples", "max_new_tokens", "temperature", "top_p", "template_arguments")
+_COMMON = (
+    "problems",
+    "limit",
+    "samples",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "instruction",
+    "template_arguments",
+)
 
 
 def _add_options(parser: Parser) -> None:

@@ -234,6 +234,7 @@ def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None
     for changes in (
         *({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_new_tokens": 3}, {"samples": 2}),
         {"template_arguments": {"message": True}},
+        {"instruction": "Answer in a box."},
     ):
         with pytest.raises(BadInput, match=f"another {next(iter(changes))}"):
             against_it(**changes)

@@ -22,6 +22,7 @@ from rac_engine.traces import files
 from rac_engine.traces.calibration import Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import generate, load_prompts
+from rac_engine.traces.records import instructed
 from rac_engine.traces.template import render
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
@@ -61,6 +62,26 @@ def test_the_budget_is_met_exactly_and_ids_are_the_models_own(prompts: Path, tmp
     assert first["prompt_token_ids"] == rendered
     assert tokenizer.decode(first["prompt_token_ids"] + first["completion_token_ids"]) == first["text"]
     assert load_calibration(str(tmp_path / "t"), tokenizer=tokenizer).tokens == 600
+
+
+def test_an_instruction_stands_below_the_prompt_and_is_recorded(prompts: Path, tmp_path: Path, tokenizer: Any) -> None:
+    wanted = settings(prompts, tokens=60, max_new_tokens=2, instruction=r"Answer within \boxed{}.")
+    generate(ABACUS, wanted, tmp_path / "t")
+    question = load_prompts(prompts)[0].messages[0]["content"]
+    asked = [{"role": "user", "content": question + "\nAnswer within \\boxed{}."}]
+    assert rows(tmp_path / "t")[0]["prompt_token_ids"] == render(tokenizer, asked, "here")
+    kept = json.loads((tmp_path / "t" / TRACES_SUMMARY).read_text())
+    assert kept["settings"]["instruction"] == wanted.instruction
+
+
+def test_an_instruction_goes_around_the_last_question() -> None:
+    talk = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "a"), ("assistant", "b"))]
+    found = instructed([*talk, {"role": "user", "content": "{prompt}"}], "Q: {prompt}\nA:", "here")
+    assert found == [*talk, {"role": "user", "content": "Q: {prompt}\nA:"}]
+    assert instructed(talk, "", "here") is talk
+    assert [each["content"] for each in instructed(talk, "Say {}", "here")] == ["s", "a\nSay {}", "b"]
+    with pytest.raises(BadInput, match="here: no message is the user's"):
+        instructed(talk[:1], "Say so", "here")
 
 
 def test_prompts_that_run_out_are_said(prompts: Path, tmp_path: Path) -> None:
