@@ -64,9 +64,23 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder."""
+    """fsync a file or folder; a folder where its file system has that, which some network ones do not."""
     with opened(path) as fd:
-        faults.fsync(fd)
+        try:
+            faults.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise
+
+
+def reserve(fd: int, size: int) -> None:
+    """Let a file have `size` bytes, reserved where its file system can do that; elsewhere the disk may fill later."""
+    try:
+        faults.reserve(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        faults.truncate(fd, size)
 
 
 def require_space(folder: Path, count: int) -> None:

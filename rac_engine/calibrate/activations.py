@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rac_engine.base import faults
 from rac_engine.base.errors import Damaged
-from rac_engine.base.files import disk_errors, pages, write_at
+from rac_engine.base.files import disk_errors, pages, reserve, write_at
 from rac_engine.checkpoint import bytes_of
 from rac_engine.jobs.timeline import Timeline
 
@@ -224,7 +224,7 @@ class _OnDisk(Activations):
             self._fd = _nameless_file(self._folder)
             self._close = weakref.finalize(self, os.close, self._fd)
             if self.nbytes:
-                faults.reserve(self._fd, 0, self.nbytes)
+                reserve(self._fd, self.nbytes)
         self._row = width * dtype.itemsize
         self._sums = np.full(tokens, zlib.crc32(bytes(self._row)), np.uint32)  # the file is zeros as yet
         on_gpu = torch.device(self.device).type == "cuda"

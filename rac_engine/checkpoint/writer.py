@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rac_engine.base import faults
-from rac_engine.base.files import copy_file, disk_errors, opened, require_space, sync, write_at, write_file
+from rac_engine.base.files import copy_file, disk_errors, opened, require_space, reserve, sync, write_at, write_file
 from rac_engine.checkpoint.header import TensorInfo, file_layout
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, inside, other_files
 from rac_engine.checkpoint.tensors import bytes_of, pieces_of, read_tensor
@@ -124,5 +124,5 @@ def _reserve(file: Path, header: bytes, size: int) -> None:
     """Give a shard its full size on disk and its header."""
     with opened(file, os.O_WRONLY | os.O_CREAT) as fd:
         faults.truncate(fd, min(size, os.fstat(fd).st_size))
-        faults.reserve(fd, 0, size)
+        reserve(fd, size)
         write_at(fd, header, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ class PruneReport:
 
 
 def close_job(
-    context: Context, out: Path, run: dict[str, Any], recipe: str, remarks: list[str], resident: int
+    context: Context,
+    out: Path,
+    run: dict[str, Any],
+    recipe: str,
+    remarks: list[str],
+    resident: int,
+    place: Sequence[str] = (),
 ) -> PruneReport:
     """Write what goes beside the weights of a finished job, in the folder that will be `out`.
 
     `run` is its description, `recipe` its recipe as YAML; `remarks` go before all other notes; `resident` are the bytes
-    that the process had when the job began.
+    that the process had when the job began. Notes on the `place` where it worked are for the report, not for the card,
+    which is the same wherever the job runs.
     """
     folder = context.files.writer.folder
     rows = [row for record in context.files.journal.records[1:] for row in record["matrices"]]
@@ -57,7 +65,7 @@ def close_job(
         "peak_memory": peak_memory(),
         "plan": context.memory.summary(),
         "memory": _memory(context, resident),
-        "notes": notes,
+        "notes": [*place, *notes],
     }
     card = model_card({**run, "matrices": rows, "end": {"notes": notes}})  # no times: the same job, the same bytes
     with disk_errors(folder):

@@ -113,7 +113,7 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
         prune_layers(context)
         remarks = calibration_remarks(request.recipe, setup.calibration)
         recipe = dump(absolute(request.recipe))
-        report = close_job(context, request.out, run, recipe, remarks, setup.resident)
+        report = close_job(context, request.out, run, recipe, remarks, setup.resident, job.notes)
         request.finish(partial)
         _read_back(partial, model, request.progress)
     return report

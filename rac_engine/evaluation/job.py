@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class EvalResult:
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
     comparison: dict[str, Any] | None
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -86,7 +87,7 @@ def evaluate(
         }
         result |= {"model": str(model), "problems_sha256": digest, "rows": rows}
         job.publish((json.dumps(result, indent=1) + "\n").encode())
-    return EvalResult(out, summary, rows, comparison)
+    return EvalResult(out, summary, rows, comparison, job.notes)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Self
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.base.files import disk_errors, replace_file
-from rac_engine.jobs.claim import held
+from rac_engine.jobs.claim import Unlockable, held
 from rac_engine.jobs.journal import Journal, open_journal, open_journal_file
 from rac_engine.jobs.layout import partial_of
 from rac_engine.jobs.publish import is_published, publish
@@ -50,6 +50,8 @@ class LongJob(ABC):
         """Prepare a job for `out`; `kind` is the word for it in the message that refuses one that exists."""
         self.out, self.kind = out, kind
         self.partial = partial_of(out)
+        self.notes: list[str] = []
+        """What is not as it should be with the place of the job."""
         self._publishing = False
         self._journal: Journal | None = None
         self._stopped: Callable[[], str] = lambda: "stopped"
@@ -72,7 +74,12 @@ class LongJob(ABC):
             raise BadInput(f"{self.out}: exists; choose another {self.kind}, or remove it")
         self._make()
         with ExitStack() as claim:
-            claim.enter_context(held(self.partial, self.out))
+            try:
+                note = claim.enter_context(held(self.partial, self.out))
+            except Unlockable:
+                self._remove_if_empty()
+                raise
+            self.notes += [note] if note else []
             if os.path.lexists(self.out):  # since it was looked for above
                 self._remove_if_empty()
                 raise BadInput(f"{self.out}: another process has just finished it")

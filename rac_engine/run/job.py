@@ -62,6 +62,8 @@ def run(
     limits = Limits(device, device_memory, host_memory)
     with FolderJob(out) as job:  # before anything is read: a second process is refused at once
         folder = job.partial
+        for note in job.notes:
+            console.say(f"note: {note}")
         identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
         journal = job.open_journal(
             RUN_JOURNAL,

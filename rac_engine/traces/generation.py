@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class TraceReport:
     prompt_tokens: int
     finish_reasons: dict[str, int]
     budget: int
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """The counts in a line."""
@@ -124,7 +125,9 @@ def generate(
             require_space(job.partial, TRACE_TOKEN_BYTES * max(counts.left, 0))
         common = _common_columns(str(model), settings, identity)
         _sample_all(job, decoder, prompts, settings, common, counts, progress)
-        report = TraceReport(out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget)
+        report = TraceReport(
+            out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget, job.notes
+        )
         _summarize(job, report, settings, identity)
         job.publish()
     return report

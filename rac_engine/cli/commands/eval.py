@@ -74,6 +74,8 @@ def _eval(args: argparse.Namespace) -> int:
             f"against {against['baseline']}: {against['lost']} lost, {against['gained']} gained "
             f"(McNemar p = {against['mcnemar_p']:.2g}), {against['length_ratio']:.2f} × as long"
         )
+    for note in result.notes:
+        print(f"note     {note}")
     print(f"results  {result.path}")
     return 0
 

@@ -54,6 +54,8 @@ def _trace(args: argparse.Namespace) -> int:
         progress=console_of(args).progress,
     )
     print(f"{report.out}: {report.describe()}")
+    for note in report.notes:
+        print(f"note    {note}")
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput, Interrupted
+from rac_engine.base.files import opened, reserve
 from rac_engine.jobs.claim import held
 from rac_engine.jobs.job import FileJob, FolderJob
 
@@ -190,3 +194,65 @@ def test_a_file_that_somebody_else_makes_meanwhile_is_no_result(tmp_path: Path) 
         job.out.write_text("another's")
         raise KeyboardInterrupt
     assert job.partial.exists()
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch, code: int, only_unwritable: bool = False) -> None:
+    """A file system whose locks fail with `code`: all of them, or those of files that are open for reading alone."""
+
+    def flock(fd: int, operation: int) -> None:
+        if not only_unwritable or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("rac_engine.jobs.claim.fcntl.flock", flock)
+
+
+@KINDS
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_a_job_goes_on_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, code: int
+) -> None:
+    without_locks(monkeypatch, code)
+    with kind(tmp_path / "out") as job:
+        assert [os.strerror(code) in note and "no lock" in note for note in job.notes] == [True]
+        begin(job)
+        finish(job)
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+
+
+def test_a_file_is_locked_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS wants it, which refuses others with EBADF."""
+    without_locks(monkeypatch, errno.EBADF, only_unwritable=True)
+    with FileJob(tmp_path / "out") as job:
+        assert job.notes == []
+        begin(job)
+        finish(job)
+
+
+@KINDS
+def test_a_place_that_cannot_be_locked_is_refused_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    without_locks(monkeypatch, errno.EIO)
+    with pytest.raises(BadInput, match="cannot be locked"), kind(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_synced_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems know fsync for files alone, and some reserve no space."""
+
+    def refuse(fd: int, *_: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    def unable(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(faults, "fsync", refuse)
+    monkeypatch.setattr(faults, "reserve", unable)
+    with FolderJob(tmp_path / "out") as job:
+        begin(job)
+        with opened(job.partial / "shard", os.O_WRONLY | os.O_CREAT) as fd:
+            reserve(fd, 1000)
+        finish(job)
+    assert (tmp_path / "out/shard").stat().st_size == 1000
