@@ -34,7 +34,7 @@ class Format:
 def sections(config: Mapping[str, Any]) -> list[object]:
     """What a config.json says under quantization_config, at its top and in the language model's part of it."""
     parts = (config, config.get("text_config"))
-    return [part[_KEY] for part in parts if isinstance(part, Mapping) and _KEY in part]
+    return [part[_KEY] for part in parts if isinstance(part, Mapping) and part.get(_KEY) is not None]
 
 
 def without_sections(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,11 +138,6 @@ class Checkpoint:
             digest.update(f"{name} {info.dtype} {info.shape} {self._content[name][0]}\n".encode())
         return digest.hexdigest()
 
-    def same(self, name: str, other: str) -> bool:
-        """Whether two tensors have one dtype, shape and SHA-256."""
-        a, b = self.tensors[name], self.tensors[other]
-        return (a.dtype, a.shape, self._content[name][0]) == (b.dtype, b.shape, self._content[other][0])
-
     def nonfinite(self) -> list[str]:
         """Names of the tensors that hold NaN or Inf; goes through the checkpoint as `sha256` does, once for both."""
         return [name for name in self.tensors if not self._content[name][1]]

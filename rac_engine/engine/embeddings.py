@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from rac_engine.engine.context import Context
+from rac_engine.engine.metrics import TIED
 from rac_engine.models import EMBEDDINGS, Matrix
 from rac_engine.solve import MatrixResult, left_dense, prune_table
 
@@ -23,6 +24,6 @@ def pruned_embeddings(context: Context) -> Iterator[tuple[Matrix, Tensor, Matrix
         if not context.wants(matrix):
             yield matrix, table, left_dense(table, context.skipped[matrix.name])
             continue
-        tied = ["tied: lm_head has the same zeros"] if model.config.tie_word_embeddings else []
+        tied = [TIED] if model.config.tie_word_embeddings else []
         result = prune_table(table, context.target(matrix))
         yield matrix, table, replace(result, notes=[*result.notes, *tied])

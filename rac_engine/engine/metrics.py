@@ -14,6 +14,9 @@ from rac_engine.base.sizes import percent
 from rac_engine.base.stored import Natural, Object, Positive, Stored, Whole, mistake_in
 from rac_engine.jobs.layout import METRICS
 
+TIED = "tied: lm_head has the same zeros"
+"""Note on a table of embeddings that is the head too."""
+
 
 def rule_text(settings: dict[str, Any]) -> str:
     """Pattern or sparsity as text, `2:4` or `50% unstructured`, and whether some matrices have another one."""

@@ -19,7 +19,7 @@ from rac_engine.base.files import sha256_files
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import percent
 from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, other_files
-from rac_engine.engine.metrics import Metrics, load_metrics, rule_text
+from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.models import EMBEDDINGS, Matrix, Model
@@ -151,7 +151,7 @@ def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:
         if said != total:
             result.problems.append(f"{INDEX}: total_size is {said}, the tensors have {total} bytes")
     for key in _FORBIDDEN_KEYS:
-        if key in checkpoint.config:
+        if checkpoint.config.get(key) is not None:
             result.problems.append(f"config.json: {key} is set, so inference engines would refuse these dense weights")
 
 
@@ -183,6 +183,11 @@ def _check_recipe(checkpoint: Checkpoint, metrics: Metrics, result: Verification
             result.problems.append(f"{matrix.name}: {METRICS} does not say what became of it")
         elif problem := _unasked(matrix, rows[matrix.name], settings, said):
             result.problems.append(f"{matrix.name}: {problem}")
+    if model.untied and any(TIED in row["notes"] for row in metrics.pruned):
+        result.problems.append(
+            f"{model.family.head}: is not the table of embeddings, though {METRICS} says that they are tied; "
+            "transformers would load two matrices"
+        )
 
 
 def _unasked(matrix: Matrix, row: dict[str, Any], settings: PruneSettings, said: dict[str, Any]) -> str | None:

@@ -44,7 +44,7 @@ def accepted_family(
         kind = inner.get("model_type", kind)
         family = find_family(kind)
     for key in ("sparsity_config", "compression_config", "compression"):
-        if key in config:
+        if config.get(key) is not None:
             raise BadInput(
                 f"{file}: {key} is set, so the weights are compressed, or would be taken for it; prune the model "
                 "that it was made from, or remove the key if the weights are plain"

@@ -32,9 +32,11 @@ from rac_engine.models.dtypes import compute_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
 from rac_engine.models.plans import Family
 
-_COMPARED = 64  # rows of a head and of embeddings that tell whether one is a copy of the other
+_COMPARED = 1024  # rows of a head and of embeddings that are read at a time, to tell whether they are the same
 
-_COMPUTED = "rotary_emb.inv_freq"  # stored by some checkpoints; what the config says is used, as transformers does
+_COMPUTED = ".rotary_emb."  # stored by some checkpoints; what the config says is used, as transformers does
+
+_FURTHER = "eh_proj.weight"  # what makes one of two vectors in a layer that predicts further tokens
 
 
 class Model(Architecture):
@@ -81,8 +83,10 @@ class Model(Architecture):
     @property
     def extra_layers(self) -> range:
         """Layers on disk behind the last one, which predict further tokens and which transformers does not load."""
-        count = self.checkpoint.config.get(self.family.extra_layers or "", 0)
-        return range(self.layers, self.layers + (count if type(count) is int else 0))
+        said, found = self.checkpoint.config.get(self.family.extra_layers or "", 0), 0
+        while f"{self._prefix(self.layers + found)}{_FURTHER}" in self.checkpoint.tensors:  # said or not
+            found += 1
+        return range(self.layers, self.layers + max(said if type(said) is int else 0, found))
 
     def notes(self) -> list[str]:
         """Remarks for the report on how this checkpoint is read and written."""
@@ -129,17 +133,19 @@ class Model(Architecture):
 
     @property
     def tied_copies(self) -> tuple[str, ...]:
-        """Name of a lm_head that is stored though it is tied, as a copy of the embeddings (small Qwen 3 have one)."""
-        head, table = self.family.head, self.family.embedding
-        stored = self.config.tie_word_embeddings and head in self.checkpoint.tensors
-        return (head,) if stored and self.checkpoint.same(head, table) else ()
+        """Name of a lm_head that is stored though it is tied, as a copy of the embeddings (small Qwen 3 have one).
+
+        transformers ties them only while they are the same, so what becomes of one has to become of the other.
+        """
+        head = self.family.head
+        return (head,) if self.config.tie_word_embeddings and head in self.checkpoint.tensors else ()
 
     def tensor_names(self, layer: int) -> list[str]:
         """On-disk names of everything in a decoder layer; behind the last one are the final norm and lm_head."""
         if layer == self.layers:
             return [*self.norm_names(), self.family.head]
         names = (name for name in self.checkpoint.tensors if name.startswith(self._prefix(layer)))
-        return [name for name in names if not name.endswith(_COMPUTED)]
+        return [name for name in names if _COMPUTED not in name]
 
     def matrices(self, layer: int) -> list[Matrix]:
         """The matrices of a decoder layer that can be pruned, in the data's order, or of another of `parts`."""
@@ -218,16 +224,16 @@ class Model(Architecture):
         return embedded if scale == 1 else embedded.mul_(scale)
 
     def _has_own_head(self) -> bool:
-        """Whether a lm_head is stored that is no copy of the embeddings, by their first rows."""
+        """Whether a lm_head is stored that is no copy of the embeddings."""
         names = (self.family.head, self.family.embedding)
         if not all(name in self.checkpoint.tensors for name in names):
             return False
         head, table = (self.checkpoint.tensors[name] for name in names)
         if (head.dtype, head.shape) != (table.dtype, table.shape) or len(head.shape) != 2:
             return True
-        few = (0, min(head.shape[0], _COMPARED))
-        first, second = (bytes_of(self.checkpoint.read(name, few)) for name in names)
-        return first != second
+        runs = ((first, min(first + _COMPARED, head.shape[0])) for first in range(0, head.shape[0], _COMPARED))
+        pairs = ([bytes_of(self.checkpoint.read(name, run)) for name in names] for run in runs)
+        return any(one != other for one, other in pairs)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Every tensor that the config calls for is there in its shape, and no other."""
@@ -241,7 +247,7 @@ class Model(Architecture):
                 raise BadInput(f"{where}: tensor {name!r} is {have[name].dtype}; only bf16, fp16 and fp32 are pruned")
         extra = tuple(self._prefix(layer) for layer in self.extra_layers)
         for name in have:
-            if name in shapes or name.startswith(extra) or name.endswith(_COMPUTED):
+            if name in shapes or name.startswith(extra) or _COMPUTED in name:
                 continue
             if name.startswith(self.family.layers):
                 raise BadInput(f"{where}: tensor {name!r} is not part of this {self.family.model_type} model")

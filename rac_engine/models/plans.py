@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,19 +129,14 @@ class Family:
     def as_stored(self, names: Iterable[str]) -> Family:
         """The family with its language model and experts called as they are among the tensors `names` on disk.
 
-        A model that also takes images has its language model under a further name, and a checkpoint in FP8 has experts
-        apart which the same model's in bf16 has stacked.
+        A model that also takes images has its language model under a further name, and one that was saved without its
+        head has nothing before `layers`. Experts may be apart in one checkpoint and stacked in another one.
         """
         have, family = set(names), self
         if have and self.embedding not in have:
-            family = next((other for other in map(self._under, _PREFIXES) if other.embedding in have), self)
-        mixture = family.mixture
-        if mixture is None or mixture.experts is None or not mixture.experts.stacked:
-            return family
-        apart = family.on_disk(f"{mixture.module}.experts.0.")
-        if any(name.startswith(family.layers) and f".{apart}" in name for name in have):
-            return replace(family, mixture=replace(mixture, experts=ExpertPlan()))
-        return family
+            others = (*map(self._under, _PREFIXES), self._bare())
+            family = next((other for other in others if other.embedding in have), self)
+        return family._with_experts_as_in(have)
 
     def _under(self, prefix: str) -> Family:
         """The same family with what is called `model.` called otherwise, and the head beside it."""
@@ -149,6 +144,35 @@ class Family:
         layers, embedding, norm = names
         head = f"{prefix.removesuffix('.model')}.{self.head}" if prefix.endswith(".model") else self.head
         return replace(self, layers=layers, embedding=embedding, norm=norm, head=head)
+
+    def _bare(self) -> Family:
+        """The same family without the first part of its names (`model.`), but for the head's."""
+        first = f"{self.layers.partition('.')[0]}."
+        names = [name.removeprefix(first) for name in (self.layers, self.embedding, self.norm)]
+        layers, embedding, norm = names
+        further = tuple(name.removeprefix(first) for name in self.further)
+        return replace(self, layers=layers, embedding=embedding, norm=norm, further=further)
+
+    def _with_experts_as_in(self, have: Set[str]) -> Family:
+        """The same family with its experts apart or stacked as they are among the tensors `have` on disk.
+
+        Stacked where the family's are apart, they are called as in transformers' own modules.
+        """
+        mixture = self.mixture
+        if mixture is None or mixture.experts is None:
+            return self
+        inside = {name.removeprefix(self.layers).partition(".")[2] for name in have if name.startswith(self.layers)}
+        home = f"{mixture.module}.experts."
+        if mixture.experts.stacked:
+            apart = self.on_disk(f"{home}0.")
+            here = any(name.startswith(apart) for name in inside)
+            return replace(self, mixture=replace(mixture, experts=ExpertPlan())) if here else self
+        for family in (self, replace(self, renames=())):
+            for entrance in ("gate_up_proj", "up_proj"):
+                if {family.on_disk(f"{home}{entrance}"), family.on_disk(f"{home}down_proj")} <= inside:
+                    plan = ExpertPlan((entrance,), "down_proj", stacked=True)
+                    return replace(family, mixture=replace(mixture, experts=plan))
+        return self
 
     def on_disk(self, name: str) -> str:
         """The on-disk name within a layer of what transformers' module calls `name`."""

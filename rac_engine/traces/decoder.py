@@ -213,10 +213,13 @@ class Decoder:
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(path)
         model = _load(source, dtype or source.dtype)
+        stored = source.checkpoint.tensors
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
-            info = source.checkpoint.tensors.get(name)
+            info = stored.get(name) or stored.get(
+                name.partition(".")[2]
+            )  # of a checkpoint without `model.` before them
             if info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape):
-                source.checkpoint.check_unchanged(name, bytes_of(tensor))
+                source.checkpoint.check_unchanged(info.name, bytes_of(tensor))
         self.model = model.eval().to(self.device)
         _take_mixers(self.model, source)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,21 @@ def loaded(folder: Path) -> tuple[Any, dict[str, Any]]:
 @torch.inference_mode()
 def test_streamed_hidden_states_are_those_of_transformers(name, published):
     given = published(name)
+    check_streamed(given.path, loaded(given.plain)[0])
+
+
+def check_streamed(path: Path, causal: Any) -> None:
+    """The hidden states behind the last layer are those of transformers' model."""
     draw = np.random.default_rng(0)
-    size = len(Tokenizer.from_file(str(given.path / "tokenizer.json")).get_vocab())
+    size = len(Tokenizer.from_file(str(path / "tokenizer.json")).get_vocab())
     sequences = [TokenSequence(draw.integers(0, size, length), 0, None) for length in (50, 23, 1)]
-    model = Model.open(Checkpoint.open(given.path))
+    model = Model.open(Checkpoint.open(path))
     stream = Stream(model, Packing.of(Calibration("random", "sequences", "all", sequences), 32), torch.float32)
     for layer in range(model.layers):
         tensors = {key: model.checkpoint.read(key) for key in model.tensor_names(layer)}
         for block in model.build_layer(layer, tensors, torch.float32, "cpu"):
             stream.advance(block)
-    whole = loaded(given.plain)[0].base_model
+    whole = causal.base_model
     whole = getattr(whole, "language_model", whole)
     norm = next(getattr(whole, part) for part in (model.family.norm.split(".")[-2], "norm") if hasattr(whole, part))
     ends = list(itertools.accumulate((len(sequence.token_ids) for sequence in sequences), initial=0))
@@ -209,6 +215,26 @@ def test_a_head_that_is_stored_though_it_is_tied_stays_a_copy_of_the_embeddings(
     save_file(tensors | {"lm_head.weight": given.tensors["lm_head.weight"]}, file, metadata={"format": "pt"})
     assert main(["verify", str(out), "--source", str(given.path)]) != 0
     assert "is a copy of the embeddings in the source" in capsys.readouterr().out
+    assert main(["verify", str(out)]) != 0
+    assert "lm_head.weight: is not the table of embeddings, though" in capsys.readouterr().out
+
+
+def test_a_head_that_differs_from_the_embeddings_in_its_last_row_alone_is_a_matrix_of_its_own(
+    published, tmp_path, capsys
+):
+    """transformers does not tie them then, so that pruning the one leaves the other."""
+    given, source, out = published("Qwen3-0.6B"), tmp_path / "source", tmp_path / "out"
+    shutil.copytree(given.path, source)
+    file = next(file for file in source.glob("*.safetensors") if "lm_head.weight" in load_file(file))
+    head = given.tensors["lm_head.weight"].clone()
+    head[-1] += 1
+    save_file(load_file(file) | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    words = f"prune {source} {out} --method magnitude --also embeddings"
+    assert main(words.split()) == 0, capsys.readouterr().err
+    assert torch.equal(weights(out)["lm_head.weight"], head)
+    assert main(["verify", str(out), "--source", str(source)]) == 0, capsys.readouterr().out
+    notes = (out / "rac" / "metrics.jsonl").read_text()
+    assert "lm_head.weight is not the table of embeddings" in notes and "tied: " not in notes
 
 
 def test_a_head_that_is_tied_by_default_but_stored_for_itself_is_a_matrix_of_its_own(published, tmp_path, capsys):
