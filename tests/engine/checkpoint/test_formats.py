@@ -340,12 +340,17 @@ def test_a_config_that_speaks_of_quantized_weights_where_there_are_none(checkpoi
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "a\nb" + "c" * 200}, "a b" + "c" * 97),
         ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [16]}, "fp8"),
-        (None, "None"),
+        (False, "False"),
     ],
 )
 def test_what_is_not_read_is_called_by_its_name(quantization: object, said: str) -> None:
     assert unread_format({"quantization_config": quantization}) == said
     assert find_format({"quantization_config": quantization}) is None
+
+
+def test_a_null_says_nothing() -> None:
+    for config in ({"quantization_config": None}, {"text_config": {"quantization_config": None}}):
+        assert unread_format(config) is None and find_format(config) is None
 
 
 PACKED = {"a.weight_packed": torch.zeros(4, 8, dtype=torch.int32), "a.weight_scale": torch.ones(4, 2)}
