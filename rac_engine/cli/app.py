@@ -1,14 +1,15 @@
 """The `rac` command.
 
 Exit codes: 0 done; 2 bad input (one line: what, where, how to mend); 75 stopped, and the command printed goes on;
-1 anything else. Results go to stdout, progress and errors to stderr. Modules are imported when a command needs them, so
-that `rac --help` is instant.
+1 anything else. Results go to stdout, progress and errors to stderr. A job that is published is done, whatever becomes
+of what is printed. Modules are imported when a command needs them, so that `rac --help` is instant.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from rac_engine import __version__
@@ -24,10 +26,12 @@ from rac_engine.base.linux import require_linux
 from rac_engine.base.process import give_back_freed, prepare_process
 from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
+from rac_engine.cli.output import OutputLost, complain, flush, prepared_streams
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST = 2000  # characters of an error
-_RESUMABLE = ("run", "trace", "prune", "eval")
+_LONG = ("run", "trace", "prune", "eval")
+"""Commands of jobs that publish OUT, and go on when they are called again."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -42,26 +46,28 @@ def _columns() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (without the program's name; by default the process's own) and return the exit code."""
+    """Run a command line (without the program's name; by default the process's own) and return the exit code.
+
+    For the process's own, signals that come behind the command are ignored: its exit code stands.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     prepare_process()
-    try:
-        code = _dispatch(words)
-        sys.stdout.flush()
-        return code
-    except BadInput as error:
-        return _fail(2, f"error: {error}")
-    except (Interrupted, KeyboardInterrupt) as error:
-        return _stopped(words, error)
-    except BrokenPipeError:
-        # Whoever read our output has closed it; Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        return _failed(error, verbose=bool({"-v", "--verbose"} & set(words)))
+    with prepared_streams():
+        try:
+            code = _dispatch(words, last=argv is None)
+            flush()
+            return code
+        except BadInput as error:
+            return _fail(2, f"error: {error}")
+        except (Interrupted, KeyboardInterrupt) as error:
+            return _stopped(words, error)
+        except OutputLost as lost:
+            return _unheard(words, lost)
+        except Exception as error:
+            return _failed(error, verbose=bool({"-v", "--verbose"} & set(words)))
 
 
-def _dispatch(words: Sequence[str]) -> int:
+def _dispatch(words: Sequence[str], last: bool) -> int:
     try:
         args = _parser(words).parse_args(words)
     except SystemExit as done:  # --help and --version have said it all
@@ -72,7 +78,7 @@ def _dispatch(words: Sequence[str]) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if getattr(args, "host_memory", None) is not None:
         give_back_freed()
-    with _terminable():
+    with _terminable(args.out if args.command in _LONG else None, last):
         return COMMANDS[args.command].run(args)
 
 
@@ -80,12 +86,26 @@ def _fail(code: int, text: str) -> int:
     line = one_line(text)
     if len(line) > _LONGEST:  # a stranger's file may name things by whole pages
         line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
-    print(f"rac: {line}", file=sys.stderr)
+    complain(f"rac: {line}")
     return code
 
 
+def _is_long(words: Sequence[str]) -> bool:
+    """Whether a command line is that of a job that goes on when it is called again."""
+    return next((word for word in words if word in COMMANDS), None) in _LONG
+
+
+def _unheard(words: Sequence[str], lost: OutputLost) -> int:
+    """Exit where the result could not be printed: a long job is done all the same, any other had nothing else to do."""
+    if _is_long(words) and "--dry-run" not in words:
+        if lost.reason:
+            complain(f"rac: done, but the result could not be printed: standard output: {lost.reason}")
+        return 0
+    return _fail(1, f"failed: standard output: {lost.reason}") if lost.reason else 1
+
+
 def _stopped(words: Sequence[str], error: BaseException) -> int:
-    if next((word for word in words if word in COMMANDS), None) not in _RESUMABLE:
+    if not _is_long(words):
         return _fail(1, "stopped")
     command = shlex.join(["rac", *(word for word in words if word != "--restart")])
     return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")
@@ -99,20 +119,39 @@ def _failed(error: Exception, verbose: bool) -> int:
     if kind in ("OutOfMemoryError", "MemoryError"):
         return _fail(1, f"out of memory: {error}; fewer --chunk-tokens or calibration tokens need less")
     if verbose or (kind not in ("FactorError", "Damaged") and not (isinstance(error, OSError) and error.errno)):
-        traceback.print_exception(error)
+        shown = io.StringIO()
+        traceback.print_exception(error, file=shown)
+        complain(shown.getvalue().rstrip())
     return _fail(1, f"failed: {kind}: {error}")
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """While a command runs, SIGTERM stops it as Ctrl-C does."""
+def _terminable(out: Path | None = None, last: bool = False) -> Iterator[None]:
+    """While a command runs, SIGTERM stops it as Ctrl-C does, until `out` is published, if there is to be one.
+
+    Behind it the signals do what they did before, or nothing if the command is the `last` thing that the process does:
+    a job that is done ends as done.
+    """
+    from rac_engine.jobs.job import has_published
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt; within a finalizer, whose exceptions Python only reports, a moment later."""
+        if out is not None and has_published(out):
+            return
+        while frame is not None:
+            if frame.f_code.co_name == "__del__":
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
     heard = [signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody wants it ignored
         heard.append(signal.SIGINT)
     before = {}
     try:
         for number in heard:
-            before[number] = signal.signal(number, _stop)
+            before[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread
         yield
         return
@@ -121,17 +160,7 @@ def _terminable() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt; within a finalizer, whose exceptions Python only reports, a moment later."""
-    while frame is not None:
-        if frame.f_code.co_name == "__del__":
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-            return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_IGN if last else handler)
 
 
 def _parser(words: Sequence[str]) -> Parser:

@@ -193,7 +193,7 @@ def resolved_device(name: str) -> str:
 
 
 def console_of(args: argparse.Namespace) -> Console:
-    """The console for progress, silent with --quiet."""
+    """The console for progress, to be used as a context, silent with --quiet."""
     from rac_engine.base.console import Console
 
     return Console(quiet=args.verbosity < 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -45,6 +46,8 @@ class Context:
     """Hidden states of the dense model, where its outputs are to be reconstructed."""
     resumed: int = field(default=0, init=False)
     """Layers that were found finished by an earlier, interrupted job."""
+    began: float | None = field(default=None, init=False)
+    """The time (of `time.monotonic`) at which this job's own first layer began, once it has."""
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -91,7 +94,11 @@ class Context:
                 self.files.settle()
 
     def tell(self, layer: int, what: str) -> None:
-        """Report progress: the layer, what is done in it, and the time left at the pace of the layers so far."""
-        done, layers = layer - self.resumed, self.model.layers
-        left = f", {format_seconds(self.clock.seconds() / done * (layers - layer))} left" if 0 < done < layers else ""
+        """Report progress: the layer, what is done in it, and the time left at the pace of this job's layers so far.
+
+        What came before them does not count: a first pass, and the layers of an earlier job.
+        """
+        done, layers, left = layer - self.resumed, self.model.layers, ""
+        if self.began is not None and done > 0 and layer < layers:
+            left = f", {format_seconds((time.monotonic() - self.began) / done * (layers - layer))} left"
         self.progress(f"layer {layer + 1}/{layers}: {what}{left}" if layer < layers else f"behind the layers: {what}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def prune_layers(context: Context) -> None:
             tensors, finished = files.read()
             if not (finished or fresh):
                 journal.cut(1 + number)
-                fresh = True
+                fresh, context.began = True, time.monotonic()
             more = number + 1 in context.numbers
             if more and overlap:
                 files.begin_reading(number + 1)

@@ -129,7 +129,7 @@ def _check_manifest(out: Path, result: Verification, progress: Callable[[str], N
             result.problems.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
         else:
             present.append(name)
-    progress(f"checksums of {len(present)} files")
+    progress(f"reading back: checksums of {len(present)} files")
     for name, digest in sha256_files(out, present).items():
         if digest != expected[name][0]:
             result.problems.append(f"{name}: its SHA-256 is not the manifest's")
@@ -243,8 +243,8 @@ def _check_tensors(
     for name in pruned.keys() - checkpoint.tensors.keys():
         result.problems.append(f"{name}: pruned by {METRICS}, but not in the checkpoint")
     for name, info in checkpoint.tensors.items():
-        progress(name)
         result.tensors += 1
+        progress(f"reading back: tensor {result.tensors} of {len(checkpoint.tensors)}")
         _check_tensor(checkpoint, info, pruned.get(name, []), settings, written.get(name), result)
 
 
@@ -388,23 +388,24 @@ def _check_source(
         pruned.update(copies)
         for name in set(copies) - set(Model.open(made).tied_copies):
             result.problems.append(f"{name}: is a copy of the embeddings in the source, but not here")
-    for matrix in metrics.pruned:
+    for number, matrix in enumerate(metrics.pruned, 1):
         name, said = matrix["name"], matrix.get("zeros_before", 0)
         if "tensor" not in matrix and name in source.tensors:
-            progress(name)
+            progress(f"zeros of the source: matrix {number} of {len(metrics.pruned)}")
             found = sum(int((piece == 0).sum()) for piece in _pieces(source, source.tensors[name]))
             if found != said:
                 result.problems.append(f"{name}: {found:,} zeros in the source, {METRICS} says {said:,}")
     for name in sorted(made.tensors.keys() ^ source.tensors.keys()):
         result.problems.append(f"{name}: in only one of output and source")
-    for name in sorted(made.tensors.keys() & source.tensors.keys()):
+    shared = sorted(made.tensors.keys() & source.tensors.keys())
+    for number, name in enumerate(shared, 1):
         here, there = made.tensors[name], source.tensors[name]
         if (here.dtype, here.shape) != (there.dtype, there.shape):
             result.problems.append(
                 f"{name}: {here.dtype} {list(here.shape)}, the source has {there.dtype} {list(there.shape)}"
             )
         elif name not in pruned:
-            progress(name)
+            progress(f"comparing with the source: tensor {number} of {len(shared)}")
             pairs = zip(_pieces(made, here), _pieces(source, there), strict=True)
             if all(torch.equal(_bits(a), _bits(b)) for a, b in pairs):
                 result.untouched += 1

@@ -19,6 +19,14 @@ from rac_engine.jobs.journal import Journal, open_journal, open_journal_file
 from rac_engine.jobs.layout import partial_of
 from rac_engine.jobs.publish import is_published, publish
 
+_published: set[str] = set()
+"""Absolute paths of what jobs of this process have published."""
+
+
+def has_published(out: Path) -> bool:
+    """Whether a job of this process has published `out`: from then on it is done, whatever comes."""
+    return os.path.abspath(out) in _published
+
 
 class LongJob(ABC):
     """A job that works in OUT.partial until OUT can appear whole; used as a context manager.
@@ -70,6 +78,7 @@ class LongJob(ABC):
         return len(self.journal.records) - 1
 
     def __enter__(self) -> Self:
+        _published.discard(os.path.abspath(self.out))
         if os.path.lexists(self.out):
             raise BadInput(f"{self.out}: exists; choose another {self.kind}, or remove it")
         self._make()
@@ -90,6 +99,7 @@ class LongJob(ABC):
         with self._claim:
             stopped = isinstance(error, KeyboardInterrupt)
             if stopped and self._publishing and self._published():
+                self._note_published()
                 return True
             if error is not None:
                 self._give_up()
@@ -107,6 +117,9 @@ class LongJob(ABC):
         if worthwhile is not None:
             self._worthwhile = worthwhile
         return opened
+
+    def _note_published(self) -> None:
+        _published.add(os.path.abspath(self.out))
 
     def _give_up(self) -> None:
         """Remove what is not worth going on with."""
@@ -161,6 +174,7 @@ class FolderJob(LongJob):
         """Let the finished folder appear as OUT, by one rename, once all its bytes are on the disk."""
         self._publishing = True
         publish(self.partial, self.out)
+        self._note_published()
 
     def _make(self) -> None:
         if not self.partial.parent.is_dir():
@@ -203,6 +217,7 @@ class FileJob(LongJob):
             if not self._published():
                 raise
             self.partial.unlink(missing_ok=True)
+        self._note_published()
 
     def _make(self) -> None:
         with disk_errors(self.out):

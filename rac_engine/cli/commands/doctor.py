@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rac_engine.cli.options import Command, Parser, add_json
+from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
@@ -18,7 +19,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from rac_engine.cli.findings import examine, render
 
     findings = examine()
-    print(json.dumps([dataclasses.asdict(f) for f in findings], indent=1) if args.json else render(findings))
+    emit(json.dumps([dataclasses.asdict(f) for f in findings], indent=1) if args.json else render(findings))
     return 1 if any(finding.status == "fail" for finding in findings) else 0
 
 

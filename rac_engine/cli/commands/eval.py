@@ -16,6 +16,7 @@ from rac_engine.cli.options import (
     resolved_device,
     settings_of,
 )
+from rac_engine.cli.output import emit
 
 _COMMON = (
     "problems",
@@ -52,31 +53,32 @@ def _eval(args: argparse.Namespace) -> int:
     from rac_engine.base.sizes import percent
     from rac_engine.evaluation import evaluate
 
-    result = evaluate(
-        args.model,
-        settings,
-        args.out,
-        baseline=args.baseline,
-        device=resolved_device(args.device),
-        restart=args.restart,
-        progress=console_of(args).progress,
-    )
+    with console_of(args) as console:
+        result = evaluate(
+            args.model,
+            settings,
+            args.out,
+            baseline=args.baseline,
+            device=resolved_device(args.device),
+            restart=args.restart,
+            progress=console.progress,
+        )
     figures = result.summary
     low, high = figures["ci95"]
-    print(
+    emit(
         f"{args.model}: {percent(figures['accuracy'])} of {figures['problems']} right "
         f"[{percent(low)}, {percent(high)}], decode length mean {figures['mean_tokens']:.0f}, "
         f"p95 {figures['p95_tokens']}, {percent(figures['cut_off_share'])} cut off"
     )
     if result.comparison:
         against = result.comparison
-        print(
+        emit(
             f"against {against['baseline']}: {against['lost']} lost, {against['gained']} gained "
             f"(McNemar p = {against['mcnemar_p']:.2g}), {against['length_ratio']:.2f} × as long"
         )
     for note in result.notes:
-        print(f"note     {note}")
-    print(f"results  {result.path}")
+        emit(f"note     {note}")
+    emit(f"results  {result.path}")
     return 0
 
 

@@ -7,6 +7,7 @@ import argparse
 from rac_engine.base.errors import BadInput
 from rac_engine.cli.commands.pruning_options import add_pruning
 from rac_engine.cli.options import Command, Parser, add_json, add_limits, add_model, settings_of, size
+from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
@@ -42,7 +43,7 @@ def _plan(args: argparse.Namespace) -> int:
         Machine(on_gpu, args.device_memory, args.host_memory),
         peaks,
     )
-    print(plan.to_json() if args.json else f"times after the peaks of {whose}\n\n{render(plan)}")
+    emit(plan.to_json() if args.json else f"times after the peaks of {whose}\n\n{render(plan)}")
     return 0
 
 

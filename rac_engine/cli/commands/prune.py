@@ -21,6 +21,7 @@ from rac_engine.cli.options import (
     resolved_device,
     settings_of,
 )
+from rac_engine.cli.output import emit
 
 if TYPE_CHECKING:
     from rac_engine.recipe import Recipe
@@ -78,26 +79,26 @@ def _prune(args: argparse.Namespace) -> int:
     from rac_engine.jobs.layout import RAC, REPORT
     from rac_engine.report import write_report
 
-    console = console_of(args)
-    done = prune(
-        recipe.model,
-        args.out,
-        recipe,
-        device=device,
-        restart=args.restart,
-        device_memory=args.device_memory,
-        host_memory=args.host_memory,
-        progress=console.progress,
-        finish=write_report,
-    )
+    with console_of(args) as console:
+        done = prune(
+            recipe.model,
+            args.out,
+            recipe,
+            device=device,
+            restart=args.restart,
+            device_memory=args.device_memory,
+            host_memory=args.host_memory,
+            progress=console.progress,
+            finish=write_report,
+        )
     metrics = Metrics(done.run, done.matrices, done.end)
-    print(
+    emit(
         f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, mean relative error "
         f"{figure(metrics.mean_error)}, {format_seconds(done.end['seconds'])}"
     )
     for note in done.end["notes"]:
-        print(f"note    {note}")
-    print(f"report  {done.out / RAC / REPORT}")
+        emit(f"note    {note}")
+    emit(f"report  {done.out / RAC / REPORT}")
     return 0
 
 
@@ -124,10 +125,10 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
             max(lengths, default=1),
             machine,
         )
-        print(f"calibration: {calibration.describe()}\n")
-    print(dump(recipe))
-    print(render(plan))
-    print("\ndry run: nothing was written")
+        emit(f"calibration: {calibration.describe()}\n")
+    emit(dump(recipe))
+    emit(render(plan))
+    emit("\ndry run: nothing was written")
     return 0
 
 

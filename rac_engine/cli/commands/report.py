@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rac_engine.cli.options import Command, Parser, add_output
+from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
@@ -14,7 +15,7 @@ def _add_options(parser: Parser) -> None:
 def _report(args: argparse.Namespace) -> int:
     from rac_engine.report import write_report
 
-    print(write_report(args.out))
+    emit(str(write_report(args.out)))
     return 0
 
 

@@ -14,6 +14,7 @@ from rac_engine.cli.options import (
     console_of,
     resolved_device,
 )
+from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
@@ -31,18 +32,19 @@ def _run(args: argparse.Namespace) -> int:
     from rac_engine.report import table
     from rac_engine.run import run
 
-    result = run(
-        recipe,
-        args.out,
-        device=resolved_device(args.device),
-        restart=args.restart,
-        device_memory=args.device_memory,
-        host_memory=args.host_memory,
-        console=console_of(args),
-    )
+    with console_of(args) as console:
+        result = run(
+            recipe,
+            args.out,
+            device=resolved_device(args.device),
+            restart=args.restart,
+            device_memory=args.device_memory,
+            host_memory=args.host_memory,
+            console=console,
+        )
     if result.rows:
-        print(table(result.rows))
-    print(f"report  {result.report}")
+        emit(table(result.rows))
+    emit(f"report  {result.report}")
     return 0
 
 

@@ -16,6 +16,7 @@ from rac_engine.cli.options import (
     resolved_device,
     settings_of,
 )
+from rac_engine.cli.output import emit
 
 _COMMON = (
     "prompts",
@@ -45,17 +46,18 @@ def _trace(args: argparse.Namespace) -> int:
     settings = settings_of(args, TraceSettings)
     from rac_engine.traces import generate
 
-    report = generate(
-        args.model,
-        settings,
-        args.out,
-        device=resolved_device(args.device),
-        restart=args.restart,
-        progress=console_of(args).progress,
-    )
-    print(f"{report.out}: {report.describe()}")
+    with console_of(args) as console:
+        report = generate(
+            args.model,
+            settings,
+            args.out,
+            device=resolved_device(args.device),
+            restart=args.restart,
+            progress=console.progress,
+        )
+    emit(f"{report.out}: {report.describe()}")
     for note in report.notes:
-        print(f"note    {note}")
+        emit(f"note    {note}")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rac_engine.cli.options import Command, Parser, add_json, add_output, console_of
+from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
@@ -22,8 +23,9 @@ def _add_options(parser: Parser) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from rac_engine.engine import verify
 
-    result = verify(args.out, args.source, console_of(args).progress)
-    print(result.to_json() if args.json else result.summary())
+    with console_of(args) as console:
+        result = verify(args.out, args.source, console.progress)
+    emit(result.to_json() if args.json else result.summary())
     return 1 if result.problems else 0
 
 

@@ -56,6 +56,14 @@ def test_a_good_output_is_whole(out, checkpoint):
     assert json.loads(result.to_json())["problems"] == []
 
 
+def test_progress_says_what_is_done_and_how_far_it_is(out, checkpoint):
+    said: list[str] = []
+    verify(out, checkpoint(), said.append)
+    assert said[0].startswith("reading back: checksums of ") and "reading back: tensor 3 of 38" in said
+    assert "zeros of the source: matrix 20 of 20" in said and "comparing with the source: tensor 1 of 38" in said
+    assert not any(line.startswith("model.") for line in said)
+
+
 def test_a_flipped_bit_is_found_by_its_checksum(out):
     _edit(out, UNTOUCHED, lambda t: t.view(torch.int16)[0].bitwise_xor_(1), sign=False)
     shard, tensor = verify(out).problems
