@@ -33,12 +33,20 @@ class Statistic:
 
     `value` is fp32, [columns, columns] (upper triangle) or [columns]; `tokens` are the tokens counted, `dropped` those
     left out because they hold NaN or Inf, which would spoil all of H. `match` gathers what the dense model has in the
-    same place, where its outputs are to be reconstructed.
+    same place, where its outputs are to be reconstructed. `held` is the same of the tokens that are held out, which are
+    not counted here.
     """
 
-    def __init__(self, columns: int, full: bool, device: str, match: DenseInputs | DenseOutputs | None = None) -> None:
+    def __init__(
+        self,
+        columns: int,
+        full: bool,
+        device: str,
+        match: DenseInputs | DenseOutputs | None = None,
+        held: Statistic | None = None,
+    ) -> None:
         self.value = torch.zeros((columns, columns) if full else columns, dtype=torch.float32, device=device)
-        self.match = match
+        self.match, self.held = match, held
         self.tokens = self.dropped = 0
         self._accumulate = hessian_accumulate_ if full else column_norm_accumulate_
 

@@ -59,13 +59,14 @@ class Stream:
     def observe(self, block: Block, statistics: Mapping[str, Statistic], keep: bool = True) -> Activations | None:
         """Gather `statistics` from inputs of the block's matrices, by the inputs' names, in one pass over the tokens.
 
+        Tokens that are held out count in `Statistic.held`, where that is, and never in the statistic itself.
         The tokens go no further into the block than needed, and stay before it. If the input [tokens, block.width] of
         the block's last matrix is among them, it is returned for `advance`, unless it is too large or not to `keep`:
         where the tokens go no further, or the block will be another by then.
         """
         kept = self._room_for(block) if keep and block.last in statistics else None
         for chunk, hidden in self.chunks():
-            x, observers = block.norm(hidden), counting(statistics, self._weights(chunk))
+            x, observers = block.norm(hidden), counting(self._own(statistics, chunk), self._weights(chunk))
             if kept is None:
                 block.observe(x, chunk, observers)
             else:
@@ -111,7 +112,7 @@ class Stream:
             else:
                 reference.block.observe(theirs, chunk, between)
             others |= {name: [x] for name, x in dense.items()}
-            for name, statistic in statistics.items():
+            for name, statistic in self._own(statistics, chunk).items():
                 statistic.add_matched(given[name], others[name], weights)
         if kept is not None:
             kept.prepare(self._spans)
@@ -123,9 +124,8 @@ class Stream:
         The tokens of an expert are those that the pruned model's router sends to it, in both models.
         """
         for (chunk, hidden), (_, original) in zip(self.chunks(), reference.stream.chunks(), strict=True):
-            observers = matching(
-                statistics, self._weights(chunk), reference.block, reference.block.norm(original), chunk
-            )
+            own, theirs = self._own(statistics, chunk), reference.block.norm(original)
+            observers = matching(own, self._weights(chunk), reference.block, theirs, chunk)
             block.observe(block.norm(hidden), chunk, observers)
 
     def observe_sample(
@@ -140,8 +140,8 @@ class Stream:
         The tokens are `count` of those that count, evenly spaced, the same for all `experts`; each expert's weight (a
         token's own aside) goes to the sum of them all. With a `reference` inputs are matched with the dense model's.
         """
-        weights = self.packing.weights
-        counted = torch.arange(len(self.hidden)) if weights is None else weights.nonzero()[:, 0]
+        weights, seen = self.packing.weights, self.packing.held_from
+        counted = torch.arange(seen) if weights is None else weights[:seen].nonzero()[:, 0]
         count = min(count, len(counted))
         chosen = counted[torch.arange(count) * len(counted) // max(count, 1)]
         every = float(count if weights is None else weights[chosen].sum(dtype=torch.float64))
@@ -186,7 +186,7 @@ class Stream:
         *others, last = blocks
         own = {group.input for group in last.groups}
         for chunk, hidden in self.chunks():
-            observers = counting(statistics, self._weights(chunk))
+            observers = counting(self._own(statistics, chunk), self._weights(chunk))
             for block in others:
                 hidden = block.finish(hidden, block.inner(block.norm(hidden), chunk, observers))
             last.observe(last.norm(hidden), chunk, {name: tap for name, tap in observers.items() if name in own})
@@ -224,6 +224,12 @@ class Stream:
             yield chunk, hidden
         if kept is not None:
             kept.close()
+
+    def _own(self, statistics: Mapping[str, Statistic], chunk: Chunk) -> Mapping[str, Statistic]:
+        """The statistics in which a chunk's tokens count."""
+        if not self.packing.holds_out(chunk):
+            return statistics
+        return {name: statistic.held for name, statistic in statistics.items() if statistic.held is not None}
 
     def _weights(self, chunk: Chunk) -> Tensor | None:
         weights = self.packing.weights

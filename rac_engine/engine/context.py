@@ -70,6 +70,11 @@ class Context:
         wanted = (matrix.layer for matrix in self.model.prunable(self.settings.also) if self.wants(matrix))
         return max((layer for layer in wanted if layer != EMBEDDINGS), default=-1)
 
+    @property
+    def judges(self) -> bool:
+        """Whether matrices are judged by tokens that are held out."""
+        return self.stream is not None and self.stream.packing.held_counted > 0
+
     def wants(self, matrix: Matrix) -> bool:
         """Whether a matrix is to be pruned."""
         return matrix.name not in self.skipped

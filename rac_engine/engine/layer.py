@@ -53,18 +53,22 @@ class Layer:
 
         With `beside` it also gathers what the solver has to know of the dense model: for a block's last matrix the
         outputs; for a group of matrices, which share one input, the inputs; for an expert's last matrix the smaller of
-        the two.
+        the two. Where sequences are held out, there is the same of their tokens.
         """
         context = self.context
         context.tell(self.number, " ".join(matrix.module.rpartition(".")[2] for matrix in group))
         full = find_method(context.settings.method).needs == "hessian"
         columns, device = group[0].columns, context.device
-        match: DenseInputs | DenseOutputs | None = None
-        if beside is not None:
-            of_expert = group[0].group.expert is not None and len(group[0].group.modules) == 1
-            outputs = group[0].group.input == beside.block.last or (of_expert and group[0].rows < columns)
-            match = DenseOutputs(columns, group[0].rows, device) if outputs else DenseInputs(columns, device)
-        return Statistic(columns, full, device, match)
+
+        def empty(held: Statistic | None = None) -> Statistic:
+            match: DenseInputs | DenseOutputs | None = None
+            if beside is not None:
+                of_expert = group[0].group.expert is not None and len(group[0].group.modules) == 1
+                outputs = group[0].group.input == beside.block.last or (of_expert and group[0].rows < columns)
+                match = DenseOutputs(columns, group[0].rows, device) if outputs else DenseInputs(columns, device)
+            return Statistic(columns, full, device, match, held)
+
+        return empty(empty() if full and context.judges else None)
 
     def replace(self, matrix: Matrix, weight: Tensor) -> None:
         """Put a pruned matrix [rows, columns] in the place of the dense one, which is not needed any more."""

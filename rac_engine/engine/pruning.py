@@ -21,7 +21,7 @@ from rac_engine.engine.context import Context
 from rac_engine.engine.layer_files import LayerFiles
 from rac_engine.engine.limits import allocator_restored, limited_gpu
 from rac_engine.engine.loop import prune_layers
-from rac_engine.engine.setup import PruneRequest, Setup, calibration_remarks, describe, identity_of, set_up
+from rac_engine.engine.setup import PruneRequest, Setup, describe, identity_of, set_up
 from rac_engine.engine.streams import open_streams
 from rac_engine.engine.survey import Allocation, FirstPass, allocate, allocated
 from rac_engine.engine.verify import verify
@@ -111,9 +111,8 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
         allocation = _allocation(setup, partial, identity, clock, request.progress)
         context = _begin(setup, request, partial, journal, clock, allocation)
         prune_layers(context)
-        remarks = calibration_remarks(request.recipe, setup.calibration)
         recipe = dump(absolute(request.recipe))
-        report = close_job(context, request.out, run, recipe, remarks, setup.resident, job.notes)
+        report = close_job(context, request.out, run, recipe, setup.remarks, setup.resident, job.notes)
         request.finish(partial)
         _read_back(partial, model, request.progress)
     return report

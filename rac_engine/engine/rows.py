@@ -41,6 +41,7 @@ def matrix_row(
         "zeros_before": count_zeros(matrix.of(dense)),
         "objective": result.objective,
         "relative_error": result.relative_error,
+        "held_out_error": result.held_out_error,
         "magnitude_error": result.magnitude_error,
         "damping": result.damping,
         "ridge": result.ridge,

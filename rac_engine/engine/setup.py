@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
 from rac_engine.recipe import PruneSettings, Recipe
 from rac_engine.solve import Reason, find_method
-from rac_engine.traces import Calibration, Weighting, load_calibration, load_tokenizer
+from rac_engine.traces import Calibration, Weighting, hold_out, load_calibration, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Setup:
     memory: MemoryPlan
     resident: int
     """Bytes that the process has before the job begins."""
+    remarks: list[str] = field(default_factory=list)
+    """Remarks on the calibration for the report."""
 
 
 def set_up(request: PruneRequest, partial: Path) -> Setup:
@@ -76,13 +78,18 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         memory = plan_memory(shape, settings, Tokens(0, 0), machine)
         return Setup(model, settings, skipped, device, None, None, memory, begun)
     calibration = request.calibration or calibration_of(request.recipe)
+    remarks = calibration_remarks(request.recipe, calibration)
+    if find_method(settings.method).needs == "hessian":  # without one no error is measured
+        held = hold_out(calibration, request.recipe.calibration.held_out)
+        calibration = held.calibration
+        remarks += [] if held.remark is None else [held.remark]
     lengths = [len(sequence.token_ids) for sequence in calibration.sequences]  # tokens that do not count too
     chunk = None if request.restart else _begun_with(partial)
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
-    tokens = Tokens(sum(lengths), max(lengths, default=0), weighted)
+    tokens = Tokens(sum(lengths), max(lengths, default=0), weighted, bool(calibration.held_out))
     memory = plan_memory(shape, settings, tokens, machine, chunk=chunk)
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
-    return Setup(model, settings, skipped, device, calibration, packing, memory, begun)
+    return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
 
 
 def calibration_of(recipe: Recipe) -> Calibration:
@@ -100,10 +107,10 @@ def calibration_of(recipe: Recipe) -> Calibration:
     )
 
 
-def calibration_remarks(recipe: Recipe, calibration: Calibration | None) -> list[str]:
+def calibration_remarks(recipe: Recipe, calibration: Calibration) -> list[str]:
     """A remark where the calibration has fewer tokens than were asked for."""
     wanted = recipe.calibration.tokens
-    if calibration is None or wanted is None or calibration.tokens >= wanted:
+    if wanted is None or calibration.tokens >= wanted:
         return []
     return [f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for"]
 
@@ -147,7 +154,11 @@ def describe(setup: Setup) -> dict[str, Any]:
             "part": calibration.part,
             "weighting": calibration.weighting,
             "sequences": len(calibration.sequences),
-            "tokens": packing.counted,
+            "tokens": calibration.tokens,
+            "held_out": {
+                "sequences": len(calibration.held_out),
+                "tokens": packing.held_counted,
+            },
         },
         "code": code_sha256(),
         "settings": setup.settings.model_dump(mode="json"),

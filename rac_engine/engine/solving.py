@@ -11,7 +11,7 @@ from torch import Tensor
 from rac_engine.calibrate import DenseInputs, DenseOutputs, Statistic
 from rac_engine.engine.layer import Layer
 from rac_engine.models import Matrix
-from rac_engine.solve import MatrixResult, Outputs, Reason, joined, left_dense, prune_matrices, split_rows
+from rac_engine.solve import HeldOut, MatrixResult, Outputs, Reason, joined, left_dense, prune_matrices, split_rows
 from rac_kernels import FactorError
 
 
@@ -81,16 +81,22 @@ def _results(
     parts = [[weight] for weight in weights]
     if known is not None and not isinstance(match, DenseOutputs):
         parts = [split_rows(weight) for weight in weights]
-    outputs = None
-    if isinstance(match, DenseInputs):
-        outputs = Outputs.of_inputs(match.cross, match.gram, list(itertools.chain(*parts)))
-    elif match is not None:
-        outputs = Outputs(match.cross, [match.wanted], [match.dense])
+    pieces = list(itertools.chain(*parts))
+    outputs = _outputs(match, pieces)
+    held = None
+    if known is not None and statistic is not None and (other := statistic.held) is not None:
+        held = HeldOut(other.value, _outputs(other.match, pieces), other.tokens)
     targets = [layer.context.target(matrix) for matrix, some in zip(group, parts, strict=True) for _ in some]
     unseen = "magnitude" if group[0].module in layer.reordered else settings.unseen
-    pieces = prune_matrices(list(itertools.chain(*parts)), known, method, targets, unseen, outputs)
-    found = iter(pieces)
+    found = iter(prune_matrices(pieces, known, method, targets, unseen, outputs, held))
     return [joined(list(itertools.islice(found, len(some)))) for some in parts]
+
+
+def _outputs(match: DenseInputs | DenseOutputs | None, weights: list[Tensor]) -> Outputs | None:
+    """The outputs to match with dense `weights` [rows, columns], from what was gathered of them."""
+    if isinstance(match, DenseInputs):
+        return Outputs.of_inputs(match.cross, match.gram, weights)
+    return None if match is None else Outputs(match.cross, [match.wanted], [match.dense])
 
 
 def _remarks(statistic: Statistic, columns: int) -> list[str]:

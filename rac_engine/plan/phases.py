@@ -58,6 +58,8 @@ class Tokens:
     """Tokens of the longest sequence."""
     weighted: bool = False
     """Whether not all of them count the same."""
+    held: bool = False
+    """Whether some are held out, to judge matrices by."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class PhasePlanner:
             last = stage.inputs[-1]
             if self.tied and last.last:
                 gathered["cross product with the dense outputs"] = 4 * last.columns * last.rows
+            if self.tokens.held and self.needs == "hessian":
+                gathered["the same of the tokens held out"] = sum(gathered.values())
             kept = self._kept(stage)
             if self.calibrated:
                 found.append(self.observe(stage, gathered, kept))

@@ -70,6 +70,13 @@ class CalibrationSettings(Settings):
     )
     tokens: Count | None = Field(default=None, description="token budget (all there are by default)")
     sequence_length: Count = Field(default=2048, description="for text: tokens in a sequence")
+    held_out: float = Field(
+        default=0.05,
+        ge=0,
+        le=0.5,
+        description="share of the sequences, 8 at least, by which the result is judged and from which no solver "
+        "learns; 0: none. Of fewer than 40 sequences none are held out",
+    )
     weight_completion: float = Field(
         default=1.0, ge=0, le=1e6, description="how much a completion's token counts; a prompt's counts 1"
     )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rac_engine.solve.costs import GroupShape, solving_bytes
     from rac_engine.solve.matrices import (
         MatrixResult,
-        Outputs,
         joined,
         left_dense,
         prune_matrices,
@@ -26,12 +25,14 @@ if TYPE_CHECKING:
         split_rows,
     )
     from rac_engine.solve.method import Gram, LayerProblem, Method, Needs, Solution, Target
+    from rac_engine.solve.outputs import HeldOut, Outputs
     from rac_engine.solve.reasons import Reason, ReasonCode
 
 __all__ = [
     "DEFAULT_METHOD",
     "Gram",
     "GroupShape",
+    "HeldOut",
     "LayerProblem",
     "MatrixResult",
     "Method",
@@ -63,7 +64,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """A name of `__all__`, from the module that has it."""
         if name in __all__:
-            for module in ("method", "matrices", "costs", "allocation", "reasons"):
+            for module in ("method", "matrices", "costs", "allocation", "outputs", "reasons"):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

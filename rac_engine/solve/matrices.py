@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from rac_engine.solve.method import Gram, LayerProblem, Target, stack
 from rac_engine.solve.methods import find_method
+from rac_engine.solve.outputs import HeldOut, Judge, Outputs
 from rac_engine.solve.reasons import Reason, ReasonCode
 from rac_kernels import (
     all_finite,
@@ -20,7 +20,6 @@ from rac_kernels import (
     mask_by_score,
     matched_target,
     objective,
-    output_cross,
     reconstruction_error,
     squared_outputs,
 )
@@ -41,7 +40,8 @@ class MatrixResult:
     `relative_error` is its share of ‖X Wᵀ‖², the dense outputs' own square, `magnitude_error` what that would be if the
     matrix were pruned by magnitude to the same target (a note says so where that is less). All three are None where no
     Hessian was gathered. `damping` is the one that was used in the end and `ridge` the λ that it means for this input;
-    `iterations` counts what the method repeats; `seconds` is this matrix's share of the time taken. `skipped` says why
+    `held_out_error` is the relative error on tokens that were held out, None where there are none; `iterations` counts
+    what the method repeats; `seconds` is this matrix's share of the time taken. `skipped` says why
     a matrix was left as it was.
     """
 
@@ -58,30 +58,9 @@ class MatrixResult:
     magnitude_error: float | None = None
     power: float | None = None
     """‖X Wᵀ‖², where the errors are known."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Outputs of the dense model that the pruned one's matrices, stacked, are to give."""
-
-    cross: Tensor
-    """fp32: C = X′ᵀY [columns, rows], of inputs X′ of the pruned model and outputs Y of the dense one; or X′ᵀX."""
-    power: list[float]
-    """‖Y‖² of each matrix: what is to be given again."""
-    dense: list[float]
-    """‖X Wᵀ‖² of each matrix: what the dense one gave."""
-    shared: bool = False
-    """Whether `cross` is X′ᵀX [columns, columns], of inputs: C follows from it for any number of matrices."""
-
-    @classmethod
-    def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
-        """Outputs Y = X Wᵀ by the inputs of both models: X′ᵀX [columns, columns] and XᵀX (upper triangle)."""
-        powers = [squared_outputs(weight, gram) for weight in weights]
-        return cls(cross, powers, powers, shared=True)
-
-    def of(self, weight: Tensor) -> Tensor:
-        """C [columns, rows] of a dense matrix [rows, columns], the only one unless inputs are known."""
-        return output_cross(self.cross, weight) if self.shared else self.cross
+    held_out_error: float | None = None
+    held_out_power: float | None = None
+    """‖X Wᵀ‖² of the tokens that were held out."""
 
 
 def prune_matrix(
@@ -117,6 +96,7 @@ def prune_matrices(
     target: Target | Sequence[Target],
     unseen: Literal["dense", "magnitude"] = "dense",
     outputs: Outputs | None = None,
+    held: HeldOut | None = None,
 ) -> list[MatrixResult]:
     """Prune matrices that share their input together, all to one target or each to its own.
 
@@ -124,7 +104,8 @@ def prune_matrices(
     [columns, columns] fp32 (upper triangle), its diagonal, or None, and is used up. With `outputs`, of methods that
     need H, what is pruned is not W but the weights that come nearest to those outputs. An input that was zero for every
     token says nothing, nor does one whose squares are beyond fp32: the matrices are then left dense, or pruned by
-    magnitude. So is a matrix for which the method's result is not finite.
+    magnitude. So is a matrix for which the method's result is not finite. The method is shown the tokens that are
+    `held` out of all that, to judge by, and the results are measured by them.
     """
     notes = []
     if statistic is not None and (why := _says_nothing(statistic)):
@@ -132,9 +113,13 @@ def prune_matrices(
             return [left_dense(weight, why) for weight in weights]
         method, statistic, outputs = "magnitude", None, None
         notes = [f"{why}: pruned by magnitude"]
-    if outputs is not None and not (all_finite(outputs.cross) and all(map(math.isfinite, outputs.power))):
+    if outputs is not None and not outputs.finite:
         outputs = None
         notes = ["the dense model's outputs are not finite: not matched"]
+    if held is not None and (outputs is None) != (held.outputs is None):
+        held = replace(held, outputs=None)
+    if held is not None and not held.says_something:
+        held = None
     targets = [target] * len(weights) if isinstance(target, Target) else list(target)
     gram = Gram(statistic) if statistic is not None and statistic.ndim == 2 else None
     norms = statistic if gram is None else None
@@ -146,7 +131,8 @@ def prune_matrices(
         stacked = stack([weights[number] for number in group])
         if outputs is not None and gram is not None:
             stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
-        solution = solve(LayerProblem(stacked, rows, wanted, gram, norms))
+        judge = None if held is None else Judge(held, [weights[number] for number in group], group)
+        solution = solve(LayerProblem(stacked, rows, wanted, gram, norms, judge))
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
         remarks = [*notes, *(gram.notes if gram else []), *solution.notes]
         seconds = time.monotonic() - began
@@ -173,10 +159,20 @@ def prune_matrices(
     if gram is None:
         return results
     H = gram.upper()
-    return [
+    measured = [
         _measured(result, weight, wanted, H, outputs, number)
         for number, (result, weight, wanted) in enumerate(zip(results, weights, targets, strict=True))
     ]
+    if held is None:
+        return measured
+    pairs = enumerate(zip(measured, weights, strict=True))
+    return [_judged(result, weight, held, number) for number, (result, weight) in pairs]
+
+
+def _judged(result: MatrixResult, weight: Tensor, held: HeldOut, number: int) -> MatrixResult:
+    """The result with its error on the tokens that were held out."""
+    cost, whole = held.error(weight, result.weight, number)
+    return replace(result, held_out_error=cost / whole if whole else 0.0, held_out_power=whole)
 
 
 def _measured(
@@ -230,6 +226,10 @@ def joined(results: Sequence[MatrixResult]) -> MatrixResult:
         notes=list(dict.fromkeys(note for result in results for note in result.notes)),
         seconds=sum(result.seconds for result in results),
     )
+    judged = [(r.held_out_error, r.held_out_power) for r in results]
+    if (whole := sum(power or 0.0 for _, power in judged)) > 0:
+        error = sum((error or 0.0) * (power or 0.0) for error, power in judged) / whole
+        made = replace(made, held_out_error=error, held_out_power=whole)
     known = [(r.objective, r.magnitude_error, r.power) for r in results if r.power is not None]
     if len(known) < len(results):
         return made

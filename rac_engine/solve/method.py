@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rac_engine.solve.outputs import Judge
 from rac_kernels import Factor, factor_, symmetrize_
 from rac_kernels.ops.pattern import zeros_of
 
@@ -115,6 +116,8 @@ class LayerProblem:
     """H of the input, for methods that need a Hessian."""
     norms: Tensor | None = None
     """[columns] fp32, Σ x², for methods that need no more."""
+    judge: Judge | None = None
+    """Judges candidates by tokens that are in neither H nor `norms`; None where none are held out."""
 
 
 @dataclass(frozen=True)

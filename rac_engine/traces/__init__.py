@@ -10,6 +10,7 @@ from __future__ import annotations
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
+from rac_engine.traces.held_out import HoldingOut, hold_out
 from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render
@@ -18,6 +19,7 @@ __all__ = [
     "TRACE_TOKEN_BYTES",
     "Calibration",
     "Decoder",
+    "HoldingOut",
     "Messages",
     "Request",
     "Sampling",
@@ -26,6 +28,7 @@ __all__ = [
     "Weighting",
     "at_a_time",
     "generate",
+    "hold_out",
     "instructed",
     "load_calibration",
     "load_prompts",

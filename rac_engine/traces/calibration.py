@@ -32,6 +32,15 @@ class TokenSequence:
     token_ids: np.ndarray
     prompt_length: int
     weights: np.ndarray | None = None
+    source: int = 0
+    """The number of its source, where there are several."""
+    held_out: bool = False
+    """Whether no solver learns from it: what is made of the others is judged by it (see `hold_out`)."""
+
+    @property
+    def counted(self) -> int:
+        """Number of tokens that count."""
+        return len(self.token_ids) if self.weights is None else int((self.weights > 0).sum())
 
 
 @dataclass(frozen=True)
@@ -75,17 +84,24 @@ class Calibration:
     @property
     def tokens(self) -> int:
         """Number of tokens that count."""
-        return sum(len(s.token_ids) if s.weights is None else int((s.weights > 0).sum()) for s in self.sequences)
+        return sum(sequence.counted for sequence in self.sequences)
+
+    @property
+    def held_out(self) -> list[TokenSequence]:
+        """The sequences that no solver learns from."""
+        return [sequence for sequence in self.sequences if sequence.held_out]
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of lengths, token ids and weights."""
+        """SHA-256 of lengths, token ids, weights, and which sequences are held out, if any are."""
         digest = hashlib.sha256()
         for sequence in self.sequences:
             digest.update(np.asarray([len(sequence.token_ids), sequence.weights is not None], "<i8").tobytes())
             digest.update(sequence.token_ids.astype("<i8").tobytes())
             if sequence.weights is not None:
                 digest.update(sequence.weights.astype("<f4").tobytes())
+        if self.held_out:
+            digest.update(bytes(sequence.held_out for sequence in self.sequences))
         return digest.hexdigest()
 
     @property
@@ -137,7 +153,7 @@ def load_calibration(
                 f"{where or f'calibration {source}: piece {number}'}: token ids from {ids.min()} to {ids.max()}, but "
                 f"the model has {size}; was it made by another model?"
             )
-        counted = len(ids) if sequence.weights is None else int((sequence.weights > 0).sum())
+        counted = sequence.counted
         weights = weighting.of(len(prompt), len(completion), own, where)
         if weights is not None:
             weights = weights[: len(ids)] * (1 if sequence.weights is None else sequence.weights)

@@ -61,16 +61,18 @@ def squared_outputs(W: Tensor, H: Tensor) -> float:
     return objective(W, torch.zeros_like(W[:1]).expand_as(W), H)
 
 
-def reconstruction_error(Q: Tensor, H: Tensor, C: Tensor, power: float) -> float:
+def reconstruction_error(Q: Tensor, H: Tensor, C: Tensor, power: float, own: float | None = None) -> float:
     """‖X Qᵀ − Y‖² = tr(Q H Qᵀ) − 2 tr(Q C) + ‖Y‖² with H = XᵀX and C = XᵀY, in fp64, at least 0.
 
     Q: [rows, n], any float dtype. H: [n, n], of which only the upper triangle is read. C: [n, rows]. ``power``: ‖Y‖².
+    ``own``: tr(Q H Qᵀ) where it is known already, as by `squared_outputs`.
     Where the error is a small part of ‖Y‖², that part is known no better than the sums in H, C and ``power`` are.
     """
     rows, n = Q.shape
     if C.shape != (n, rows):
         raise ValueError(f"C must be [{n}, {rows}] to fit Q {list(Q.shape)}, not {list(C.shape)}")
-    own = objective(Q, torch.zeros_like(Q[:1]).expand_as(Q), H)
+    if own is None:
+        own = objective(Q, torch.zeros_like(Q[:1]).expand_as(Q), H)
     shared = 0.0
     step = _rows(n)
     for top in range(0, rows, step):

@@ -20,9 +20,9 @@ from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.recipe.settings import PruneSettings
 from rac_engine.solve import MatrixResult, Target, prune_matrices, prune_matrix
-from rac_engine.solve.matrices import Outputs
 from rac_engine.solve.method import Solution
 from rac_engine.solve.methods import find_method
+from rac_engine.solve.outputs import Outputs
 from rac_engine.traces.calibration import TokenSequence
 from tests import tiny
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from rac_engine.base.errors import BadInput
 from rac_engine.solve import matrices
-from rac_engine.solve.matrices import Outputs, prune_matrices, prune_matrix
+from rac_engine.solve.matrices import prune_matrices, prune_matrix
 from rac_engine.solve.method import Gram, Target
 from rac_engine.solve.methods import find_method, method_names
+from rac_engine.solve.outputs import Outputs
 from rac_kernels.measure.published import sparsegpt
 from rac_kernels.testing import KINDS, gram
 

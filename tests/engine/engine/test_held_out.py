@@ -1,0 +1,114 @@
+"""Tokens that are held out judge a pruned model, and teach it nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rac_engine.calibrate.packing import Packing
+from rac_engine.calibrate.statistics import DenseOutputs, Statistic
+from rac_engine.calibrate.stream import DenseReference, Stream
+from rac_engine.checkpoint.reader import Checkpoint
+from rac_engine.engine.pruning import prune
+from rac_engine.models.block import Block
+from rac_engine.models.model import Model
+from rac_engine.recipe.settings import CalibrationSettings, PruneSettings, Recipe
+from rac_engine.traces.calibration import Calibration
+from rac_engine.traces.held_out import hold_out
+from tests import tiny
+
+Make = Callable[..., Path]
+
+LENGTHS = (30, 17, 40, 25, 9, 12) * 8
+
+
+def recipe(source: Path, held_out: float = 0.05, **changes: Any) -> Recipe:
+    prune = PruneSettings(**{"chunk_tokens": 64, "block_size": 16, **changes})
+    return Recipe(model=source, calibration=CalibrationSettings(held_out=held_out), prune=prune)
+
+
+def apart(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """The sequences that are seen, and those that are held out, as two calibrations."""
+    seen = [s for s in calibration.sequences if not s.held_out]
+    held = [replace(s, held_out=False) for s in calibration.held_out]
+    return replace(calibration, sequences=seen), replace(calibration, sequences=held)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2", {"method": "sparsegpt", "reconstruct": "residual"}),
+        ("qwen2", {"method": "sparsegpt", "order": "layer"}),
+        ("mixtral", {"method": "sparsegpt", "reconstruct": "residual"}),
+    ],
+)
+def test_it_is_pruned_as_if_there_were_no_more_than_what_is_seen(
+    checkpoint: Make, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    source, whole = checkpoint(family), tiny.calibration(LENGTHS)
+    seen, held = apart(hold_out(whole, 0.05).calibration)
+    assert len(held.sequences) == 8
+    report = prune(source, tmp_path / "judged", recipe(source, **changes), whole)
+    prune(source, tmp_path / "seen", recipe(source, 0, **changes), seen)
+    assert weights(tmp_path / "judged") == weights(tmp_path / "seen")
+    counted = report.run["calibration"]
+    assert counted["tokens"] == whole.tokens
+    assert counted["held_out"] == {"sequences": 8, "tokens": held.tokens}
+    judged = [row["held_out_error"] for row in report.matrices if row["held_out_error"] is not None]
+    assert len(judged) >= len(report.matrices) - 4 and all(error > 0 for error in judged)  # an expert may see none
+
+
+def test_switched_off_nothing_is_held_out_or_judged(checkpoint: Make, tmp_path: Path) -> None:
+    source = checkpoint("qwen2")
+    report = prune(source, tmp_path / "out", recipe(source, 0), tiny.calibration(LENGTHS))
+    assert report.run["calibration"]["held_out"] == {"sequences": 0, "tokens": 0}
+    assert {row["held_out_error"] for row in report.matrices} == {None}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("matched", [False, True])
+def test_what_is_held_out_is_counted_apart(checkpoint: Make, matched: bool) -> None:
+    """Statistics of both parts of a stream are those of two streams, each of one part alone."""
+    model = Model.open(Checkpoint.open(checkpoint("qwen2")))
+    whole = hold_out(tiny.calibration(LENGTHS), 0.05).calibration
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
+
+    def block(scale: float) -> Block:
+        own = {name: tensor * scale if "_proj" in name else tensor for name, tensor in tensors.items()}
+        return model.build_layer(0, own, torch.float32, "cpu")[1]
+
+    def gathered(calibration: Calibration, held: bool) -> Statistic:
+        stream, dense = (Stream(model, Packing.of(calibration, 64), torch.float32) for _ in range(2))
+        pruned = block(0.5)
+        columns = pruned.width
+
+        def empty(other: Statistic | None = None) -> Statistic:
+            match = DenseOutputs(columns, model.hidden_size, "cpu") if matched else None
+            return Statistic(columns, True, "cpu", match, other)
+
+        statistic = empty(empty() if held else None)
+        statistics = {pruned.last or "": statistic}
+        if matched:
+            stream.observe_matched(pruned, statistics, DenseReference(dense, block(1.0)), residual=True)
+        else:
+            stream.observe(pruned, statistics)
+        return statistic
+
+    both = gathered(whole, held=True)
+    assert both.held is not None
+    for part, calibration in zip((both, both.held), apart(whole), strict=True):
+        alone = gathered(calibration, held=False)
+        assert part.tokens == alone.tokens == calibration.tokens
+        torch.testing.assert_close(part.value, alone.value)
+        if isinstance(part.match, DenseOutputs) and isinstance(alone.match, DenseOutputs):
+            torch.testing.assert_close(part.match.cross, alone.match.cross)
+            assert part.match.wanted == pytest.approx(alone.match.wanted)
