@@ -202,7 +202,6 @@ def export(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
         top_p=0.95,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=400,
     )
     copy.save_pretrained(out, max_shard_size="2MB")
     tokenizer.save_pretrained(out)

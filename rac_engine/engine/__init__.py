@@ -5,7 +5,7 @@ from __future__ import annotations
 from rac_engine.engine.card import environment, model_card
 from rac_engine.engine.closing import PruneReport
 from rac_engine.engine.limits import require_memory
-from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of
+from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of, source_name
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.setup import calibration_of
 from rac_engine.engine.verify import verify
@@ -21,5 +21,6 @@ __all__ = [
     "place_of",
     "prune",
     "require_memory",
+    "source_name",
     "verify",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 
 from rac_engine.base.sizes import figure, format_bytes, format_count, format_seconds, percent
-from rac_engine.engine.metrics import Metrics, layer_of, place_of, rule_text
+from rac_engine.engine.metrics import Metrics, layer_of, place_of, rule_text, source_name
 from rac_engine.solve import Method, find_method, why_unknown
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_TAGS = ("rac-engine", "pruned", "sparse", "reasoning")
 
 
 def method_called(name: str) -> Method | None:
@@ -63,18 +66,32 @@ def environment(templates: Path, autoescape: bool) -> jinja2.Environment:
 def model_card(run: dict[str, Any]) -> str:
     """The README.md of a pruned checkpoint, in Markdown with the YAML front matter of the Hugging Face hub.
 
-    `run` is the "run" object of metrics.jsonl (`model.path` and `settings` at least), with `matrices` (the matrix
+    `run` is the "run" object of metrics.jsonl (`model.name` and `settings` at least), with `matrices` (the matrix
     objects), `end` (the last object) and `evaluation` (rows of the comparison table) where there are such; what is
     missing is left out of the card.
     """
-    name = Path(run["model"]["path"]).name or "model"
+    name = source_name(run)
     return (
         environment(_TEMPLATES, autoescape=False)
         .get_template("model_card.md.j2")
         .render(
             run=run,
-            name=" ".join(name.split()),
+            name=name,
+            front_matter=_front_matter(name, run.get("model", {}).get("declared", {})),
             method=method_called(run["settings"]["method"]),
             totals=Metrics(run, run.get("matrices", [])),
         )
     )
+
+
+def _front_matter(base_model: str, declared: Mapping[str, str | list[str]]) -> str:
+    """The YAML at the head of a card: our own fields, and licence, language and tags as the source's card has them."""
+    tags = declared.get("tags", [])
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base_model,
+        **declared,
+        "tags": list(dict.fromkeys([*_TAGS, *([tags] if isinstance(tags, str) else tags)])),
+    }
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=1000)

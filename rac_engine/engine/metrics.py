@@ -71,6 +71,12 @@ class Metrics:
         return [matrix for matrix in self.pruned if matrix.get("relative_error") is not None]
 
 
+def source_name(run: dict[str, Any], otherwise: str = "model") -> str:
+    """Name of the checkpoint that a run pruned, on one line; records of earlier versions have its path."""
+    model = run.get("model", {})
+    return " ".join((model.get("name") or Path(model.get("path", "")).name).split()) or otherwise
+
+
 def layer_of(matrix: dict[str, Any]) -> str:
     """Number of a matrix's decoder layer; nothing for lm_head and embeddings, whose modules stand by themselves."""
     return str(matrix["layer"]) if "." in str(matrix["module"]) else ""
@@ -83,6 +89,9 @@ def place_of(matrix: dict[str, Any], between: str = ", ") -> str:
 
 
 class _StoredModel(Stored):
+    name: str = ""
+    revision: str | None = None
+    declared: dict[str, str | list[str]] = {}
     path: str = ""
     sha256: str | None = None
     parameters: Whole | None = None

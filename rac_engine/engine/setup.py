@@ -14,7 +14,7 @@ import rac_engine
 from rac_engine.base.errors import BadInput
 from rac_engine.base.process import resident
 from rac_engine.calibrate import Packing
-from rac_engine.checkpoint import Checkpoint
+from rac_engine.checkpoint import Checkpoint, origin_of
 from rac_engine.engine.limits import device_name, machine_limits
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import PRUNE_JOURNAL
@@ -129,6 +129,7 @@ def describe(setup: Setup) -> dict[str, Any]:
     """The "run" object of metrics.jsonl: what decides the result, and on what machine it was made."""
     model, checkpoint = setup.model, setup.model.checkpoint
     calibration, packing = setup.calibration, setup.packing
+    origin = origin_of(checkpoint.path)
     return {
         "type": "run",
         "versions": {"rac_engine": rac_engine.__version__, **versions()},
@@ -138,7 +139,9 @@ def describe(setup: Setup) -> dict[str, Any]:
             "memory": psutil.virtual_memory().total,
         },
         "model": {
-            "path": str(checkpoint.path),
+            "name": origin.name,  # no path: the output may be published
+            "revision": origin.revision,
+            "declared": origin.declared,
             "sha256": checkpoint.sha256(),
             "model_type": model.family.model_type,
             "layers": model.layers,

@@ -34,7 +34,16 @@ _SLACK = 0.01  # zeros beyond those asked for, as a share of the weights: what r
 
 _PIECE_BYTES = 64 << 20
 
-_SHOWN_PROBLEMS = 12
+_SHOWN_PROBLEMS, _SHOWN_STRANGERS = 12, 3
+
+# What transformers and vLLM look for by name at the top of a folder, beside *.safetensors. They take no pickle where
+# there are safetensors, so that a trainer's training_args.bin, for one, does no harm.
+_LOADED_NAMES = (
+    *(INDEX, "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json"),
+    *("adapter_config.json", "hf_quant_config.json", "quantize_config.json", "params.json"),
+)
 
 _LONGEST_PROBLEM = 500
 
@@ -45,6 +54,8 @@ class Verification:
 
     out: Path
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is no problem, yet not as the job left it, one line each."""
     files: int = 0
     tensors: int = 0
     matrices: int = 0
@@ -71,6 +82,7 @@ class Verification:
             lines.append(f"untouched  {self.untouched} tensors bit-equal to the source")
         count = len(self.problems)
         verdict = f"{count} problem{'s' * (count > 1)}" if count else "whole"
+        lines += [f"note       {one_line(note)[:_LONGEST_PROBLEM]}" for note in self.notes]
         lines += [f"✗ {one_line(problem)[:_LONGEST_PROBLEM]}" for problem in self.problems[:_SHOWN_PROBLEMS]]
         if count > _SHOWN_PROBLEMS:
             lines.append(f"✗ and {count - _SHOWN_PROBLEMS} more; --json has them all")
@@ -133,10 +145,21 @@ def _check_manifest(out: Path, result: Verification, progress: Callable[[str], N
     for name, digest in sha256_files(out, present).items():
         if digest != expected[name][0]:
             result.problems.append(f"{name}: its SHA-256 is not the manifest's")
+    strangers = []
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
         if file.is_file() and name not in expected and not name.startswith(NOT_IN_MANIFEST):
-            result.problems.append(f"{name}: not in the manifest")
+            strangers.append(name)
+    loaded = [name for name in strangers if _is_loaded(name)]
+    result.problems += [f"{name}: not in the manifest, and engines would load it" for name in loaded]
+    if others := [name for name in strangers if name not in loaded]:
+        shown = ", ".join(others[:_SHOWN_STRANGERS]) + (" …" if len(others) > _SHOWN_STRANGERS else "")
+        result.notes.append(f"{len(others)} {'files' if len(others) > 1 else 'file'} beside what was made: {shown}")
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether a file, by its path in a checkpoint, decides what an engine loads or how it reads it."""
+    return name in _LOADED_NAMES or ("/" not in name and name.endswith(".safetensors"))
 
 
 def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:

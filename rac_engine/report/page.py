@@ -13,7 +13,7 @@ from rac_engine.base.errors import BadInput
 from rac_engine.base.files import disk_errors, replace_file
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import format_seconds
-from rac_engine.engine import Metrics, environment, load_metrics, place_of
+from rac_engine.engine import Metrics, environment, load_metrics, place_of, source_name
 from rac_engine.evaluation import evaluations
 from rac_engine.jobs.layout import DENSE, PRUNED, RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
 from rac_engine.jobs.steps import step_times
@@ -52,7 +52,7 @@ def render(out: Path) -> str:
         environment(_TEMPLATES, autoescape=True)
         .get_template("report.html.j2")
         .render(
-            title=Path(metrics.run.get("model", {}).get("path", out.name)).name,
+            title=source_name(metrics.run, out.name),
             run=metrics.run,
             end=metrics.end,
             metrics=metrics,

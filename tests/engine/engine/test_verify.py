@@ -186,6 +186,22 @@ def test_files_that_are_missing_changed_or_stray_are_named(out, checkpoint):
         assert any(problem.startswith(said) for problem in problems), said
 
 
+def test_files_that_nobody_promised_are_a_note_unless_an_engine_would_load_them(out):
+    """lighteval caches answers in the model's folder, a trainer and a converter leave files there."""
+    (out / "cache" / "0").mkdir(parents=True)
+    for name in ("cache/0/answers.parquet", "training_args.bin", "abacus.gguf", "checkpoint-3/model.safetensors"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"")
+    found = verify(out)
+    assert found.problems == [] and "whole" in found.summary()
+    (note,) = found.notes
+    assert note.startswith("4 files beside what was made: abacus.gguf, cache/0/answers.parquet, ")
+    assert f"note       {note}" in found.summary() and json.loads(found.to_json())["notes"] == [note]
+    for name in ("adapter_model.safetensors", "adapter_config.json", "special_tokens_map.json"):
+        (out / name).write_bytes(b"")
+        assert f"{name}: not in the manifest, and engines would load it" in verify(out).problems
+
+
 def test_what_comes_later_is_not_stray(out):
     (out / "rac" / "eval").mkdir()
     (out / "rac" / "eval" / "dense.json").write_text("{}")
