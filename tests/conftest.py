@@ -9,11 +9,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+with suppress(ImportError):
+    import triton  # noqa: F401 - before the kernels, which are then compiled and interpreted without a GPU
+
 from hypothesis import settings
 from transformers.utils import logging
 

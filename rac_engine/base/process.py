@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from rac_engine.base.lean import import_lean
+
 _MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
@@ -24,7 +26,7 @@ _ENVIRONMENT = {
 
 
 def prepare_process() -> None:
-    """Set the environment so that memory goes as it is planned, but for what the user has set.
+    """Set the environment so that memory goes as it is planned, but for what the user has set; and see `import_lean`.
 
     For the start of a program, before torch is imported: libraries read these variables once. The `rac` command calls
     it; the functions of the package do not, since the process is not theirs.
@@ -32,6 +34,7 @@ def prepare_process() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     set_gpu_allocator()
+    import_lean()
 
 
 def set_gpu_allocator() -> None:

@@ -27,6 +27,9 @@ _MOST = {
 
 _MOST_ANGLES = 1 << 20  # of rotary embeddings, which are computed as soon as a model is opened
 
+_NO_WIDTHS = ("vocab", "position", "token", "theta", "context", "length")
+"""Parts of names of a configuration's numbers that are large and no head's size."""
+
 
 def accepted_family(
     file: Path, config: Mapping[str, Any], undescribed: Callable[[Mapping[str, Any]], Family]
@@ -113,6 +116,17 @@ def _with_floats(value: Any) -> Any:
     return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
+def _is_modest(value: Any, name: str = "") -> bool:
+    """Whether no number of a configuration could be the size of a huge head, or make one of a small size."""
+    if isinstance(value, Mapping):
+        return all(_is_modest(part, str(key)) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_modest(part, name) for part in value)
+    if isinstance(value, float):
+        return value <= 1 or not any(part in name for part in ("rotary", "rope_pct", "dim"))
+    return not isinstance(value, int) or value <= _MOST_ANGLES or any(part in name for part in _NO_WIDTHS)
+
+
 def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
     """The configuration object that transformers makes of a config.json (`file`), for our packed attention.
 
@@ -130,7 +144,8 @@ def parse_config(file: Path, family: Family, config: Mapping[str, Any]) -> Any:
         raise BadInput(f"{file}: use_bidirectional_attention is set; only causal models are pruned")
     if (reason := family.unfit(parsed)) is not None:
         raise BadInput(f"{file}: {reason}")
-    with torch.device("meta"):
+    # Arithmetic on the meta device takes torch's compiler, which is large: only where the sizes are not to be trusted.
+    with torch.device("cpu" if _is_modest(parsed.to_dict()) else "meta"):
         rotary = None if family.rotary is None else family.make(family.rotary, parsed)
     angles = 0 if rotary is None else sum(buffer.numel() for buffer in rotary.buffers())
     if angles > _MOST_ANGLES:

@@ -28,7 +28,7 @@ def choose(backend: str, device: torch.device, triton: bool = False, cuda: bool 
     if backend == "auto":
         if device.type == "cpu":
             return "native" if native.available() else "reference"
-        if device.type != "cuda" or not triton or not gpu.INSTALLED:
+        if device.type != "cuda" or not triton or not gpu.LOADED:
             return "reference"
         return "cuda" if cuda and cuda_kernels.usable(device) else "triton"
     if backend == "native":
@@ -40,10 +40,10 @@ def choose(backend: str, device: torch.device, triton: bool = False, cuda: bool 
     if backend in ("triton", "cuda"):
         if not triton:
             raise ValueError("this operation has no Triton kernel")
-        if not gpu.INSTALLED:
-            raise ValueError(f"backend {backend!r} needs Triton: pip install triton")
         if device.type != "cuda" and not (gpu.INTERPRETED and backend == "triton"):
             raise ValueError(f"backend {backend!r} needs tensors on a GPU, not on {device}")
+        if not gpu.LOADED:
+            raise ValueError(f"backend {backend!r} needs Triton: pip install triton")
     if backend == "cuda" and (why := cuda_kernels.why_unusable(device)):
         raise native.NativeMissing(f"backend 'cuda' on {device}: {why}")
     return backend

@@ -1,29 +1,34 @@
-"""Triton where it is installed, and what the launchers want to know of a device.
+"""Triton where there is a use for it, and what the launchers want to know of a device.
 
-CUDA builds of torch bring Triton; elsewhere the kernels are left undecorated and `rac_kernels.backends.choose` refuses
-them. With TRITON_INTERPRET=1 set before triton is imported they run on the CPU, for tests.
+Triton takes 72 MiB of memory and half a second to load. So it is loaded where it is installed and can run: with a GPU,
+or with TRITON_INTERPRET=1, set before triton is imported, on the CPU, for tests. A program that has imported triton
+itself gets the kernels too, to compile them without a GPU. Elsewhere they are left undecorated, and
+`rac_kernels.backends.choose` refuses them.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-__all__ = ["INSTALLED", "INTERPRETED", "capturing", "jit", "kept", "processors", "tl"]
-
-INSTALLED = triton is not None
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+triton: Any = None
+tl: Any = None
+if INTERPRETED or "triton" in sys.modules or torch.cuda.device_count():
+    with suppress(ImportError):
+        triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
+
+__all__ = ["INTERPRETED", "LOADED", "capturing", "jit", "kept", "processors", "tl"]
+
+LOADED = triton is not None
 
 P = ParamSpec("P")
 
@@ -34,7 +39,7 @@ def jit(*not_specialized: str) -> Callable[[Any], Any]:
     """``triton.jit`` that compiles no variants for values of the named arguments."""
 
     def decorate(function: Any) -> Any:
-        return triton.jit(function, do_not_specialize=list(not_specialized)) if INSTALLED else function
+        return triton.jit(function, do_not_specialize=list(not_specialized)) if LOADED else function
 
     return decorate
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 QUERY_BLOCK = 1024  # rows of a mask that exist at a time
 
@@ -173,7 +172,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
     if window is None and queries == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)[..., :width]
     if window is None and q.is_cuda:
-        # Flash attention knows this form, and no mask exists.
+        # Flash attention knows this form, and no mask exists. (The module loads torch's compiler: not without a GPU.)
+        from torch.nn.attention.bias import causal_lower_right
+
         bias: Any = causal_lower_right(queries, length)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **options)[..., :width]
     out = torch.empty_like(q)

@@ -14,7 +14,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton, and CUDA kernels that run on any GPU."""
-    monkeypatch.setattr(gpu, "INSTALLED", True)
+    monkeypatch.setattr(gpu, "LOADED", True)
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     monkeypatch.setattr(cuda, "why_unusable", lambda device: "" if device.type == "cuda" else "no GPU")
 
@@ -27,7 +27,7 @@ def test_auto(there: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", torch.device("meta"), triton=True, cuda=True) == "reference"
     monkeypatch.setattr(cuda, "why_unusable", lambda device: "no code for it")
     assert choose("auto", GPU, triton=True, cuda=True) == "triton"
-    monkeypatch.setattr(gpu, "INSTALLED", False)
+    monkeypatch.setattr(gpu, "LOADED", False)
     assert choose("auto", GPU, triton=True, cuda=True) == "reference"
 
 
