@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from rac_engine.jobs.job import FileJob
 from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import EvalSettings
-from rac_engine.traces import Decoder, Request, Sampling, at_a_time, instructed, render, request_key
+from rac_engine.traces import Decoder, Request, Sampling, at_a_time, cut_off_notes, instructed, render, request_key
 
 ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
 
@@ -80,14 +81,17 @@ def evaluate(
         seconds = sum(record["seconds"] for record in job.journal.records[1:])
         summary = summarize(rows) | {"seconds": seconds, "answers": judge.how}
         comparison = None if earlier is None else compare(rows, earlier, str(baseline))
+        reasons = Counter(str(row["finish_reason"]) for row in rows)
+        notes = cut_off_notes(decoder.tokenizer, decoder.stops, reasons, settings.max_new_tokens)
         result: dict[str, Any] = {
             "summary": summary,
             "comparison": comparison,
+            "notes": notes,
             "settings": settings.model_dump(mode="json"),
         }
         result |= {"model": str(model), "problems_sha256": digest, "rows": rows}
         job.publish((json.dumps(result, indent=1) + "\n").encode())
-    return EvalResult(out, summary, rows, comparison, job.notes)
+    return EvalResult(out, summary, rows, comparison, [*job.notes, *notes])
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class _StoredEvaluation(Stored):
     summary: _StoredSummary
     rows: Annotated[list[_StoredAnswer], Field(min_length=1)]
     settings: _StoredEvalSettings = _StoredEvalSettings()
+    notes: list[str] = []
 
 
 def load_evaluation(path: Path) -> dict[str, Any]:

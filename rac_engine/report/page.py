@@ -67,7 +67,7 @@ def render(out: Path) -> str:
             times=_times(step_times(out), metrics),
             memory=_memory(metrics),
             lanes=_lanes(metrics),
-            notes=[*_short_traces(out, metrics), *_notes(metrics)],
+            notes=[*_of_traces(out, metrics), *_of_answers(results, labels), *_notes(metrics)],
             recipe=recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.is_file() else "",
         )
     )
@@ -127,8 +127,13 @@ def _traces(out: Path) -> list[dict[str, str]]:
     ]
 
 
-def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
-    """A note if this job's prompts gave fewer tokens of traces than were asked for."""
+def _of_answers(results: dict[str, dict[str, Any]], labels: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Notes on the models' answers."""
+    return [(f"{labels[name]}: {note}", []) for name, result in results.items() for note in result.get("notes", [])]
+
+
+def _of_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
+    """Notes on this job's traces: those of the sampling, and one if they have fewer tokens than were asked for."""
     path = out / RAC / TRACES / TRACES_SUMMARY
     if not path.is_file() or not _calibrated_on_own_traces(metrics):
         return []
@@ -136,9 +141,11 @@ def _short_traces(out: Path, metrics: Metrics) -> list[tuple[str, list[str]]]:
     tokens, budget = (summary.get(key) if isinstance(summary, dict) else None for key in ("tokens", "budget"))
     if not isinstance(tokens, int) or not isinstance(budget, int):
         raise BadInput(f"{path}: should tell `tokens` and `budget`; the file is damaged")
-    if tokens >= budget:
-        return []
-    return [(f"the prompts gave {tokens:,} tokens of traces, fewer than the {budget:,} asked for", [])]
+    noted = summary.get("notes", [])
+    found = [f"traces: {note}" for note in noted] if isinstance(noted, list) else []
+    if tokens < budget:
+        found.append(f"the prompts gave {tokens:,} tokens of traces, fewer than the {budget:,} asked for")
+    return [(note, []) for note in found]
 
 
 def _times(steps: dict[str, float], metrics: Metrics) -> list[dict[str, Any]]:

@@ -186,6 +186,7 @@ class Run:
             model, trace = self.recipe.model, self.recipe.trace
             report = generate(model, trace, out, device=self.limits.device, progress=self.console.progress)
             self.console.say(f"  {report.describe()}")
+            self._say_notes(out / TRACES_SUMMARY)
 
     def _evaluate(self, model: Path, name: str) -> None:
         assert self.recipe.evaluate
@@ -199,6 +200,12 @@ class Run:
             f"  {percent(figures['accuracy'])} of {figures['problems']} right, "
             f"{figures['mean_tokens']:.0f} tokens each, {percent(figures['cut_off_share'])} cut off"
         )
+        self._say_notes(file)
+
+    def _say_notes(self, file: Path) -> None:
+        """Say what a summary of traces or answers has noted."""
+        for note in read_json(file).get("notes", []):
+            self.console.say(f"  note  {note}")
 
     def _prune(self, name: str, calibration: CalibrationSettings, settings: PruneSettings) -> None:
         made = self.work / name

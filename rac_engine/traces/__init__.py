@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.decoder import Decoder, load_tokenizer
+from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.held_out import HoldingOut, hold_out
 from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
@@ -27,6 +28,7 @@ __all__ = [
     "TraceReport",
     "Weighting",
     "at_a_time",
+    "cut_off_notes",
     "generate",
     "hold_out",
     "instructed",

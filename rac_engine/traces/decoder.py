@@ -40,6 +40,7 @@ from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format, read_config
 from rac_engine.models import Model, States, loading_config, run_on, run_packed, scoring_of, working_dtype
+from rac_engine.traces.endings import stop_tokens
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
 from rac_kernels import Scoring, decode_attention, packed_attention
 
@@ -224,10 +225,7 @@ class Decoder:
         _take_mixers(self.model, source)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
             self.model.to(quicker)
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        self.stops = frozenset([ends] if isinstance(ends, int) else ends or [])
+        self.stops = stop_tokens(source.checkpoint.path, self.tokenizer)
         # An embedding may be padded beyond the tokenizer's tokens: those rows are never sampled.
         self.vocabulary = len(self.tokenizer)
 

@@ -22,6 +22,7 @@ from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces.decoder import Decoder
+from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
@@ -125,10 +126,11 @@ def generate(
             require_space(job.partial, TRACE_TOKEN_BYTES * max(counts.left, 0))
         common = _common_columns(str(model), settings, identity)
         _sample_all(job, decoder, prompts, settings, common, counts, progress)
+        notes = cut_off_notes(decoder.tokenizer, decoder.stops, counts.reasons, settings.max_new_tokens)
         report = TraceReport(
-            out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget, job.notes
+            out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget, [*job.notes, *notes]
         )
-        _summarize(job, report, settings, identity)
+        _summarize(job, report, settings, identity, notes)
         job.publish()
     return report
 
@@ -201,7 +203,9 @@ def _batch_size(settings: TraceSettings, counts: _Counts) -> int:
     return min(settings.batch_size, math.ceil(counts.left / max(length, 1)))
 
 
-def _summarize(job: FolderJob, report: TraceReport, settings: TraceSettings, identity: dict[str, Any]) -> None:
+def _summarize(
+    job: FolderJob, report: TraceReport, settings: TraceSettings, identity: dict[str, Any], notes: list[str]
+) -> None:
     """Write the summary beside the files of the journal, and remove any others."""
     files = {record["file"]: record["sha256"] for record in job.journal.records[1:]}
     summary = {
@@ -210,6 +214,7 @@ def _summarize(job: FolderJob, report: TraceReport, settings: TraceSettings, ide
         "prompt_tokens": report.prompt_tokens,
         "budget": report.budget,
         "finish_reasons": report.finish_reasons,
+        "notes": notes,
         "prompts_file": str(settings.prompts),
         "model_sha256": identity["model"],
         "template_sha256": identity["template"],

@@ -154,8 +154,15 @@ def test_prompts_are_the_tokens_of_tokenizer_json(name, published):
     assert template and "What is 1 + 21?" in text
     backend = Tokenizer.from_file(str(given.path / "tokenizer.json"))
     assert ids == backend.encode(text, add_special_tokens=False).ids
-    said = json.loads((given.path / "generation_config.json").read_text())["eos_token_id"]
-    assert decoder.stops == frozenset(said if isinstance(said, list) else [said])
+    generation, tokens = (
+        json.loads((given.path / f"{name}_config.json").read_text()) for name in ("generation", "tokenizer")
+    )
+    parts = (generation, given.config, given.config.get("text_config", {}))
+    said = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
+    end = tokens["eos_token"] if isinstance(tokens["eos_token"], str) else tokens["eos_token"]["content"]
+    own = {int(number) for number, token in tokens["added_tokens_decoder"].items() if token["content"] == end}
+    assert decoder.stops == own.union(*(each if isinstance(each, list) else [each] for each in said))
+    assert decoder.stops >= {*(generation["eos_token_id"] if isinstance(generation["eos_token_id"], list) else [])}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

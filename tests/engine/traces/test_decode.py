@@ -65,8 +65,8 @@ def test_greedy_tokens_are_those_of_generate(tmp_path: Path, family: str, change
 
 
 def test_every_end_of_the_generation_config_stops(tmp_path: Path) -> None:
-    assert Decoder(save(tmp_path / "one", end=9)).stops == {9}
-    assert Decoder(save(tmp_path / "two", end=[9, 12])).stops == {9, 12}
+    assert Decoder(save(tmp_path / "one", end=9)).stops == {0, 9}  # 0 is the tokenizer's
+    assert Decoder(save(tmp_path / "two", end=[9, 12])).stops == {0, 9, 12}
 
 
 def test_the_tokens_of_a_seed_do_not_depend_on_the_batch(tmp_path: Path) -> None:
