@@ -29,7 +29,7 @@ def trace(
     settings: TraceSettings,
     out: str | Path,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     restart: bool = False,
     progress: Callable[[Any], None] = _silent,
 ) -> TraceReport:
@@ -39,16 +39,17 @@ def trace(
         model: Folder of a Hugging Face checkpoint.
         settings: Prompts, token budget and sampling: `rac_engine.recipe.TraceSettings(prompts="P.jsonl", tokens=...)`.
         out: Folder for Parquet files (a row a trace, token ids and text) and the summary traces.json.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished sampling in OUT.partial would go on.
         progress: Called with what is being done; its `str` is for people.
 
     Returns the counts of traces and tokens. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
     `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on to the same traces.
     """
+    from rac_engine.jobs.surroundings import usable_device
     from rac_engine.traces import generate
 
-    return generate(model, settings, out, device=device, restart=restart, progress=progress)
+    return generate(model, settings, out, device=usable_device(device), restart=restart, progress=progress)
 
 
 def prune(
@@ -57,7 +58,7 @@ def prune(
     recipe: Recipe | PruneSettings | str | Path | None = None,
     calibration: Calibration | None = None,
     *,
-    device: str = "cpu",
+    device: str = "auto",
     restart: bool = False,
     device_memory: int | None = None,
     host_memory: int | None = None,
@@ -70,7 +71,7 @@ def prune(
         out: Folder for the pruned checkpoint; it appears when it is whole. `out`/rac/report.html is the report.
         recipe: A recipe or the path of one, of which `calibration` and `prune` count, or pruning settings alone.
         calibration: Sequences to calibrate on, instead of what the recipe names.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished job in OUT.partial would go on.
         device_memory: Bytes of the GPU that the job keeps to.
         host_memory: Bytes of this machine that the job keeps to, the whole process included. It does where the
@@ -82,6 +83,7 @@ def prune(
     `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on to the same bytes.
     """
     from rac_engine.engine import prune as run
+    from rac_engine.jobs.surroundings import usable_device
     from rac_engine.report import write_report
 
     return run(
@@ -89,7 +91,7 @@ def prune(
         out,
         recipe,
         calibration,
-        device=device,
+        device=usable_device(device),
         restart=restart,
         device_memory=device_memory,
         host_memory=host_memory,
@@ -104,7 +106,7 @@ def evaluate(
     out: str | Path,
     *,
     baseline: str | Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     restart: bool = False,
     progress: Callable[[Any], None] = _silent,
 ) -> EvalResult:
@@ -115,7 +117,7 @@ def evaluate(
         settings: Problems and sampling: `rac_engine.recipe.EvalSettings(problems="Q.jsonl", ...)`.
         out: File for accuracy, decode lengths and every answer.
         baseline: Results of another model on the same problems, to be compared with problem by problem.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished evaluation in OUT.partial would go on.
         progress: Called with what is being done; its `str` is for people.
 
@@ -123,5 +125,14 @@ def evaluate(
     `rac_engine.base.errors.Interrupted` on SIGINT, after which the same call goes on.
     """
     from rac_engine.evaluation import evaluate as run
+    from rac_engine.jobs.surroundings import usable_device
 
-    return run(model, settings, out, baseline=baseline, device=device, restart=restart, progress=progress)
+    return run(
+        model,
+        settings,
+        out,
+        baseline=baseline,
+        device=usable_device(device),
+        restart=restart,
+        progress=progress,
+    )

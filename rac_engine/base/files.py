@@ -117,11 +117,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Whether a path can stand in a file of text: one with other bytes cannot be read back from there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """A file descriptor of `file`, closed at the end; waits for no writer of a pipe."""
-    # A pipe that nobody writes to would be waited for, without O_NONBLOCK; to regular files it means nothing.
-    fd = os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    """A file descriptor of `file`, closed at the end; waits for no writer of a pipe.
+
+    Raises `BadInput` for a file that this user may not read.
+    """
+    try:
+        # A pipe that nobody writes to would be waited for, without O_NONBLOCK; to regular files it means nothing.
+        fd = os.open(file, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except PermissionError as error:
+        if flags != os.O_RDONLY:
+            raise
+        raise BadInput(f"{file}: {error.strerror}; let this user read it") from None
     try:
         yield fd
     finally:

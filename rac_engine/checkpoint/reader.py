@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rac_engine.base.errors import BadInput, Damaged
-from rac_engine.base.files import read_small
+from rac_engine.base.files import opened, read_small
 from rac_engine.checkpoint.formats import find_format
 from rac_engine.checkpoint.header import TensorInfo, read_config, read_header
 from rac_engine.checkpoint.quantized import presented, without_sections
@@ -71,6 +71,9 @@ class Checkpoint:
         for name in other_files(folder):
             if os.path.exists(folder / name) and not os.path.isfile(folder / name):
                 raise BadInput(f"{folder / name}: is no regular file; the checkpoint is not to be trusted")
+            if os.path.isfile(folder / name):
+                with opened(folder / name):  # what may not be read is told now, not when it is copied
+                    pass
         index, single = folder / INDEX, folder / SINGLE
         weight_map = None
         if index.exists():

@@ -22,6 +22,7 @@ from types import FrameType
 
 from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
+from rac_engine.base.files import is_utf8
 from rac_engine.base.linux import require_linux
 from rac_engine.base.process import give_back_freed, prepare_process
 from rac_engine.cli.commands import COMMANDS
@@ -29,6 +30,7 @@ from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
 from rac_engine.cli.output import OutputLost, complain, flush, prepared_streams
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST = 2000  # characters of an error
 _LONG = ("run", "trace", "prune", "eval")
 """Commands of jobs that publish OUT, and go on when they are called again."""
@@ -68,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: Sequence[str], last: bool) -> int:
+    for word in words:
+        if not is_utf8(word):
+            raise BadInput(f"{word!r}: has bytes that are not UTF-8; rename it")
     try:
         args = _parser(words).parse_args(words)
     except SystemExit as done:  # --help and --version have said it all
@@ -116,6 +121,8 @@ def _failed(error: Exception, verbose: bool) -> int:
     kind = type(error).__name__
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return _fail(2, f"error: no space left for {error.filename or 'the output'}; free some and run this again")
+    if isinstance(error, OSError) and error.errno in _NOT_ALLOWED and error.filename:
+        return _fail(2, f"error: {error.filename}: {error.strerror}; give this user the right, or another path")
     if kind in ("OutOfMemoryError", "MemoryError"):
         return _fail(1, f"out of memory: {error}; fewer --chunk-tokens or calibration tokens need less")
     if verbose or (kind not in ("FactorError", "Damaged") and not (isinstance(error, OSError) and error.errno)):

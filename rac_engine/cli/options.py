@@ -180,16 +180,12 @@ def add_verbosity(parser: Parser, default: Any) -> None:
 
 def resolved_device(name: str) -> str:
     """The device to use; `BadInput` for one that this machine does not have."""
-    import torch
+    from rac_engine.jobs.surroundings import usable_device
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadInput(f"--device {name}: {reason}; `rac doctor` shows what there is") from None
-    return name
+        return usable_device(name)
+    except BadInput as error:
+        raise BadInput(f"--{error}") from None
 
 
 def console_of(args: argparse.Namespace) -> Console:

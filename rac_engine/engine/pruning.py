@@ -84,7 +84,8 @@ def prune(
         progress=progress,
         finish=finish,
     )
-    with allocator_restored(), FolderJob(out) as job:  # before anything is read: a second process is refused at once
+    claim = FolderJob(out, model=recipe.model)
+    with allocator_restored(), claim as job:  # before anything is read: a second process is refused at once
         report = _prune(request, job)
         job.publish()
     return report

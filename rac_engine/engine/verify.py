@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,7 +22,7 @@ from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.models import EMBEDDINGS, Matrix, Model
-from rac_engine.recipe import PruneSettings, load_recipe, pruning_pattern
+from rac_engine.recipe import PruneSettings, load_recipe, names_matrix, pruning_pattern
 from rac_engine.solve import ReasonCode
 from rac_engine.traces import load_tokenizer
 
@@ -218,7 +217,7 @@ def _unasked(matrix: Matrix, row: dict[str, Any], settings: PruneSettings, said:
 
     `said` are the settings that metrics.jsonl tells of, for rows without a target of their own.
     """
-    dense = any(re.fullmatch(entry, name) for entry in settings.dense for name in (matrix.path, matrix.module))
+    dense = any(names_matrix(entry, matrix.path, matrix.module) for entry in settings.dense)
     own = settings.of(matrix.path, matrix.module)
     if row.get("skipped"):
         code = row.get("skipped_code")

@@ -61,7 +61,7 @@ def evaluate(
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out = Path(out)
-    with FileJob(out) as job:  # before anything is read: a second process is refused at once
+    with FileJob(out, Path(model)) as job:  # before anything is read: a second process is refused at once
         problems = load_problems(settings.problems)[: settings.limit]
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)

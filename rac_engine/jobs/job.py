@@ -14,7 +14,7 @@ from typing import Any, Self
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.base.files import disk_errors, replace_file
-from rac_engine.jobs.claim import Unlockable, held
+from rac_engine.jobs.claim import Unlockable, held, made, refuse_place
 from rac_engine.jobs.journal import Journal, open_journal, open_journal_file
 from rac_engine.jobs.layout import partial_of
 from rac_engine.jobs.publish import is_published, publish
@@ -33,9 +33,9 @@ class LongJob(ABC):
 
     What it does, in this order:
 
-    1. *Claim.* Entering refuses an OUT that exists, makes OUT.partial, and locks it for this process. That comes before
-       the job reads anything, so a second process is refused at once. The lock is the system's and ends with the
-       process, however that ends.
+    1. *Claim.* Entering refuses an OUT that exists or lies in the model's folder, makes OUT.partial, and locks it for
+       this process. That comes before the job reads anything, so a second process is refused at once. The lock is the
+       system's and ends with the process, however that ends.
     2. *Journal.* `open_journal` opens or begins the journal, which lies in OUT.partial (a folder) or is OUT.partial (a
        file). Its first record is the job's identity: whatever decides the bytes of the result. A job that was stopped
        goes on only with the same identity; `restart` drops what is there. The job appends a record for each piece of
@@ -54,9 +54,12 @@ class LongJob(ABC):
     Several processes of one job (ranks) share one claim: the first enters, the others work in its `partial`.
     """
 
-    def __init__(self, out: Path, kind: str) -> None:
-        """Prepare a job for `out`; `kind` is the word for it in the message that refuses one that exists."""
-        self.out, self.kind = out, kind
+    def __init__(self, out: Path, kind: str, model: Path | None) -> None:
+        """Prepare a job for `out`; `kind` is the word for it in the message that refuses one that exists.
+
+        `model` is the folder that the job reads, if it reads one; `out` may not lie in it.
+        """
+        self.out, self.kind, self.model = out, kind, model
         self.partial = partial_of(out)
         self.notes: list[str] = []
         """What is not as it should be with the place of the job."""
@@ -79,6 +82,7 @@ class LongJob(ABC):
 
     def __enter__(self) -> Self:
         _published.discard(os.path.abspath(self.out))
+        refuse_place(self.out, self.model)
         if os.path.lexists(self.out):
             raise BadInput(f"{self.out}: exists; choose another {self.kind}, or remove it")
         self._make()
@@ -147,8 +151,8 @@ class LongJob(ABC):
 class FolderJob(LongJob):
     """A long job whose OUT is a folder. OUT.partial is a folder too, with the journal in it."""
 
-    def __init__(self, out: Path, kind: str = "output folder") -> None:
-        super().__init__(out, kind)
+    def __init__(self, out: Path, kind: str = "output folder", model: Path | None = None) -> None:
+        super().__init__(out, kind, model)
 
     def open_journal(
         self,
@@ -179,7 +183,7 @@ class FolderJob(LongJob):
     def _make(self) -> None:
         if not self.partial.parent.is_dir():
             raise BadInput(f"{self.partial.parent}: no such folder; make it first")
-        with disk_errors(self.partial):
+        with made(self.partial):
             self.partial.mkdir(exist_ok=True)
 
     def _published(self) -> bool:
@@ -196,8 +200,8 @@ class FolderJob(LongJob):
 class FileJob(LongJob):
     """A long job whose OUT is one file. OUT.partial is its journal, and folders above OUT are made as needed."""
 
-    def __init__(self, out: Path) -> None:
-        super().__init__(out, "file")
+    def __init__(self, out: Path, model: Path | None = None) -> None:
+        super().__init__(out, "file", model)
         self._new = [folder for folder in out.parents if not folder.exists()]
 
     def open_journal(
@@ -220,7 +224,9 @@ class FileJob(LongJob):
         self._note_published()
 
     def _make(self) -> None:
-        with disk_errors(self.out):
+        if self.partial.exists() and not self.partial.is_file():
+            raise BadInput(f"{self.partial}: is in the way, and no file; remove it or choose another output")
+        with made(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.partial.touch()
 

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rac_engine.base.errors import BadInput
+
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides the bytes of a result."""
@@ -53,6 +55,20 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "kernels": f"native {native.info()['isa']}" if native.available() else "torch",
     }
+
+
+def usable_device(name: str) -> str:
+    """The device that a name stands for: "auto" is a GPU if there is one. `BadInput` for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"device {name}: {reason}; `rac doctor` shows what there is") from None
+    return name
 
 
 def surroundings(device: str) -> dict[str, Any]:

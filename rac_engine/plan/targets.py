@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from rac_engine.base.errors import BadInput
 from rac_engine.models import Matrix, Model
-from rac_engine.recipe import PruneSettings, pruning_pattern
+from rac_engine.recipe import PruneSettings, names_matrix, pruning_pattern
 from rac_engine.solve import Reason, ReasonCode, Target
 
 
@@ -21,7 +19,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]
     unfit = list(settings.overrides)
 
     def naming(*names: str) -> list[str]:
-        found = [entry for entry in settings.dense if any(re.fullmatch(entry, name) for name in names)]
+        found = [entry for entry in settings.dense if names_matrix(entry, *names)]
         unused.difference_update(found)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rac_engine.recipe.fields import TEXT_PREFIX, pruning_pattern
+from rac_engine.recipe.fields import TEXT_PREFIX, names_matrix, pruning_pattern
 from rac_engine.recipe.files import absolute, build, dump, load_recipe
 from rac_engine.recipe.settings import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings, Variant
 
@@ -18,5 +18,6 @@ __all__ = [
     "build",
     "dump",
     "load_recipe",
+    "names_matrix",
     "pruning_pattern",
 ]

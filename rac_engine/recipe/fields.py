@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo
 
 from rac_engine.base.errors import BadInput
+from rac_engine.base.files import is_utf8
 from rac_engine.base.sizes import parse_size
 from rac_engine.solve import why_unknown
 
 TEXT_PREFIX = "text:"
+
+_GLOB = re.compile(r"[\w.*?\[\]!-]+")  # that no regular expression needs to be
 
 
 def _size(value: Any) -> Any:
@@ -27,7 +32,13 @@ def _size(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _require_utf8(path: str | Path) -> None:
+    if not is_utf8(path):  # it stands in files of text later
+        raise ValueError(f"{str(path)!r} has bytes that are not UTF-8; rename it")
+
+
 def _resolve(path: str, info: ValidationInfo) -> Path:
+    _require_utf8(path)
     base = (info.context or {}).get("base")
     try:
         expanded = Path(path).expanduser()
@@ -41,6 +52,8 @@ def _path(value: Any, info: ValidationInfo) -> Any:
         if not value or "\0" in value:
             raise ValueError("should be the path of a file or folder")
         return _resolve(value, info)
+    if isinstance(value, Path):
+        _require_utf8(value)
     return value
 
 
@@ -90,12 +103,36 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _regex(value: str) -> str:
+def _module(value: str) -> str:
+    if _GLOB.fullmatch(value):
+        return value
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{value!r} is not a valid regular expression ({error})") from None
     return value
+
+
+@functools.cache
+def _expression(entry: str) -> re.Pattern[str] | None:
+    """The regular expression that an entry is; None for one that is a glob only, like `*.down_proj`."""
+    try:
+        return re.compile(entry)
+    except re.error:
+        return None
+
+
+def names_matrix(entry: str, *names: str) -> bool:
+    """Whether an entry of `dense` or of an override's `modules` means the matrix that is called any of these.
+
+    An entry is a name, a glob or a regular expression. It has to fit a whole name, or the last part of one, by which
+    `rac plan` calls those that share an input: `mlp.gate_proj, up_proj`.
+    """
+    expression = _expression(entry)
+    return any(
+        fnmatchcase(name, entry) or (expression is not None and expression.fullmatch(name))
+        for name in {*names, *(name.rpartition(".")[2] for name in names)}
+    )
 
 
 Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
@@ -110,7 +147,7 @@ PatternText = Annotated[str, AfterValidator(_pattern)]
 
 MethodName = Annotated[str, AfterValidator(_method)]
 
-ModuleName = Annotated[str, AfterValidator(_regex)]
+ModuleName = Annotated[str, AfterValidator(_module)]
 
 TemplateArguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 

@@ -6,7 +6,6 @@ mistake is one line that names the file, the line and column, and the field. Rel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +23,7 @@ from rac_engine.recipe.fields import (
     Settings,
     Source,
     TemplateArguments,
+    names_matrix,
     pruning_pattern,
 )
 from rac_engine.solve import DEFAULT_METHOD, find_method, method_names
@@ -100,7 +100,7 @@ class Override(Settings):
     """Another target for some matrices. A sparsity lifts the pattern, and a pattern sets
     the sparsity; what is not given stays as it is elsewhere."""
 
-    modules: list[ModuleName] = Field(min_length=1, description="by name or regular expression, as in `dense`")
+    modules: list[ModuleName] = Field(min_length=1, description="by name, glob or regular expression, as in `dense`")
     sparsity: float | None = Field(default=None, ge=0, lt=1, description="share of zeros in these matrices")
     pattern: PatternText | None = Field(default=None, description="N:M for these matrices, in place of a sparsity")
     damping: float | None = Field(default=None, gt=0, le=1, description="damping of these matrices")
@@ -122,7 +122,7 @@ class Override(Settings):
 
     def names(self, *names: str) -> bool:
         """Whether it is for the matrix that is called any of these."""
-        return any(re.fullmatch(entry, name) for entry in self.modules for name in names)
+        return any(names_matrix(entry, *names) for entry in self.modules)
 
 
 class PruneSettings(Settings):
@@ -166,7 +166,8 @@ class PruneSettings(Settings):
         default="staged", description="calibrate each stage on the pruned ones before it, or a layer at once"
     )
     dense: list[ModuleName] = Field(
-        default=[], description="modules left dense, by name or regular expression; may be repeated"
+        default=[],
+        description="modules left dense, by name as `rac plan` prints it, glob or regular expression; may be repeated",
     )
     also: list[Literal["lm_head", "embeddings"]] = Field(
         default=[], description="prune lm_head or embeddings too, which otherwise stay dense; may be repeated"

@@ -60,7 +60,7 @@ def run(
     """
     out, console = Path(out), console or Console(quiet=True)
     limits = Limits(device, device_memory, host_memory)
-    with FolderJob(out) as job:  # before anything is read: a second process is refused at once
+    with FolderJob(out, model=recipe.model) as job:  # before anything is read: a second process is refused at once
         folder = job.partial
         for note in job.notes:
             console.say(f"note: {note}")

@@ -110,7 +110,7 @@ def generate(
     out = Path(out)
     if (out / TRACES_SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
-    with FolderJob(out, "folder") as job:  # before anything is read: a second process is refused at once
+    with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
         prompts = load_prompts(settings.prompts)
         decoder = Decoder(str(model), device)
         identity = _identity(decoder, prompts, settings, device)

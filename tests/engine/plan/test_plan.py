@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -308,6 +309,13 @@ def test_what_is_left_dense_is_counted_out_and_named(checkpoint):
     assert plan.matrices == 2 * 6
     assert len(plan.left_dense) == 7 + 2
     assert "left dense by 'mlp.down_proj': model.layers." in render(plan)
+
+
+def test_every_name_that_the_page_prints_names_matrices(checkpoint):
+    printed = re.findall(r"\S+_proj", render(make_plan(checkpoint())))
+    assert {"self_attn.q_proj", "v_proj", "mlp.down_proj"} <= set(printed)
+    for name in printed:
+        assert len(make_plan(checkpoint(), PruneSettings(dense=[name])).left_dense) == 3
 
 
 @pytest.mark.parametrize(("method", "kinds"), [("wanda", ["forward", "attention", "norms"]), ("magnitude", [])])

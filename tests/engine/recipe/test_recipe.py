@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rac_engine.base.errors import BadInput
-from rac_engine.recipe.fields import pruning_pattern
+from rac_engine.recipe.fields import names_matrix, pruning_pattern
 from rac_engine.recipe.files import build, dump, load_recipe
-from rac_engine.recipe.settings import PruneSettings, Recipe, TraceSettings
+from rac_engine.recipe.settings import EvalSettings, PruneSettings, Recipe, TraceSettings
 
 FULL = """\
 model: model
@@ -234,3 +234,41 @@ def test_arguments_that_no_template_takes_are_one_line(arguments, said):
     with pytest.raises(BadInput, match=said) as caught:
         build(TraceSettings, {"prompts": "p", "template_arguments": arguments}, str)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fits"),
+    [
+        ("down_proj", True),
+        ("mlp.down_proj", True),
+        ("model.layers.1.mlp.down_proj", True),
+        ("*.down_proj", True),
+        ("*down*", True),
+        ("mlp.*", True),
+        ("model.layers.*.mlp.*", True),
+        ("model.layers.[01].*", True),
+        ("down_*", True),
+        (r"model\.layers\.1\..*", True),
+        ("(gate|down)_proj", True),
+        ("down", False),
+        ("proj", False),
+        ("*.down", False),
+        ("model.layers.[23].*", False),
+        ("layers.1.mlp.down_proj", False),
+        ("self_attn.*", False),
+    ],
+)
+def test_a_matrix_is_named_as_it_is_printed_by_a_glob_or_by_an_expression(entry, fits):
+    settings = build(PruneSettings, {"dense": [entry], "overrides": [{"modules": entry, "sparsity": 0.1}]})
+    names = ("model.layers.1.mlp.down_proj", "mlp.down_proj")
+    assert names_matrix(settings.dense[0], *names) is fits
+    assert settings.overridden(*names) is fits
+
+
+@pytest.mark.parametrize("field", ["problems", "model"])
+def test_a_path_that_is_no_text_is_refused(field):
+    with pytest.raises(BadInput, match="not UTF-8"):
+        if field == "problems":
+            build(EvalSettings, {"problems": Path("p\udcff")}, str)
+        else:
+            build(Recipe, {"model": "p\udcff"}, str)
