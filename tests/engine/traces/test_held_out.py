@@ -37,7 +37,7 @@ def test_so_many_are_held_out(sequences: int, share: float, count: int) -> None:
 
 def test_samples_of_a_prompt_stay_together() -> None:
     made = hold_out(calibration(30, samples=3), 0.05).calibration
-    sides = {}
+    sides: dict[int, set[bool]] = {}
     for sequence in made.sequences:
         sides.setdefault(int(sequence.token_ids[1]), set()).add(sequence.held_out)
     assert all(len(side) == 1 for side in sides.values())
