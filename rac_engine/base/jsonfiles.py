@@ -10,17 +10,21 @@ from rac_engine.base.errors import BadInput
 from rac_engine.base.files import read_small
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {twice[:50]!r} is given twice")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+"""Reads values one after the other out of a longer text, by its `raw_decode`."""
+
+
 def loads(text: bytes | str) -> Any:
     """The value that a JSON text stands for. Raises `ValueError` for other text and for a key that is given twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-            raise ValueError(f"the key {twice[:50]!r} is given twice")
-        return made
-
-    return json.loads(text, object_pairs_hook=once)
+    return json.loads(text, object_pairs_hook=_once)
 
 
 def loads_object(text: bytes, what: str, mend: str) -> dict[str, Any]:

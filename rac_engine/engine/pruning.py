@@ -50,6 +50,7 @@ def prune(
     device_memory: int | None = None,
     host_memory: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
     finish: Callable[[Path], object] = lambda _: None,
 ) -> PruneReport:
     """Prune the checkpoint in the folder `model` into the new folder `out`.
@@ -67,6 +68,7 @@ def prune(
         host_memory: Bytes of this machine that the job keeps to, the whole process included. It does where the program
             has called `prepare_process` and `give_back_freed` of `rac_engine.base.process`, as the `rac` command does.
         progress: Called with what is being done in words, with the time left once a layer has shown its pace.
+        note: Called before the work begins with what the report will remark on the calibration.
         finish: Called with the whole folder before it becomes `out`, to put a report there.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
@@ -82,6 +84,7 @@ def prune(
         device_memory=device_memory,
         host_memory=host_memory,
         progress=progress,
+        note=note,
         finish=finish,
     )
     claim = FolderJob(out, model=recipe.model)
@@ -98,6 +101,8 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
     model, chunk = setup.model, setup.memory.choice.chunk_tokens
     run = describe(setup)
     identity = identity_of(setup, run)
+    for remark in setup.remarks:
+        request.note(remark)
     peak_memory(reset=True)
     with limited_gpu(setup.device, request.device_memory), torch.inference_mode():
         journal = job.open_journal(

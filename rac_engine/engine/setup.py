@@ -40,6 +40,7 @@ class PruneRequest:
     device_memory: int | None
     host_memory: int | None
     progress: Callable[[str], None]
+    note: Callable[[str], None]
     finish: Callable[[Path], object]
 
 
@@ -78,7 +79,7 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         memory = plan_memory(shape, settings, Tokens(0, 0), machine)
         return Setup(model, settings, skipped, device, None, None, memory, begun)
     calibration = request.calibration or calibration_of(request.recipe)
-    remarks = calibration_remarks(request.recipe, calibration)
+    remarks = calibration_remarks(request.recipe, calibration, model.checkpoint)
     if find_method(settings.method).needs == "hessian":  # without one no error is measured
         held = hold_out(calibration, request.recipe.calibration.held_out)
         calibration = held.calibration
@@ -104,15 +105,23 @@ def calibration_of(recipe: Recipe) -> Calibration:
         tokenizer=load_tokenizer(recipe.model),
         sequence_length=wanted.sequence_length,
         weighting=Weighting(wanted.weight_completion, wanted.weight_column),
+        columns=wanted.column,
     )
 
 
-def calibration_remarks(recipe: Recipe, calibration: Calibration) -> list[str]:
-    """A remark where the calibration has fewer tokens than were asked for."""
+def calibration_remarks(recipe: Recipe, calibration: Calibration, checkpoint: Checkpoint) -> list[str]:
+    """Remarks on a calibration: without completions, of another model, or with fewer tokens than were asked for."""
+    remarks = list(calibration.remarks)
+    if others := calibration.models - {checkpoint.sha256()} if calibration.models else None:
+        whose = "are" if len(others) == len(calibration.models) else "are in part"
+        remarks.append(
+            f"the traces {whose} of another model (SHA-256 {min(others)[:12]}…) than {recipe.model}; what a model "
+            "writes itself is what it is best calibrated on"
+        )
     wanted = recipe.calibration.tokens
-    if wanted is None or calibration.tokens >= wanted:
-        return []
-    return [f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for"]
+    if wanted is not None and calibration.tokens < wanted:
+        remarks.append(f"the calibration holds {calibration.tokens:,} tokens, fewer than the {wanted:,} asked for")
+    return remarks
 
 
 def _begun_with(partial: Path) -> int | None:

@@ -62,7 +62,7 @@ def evaluate(
     """
     out = Path(out)
     with FileJob(out, Path(model)) as job:  # before anything is read: a second process is refused at once
-        problems = load_problems(settings.problems)[: settings.limit]
+        problems = load_problems(settings.problems, settings.column)[: settings.limit]
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
         decoder = Decoder(str(model), device)

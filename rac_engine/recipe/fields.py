@@ -21,6 +21,9 @@ TEXT_PREFIX = "text:"
 
 _GLOB = re.compile(r"[\w.*?\[\]!-]+")  # that no regular expression needs to be
 
+COLUMN_ROLES = ("problem", "answer", "completion", "reasoning_content", "text", "id", "kind")
+"""What a column of a stranger's file can be told to hold."""
+
 
 def _size(value: Any) -> Any:
     """Turn "1M" or "8k" into a number; what is not text is left for the type check."""
@@ -96,6 +99,21 @@ def _arguments(value: Any) -> Any:
     return value
 
 
+def _columns(value: Any) -> Any:
+    """Check roles, and turn "Frage" or the command line's ["problem=Frage"] into {"problem": "Frage"}."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        pairs = [str(each).partition("=") for each in value]
+        value = {(role if sign else "problem"): (name if sign else role) for role, sign, name in pairs}
+    for role, name in value.items() if isinstance(value, dict) else ():
+        if role not in COLUMN_ROLES:
+            raise ValueError(f"{role!r} is none of {', '.join(COLUMN_ROLES)}")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{role} should be the name of a column")
+    return value
+
+
 def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
@@ -150,6 +168,8 @@ MethodName = Annotated[str, AfterValidator(_method)]
 ModuleName = Annotated[str, AfterValidator(_module)]
 
 TemplateArguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
+
+Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
 
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 

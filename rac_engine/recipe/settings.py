@@ -13,6 +13,7 @@ from pydantic import Field, field_serializer, model_validator
 
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe.fields import (
+    Columns,
     Count,
     FilePath,
     JobName,
@@ -35,13 +36,18 @@ RESERVED_NAMES = ("dense", "pruned")
 
 INSTRUCTION = "text added below each prompt, or put around it where it holds {prompt}: how to answer, for example"
 
+RECORDS = "JSONL, JSON, CSV (.gz, .zst), Parquet, or a folder of `datasets`"
+
+COLUMN = "column with the problem, or ROLE=NAME, where a file calls it otherwise: problem=Frage, answer=Antwort"
+
 KEEPS_LITTLE = 0.3  # share of weights that a pattern keeps: with more there is little to gain by tuning for the time
 
 
 class TraceSettings(Settings):
     """Sampling of the model's own chains of thought."""
 
-    prompts: FilePath = Field(description="jsonl file with `prompt`, `problem` or `messages` a line")
+    prompts: FilePath = Field(description=f"file with `prompt`, `problem` or `messages` a record: {RECORDS}")
+    column: Columns = Field(default={}, description=COLUMN)
     tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
     samples: Count = Field(default=2, description="traces a prompt")
     max_new_tokens: Count = Field(default=8192, description="longest completion, in tokens")
@@ -63,8 +69,9 @@ class CalibrationSettings(Settings):
     """Which tokens the Hessians are gathered from."""
 
     source: Source | None = Field(
-        default=None, description="traces folder or file, jsonl, or text:FILE; none: this job's own traces"
+        default=None, description="traces folder or file, other records, or text:FILE; none: this job's own traces"
     )
+    column: Columns = Field(default={}, description=COLUMN)
     part: Literal["all", "prompt", "completion"] = Field(
         default="all", description="which part of a trace enters the Hessians"
     )
@@ -295,7 +302,8 @@ class PruneSettings(Settings):
 class EvalSettings(Settings):
     """Sampling and counting of answers."""
 
-    problems: FilePath = Field(description="jsonl file with `problem` and `answer` a line")
+    problems: FilePath = Field(description=f"file with `problem` and `answer` a record: {RECORDS}")
+    column: Columns = Field(default={}, description=COLUMN)
     limit: Count | None = Field(default=None, description="only the first N problems (all by default)")
     samples: Count = Field(default=1, description="answers a problem")
     max_new_tokens: Count = Field(default=32768, description="an answer longer than this is cut off and wrong")

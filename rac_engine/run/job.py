@@ -7,6 +7,8 @@ once more, and the step at hand goes on where it stopped as far as it can (see t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,16 +123,20 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             known = calibration_of(recipe.model_copy(update={"calibration": calibration}))
             digests[f"calibration of {label}"] = known.sha256
     if recipe.trace:
-        load_prompts(recipe.trace.prompts)
+        load_prompts(recipe.trace.prompts, recipe.trace.column)
         digests["prompts"] = _sha256(recipe.trace.prompts)
     if recipe.evaluate:
-        load_problems(recipe.evaluate.problems)
+        load_problems(recipe.evaluate.problems, recipe.evaluate.column)
         digests["problems"] = _sha256(recipe.evaluate.problems)
     return digests
 
 
-def _sha256(file: Path) -> str:
-    return sha256_files(file.parent, [file.name])[file.name]
+def _sha256(source: Path) -> str:
+    """SHA-256 of a file, or of the digests of a folder's files."""
+    if not source.is_dir():
+        return sha256_files(source.parent, [source.name])[source.name]
+    names = sorted(str(file.relative_to(source)) for file in source.rglob("*") if file.is_file())
+    return hashlib.sha256(json.dumps(sha256_files(source, names)).encode()).hexdigest()
 
 
 def _flat(value: Any, at: str = "recipe") -> dict[str, Any]:

@@ -215,13 +215,18 @@ class Run:
         if not made.exists() and not (self._home(name) / METRICS).exists():
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
             tokens = None if find_method(settings.method).needs == "nothing" else self._tokens(recipe)
-            prune(recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress)
+            prune(
+                recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress, note=self._note
+            )
         if name == PRUNED:
             _move_up(made, self.folder)
         else:
             self._home(name).mkdir(parents=True, exist_ok=True)
             for file in (RECIPE, METRICS):
                 copy_file(made / RAC / file, self._home(name) / file)
+
+    def _note(self, remark: str) -> None:
+        self.console.say(f"  note: {remark}")
 
     def _tokens(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe, in which no source means this job's traces."""

@@ -8,11 +8,13 @@ tokenized again. A chat template is applied in `render` alone.
 from __future__ import annotations
 
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
+from rac_engine.traces.conversation import Messages, instructed
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.held_out import HoldingOut, hold_out
-from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
+from rac_engine.traces.layouts import answer_of, id_of, question_of
+from rac_engine.traces.records import read_records
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render
 
@@ -27,16 +29,18 @@ __all__ = [
     "TokenSequence",
     "TraceReport",
     "Weighting",
+    "answer_of",
     "at_a_time",
     "cut_off_notes",
     "generate",
     "hold_out",
+    "id_of",
     "instructed",
     "load_calibration",
     "load_prompts",
     "load_tokenizer",
     "question_of",
-    "read_jsonl",
+    "read_records",
     "render",
     "request_key",
 ]

@@ -11,7 +11,7 @@ which its finish_reason "budget" says. If the prompts run out first there are fe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import numpy as np
 
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe import TEXT_PREFIX
-from rac_engine.traces.files import Trace, from_jsonl, from_parquet, from_text
+from rac_engine.traces.files import Tally, Trace, from_records, from_text
 
 Part = Literal["all", "prompt", "completion"]
 
@@ -80,6 +80,10 @@ class Calibration:
     sequences: list[TokenSequence]
     weighting: str = ""
     """The weights of tokens in words; empty where all are 1."""
+    remarks: tuple[str, ...] = ()
+    """What a user has to know of it, such as that no record has a completion."""
+    models: frozenset[str] = frozenset()
+    """SHA-256 of the models that its records say they are of."""
 
     @property
     def tokens(self) -> int:
@@ -126,18 +130,21 @@ def load_calibration(
     tokenizer: Any,
     sequence_length: int = 2048,
     weighting: Weighting = Weighting(),
+    columns: Mapping[str, str] | None = None,
 ) -> Calibration:
     """Calibration sequences from traces, JSONL or text.
 
-    `source` is a folder of `rac trace` or one of its Parquet files, a JSONL file (see `_from_record` for the layouts
-    known; records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut
-    into sequences of `sequence_length`. Of part "prompt" the completion is left away; of "completion" the whole
-    sequence is run, but only the completion's tokens count. Sequences are taken in order until `tokens` count, the last
-    one cut so that just as many do, whatever the `weighting` says that they count for.
+    `source` is a folder of `rac trace`, another file or folder of records (see `read_records` and `exchange_of`;
+    records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut into
+    sequences of `sequence_length`. `columns` says which column of the records plays a role. Of part "prompt" the
+    completion is left away; of "completion" the whole sequence is run, but only the completion's tokens count.
+    Sequences are taken in order until `tokens` count, the last one cut so that just as many do, whatever the
+    `weighting` says that they count for.
 
     Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
     """
-    traces, kind = _open_source(source, part, tokenizer, sequence_length, weighting)
+    tally = Tally()
+    traces, kind = _open_source(source, part, tokenizer, sequence_length, weighting, columns or {}, tally)
     size = len(tokenizer)
     sequences: list[TokenSequence] = []
     left, completions = tokens, 0
@@ -167,13 +174,20 @@ def load_calibration(
     if not sequences:
         missing = "completions" if part == "completion" else "tokens"
         raise BadInput(f"calibration {source}: holds no {missing}")
-    if kind == "sequences" and not completions:
+    if not completions and (kind == "sequences" or (kind == "traces" and part == "all")):
         kind = "prompts"
-    return Calibration(source, kind, part, sequences, weighting.describe())
+    remarks = tally.remarks() if part != "prompt" else []
+    return Calibration(source, kind, part, sequences, weighting.describe(), tuple(remarks), frozenset(tally.models))
 
 
 def _open_source(
-    source: str, part: Part, tokenizer: Any, sequence_length: int, weighting: Weighting
+    source: str,
+    part: Part,
+    tokenizer: Any,
+    sequence_length: int,
+    weighting: Weighting,
+    columns: Mapping[str, str],
+    tally: Tally,
 ) -> tuple[Iterable[Trace], str]:
     """The traces of a `source` and what to call them, in the plural (see `load_calibration`)."""
     if source.startswith(TEXT_PREFIX):
@@ -186,9 +200,8 @@ def _open_source(
     path = Path(source)
     if not path.exists():
         raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
-    if path.is_dir() or path.suffix == ".parquet":
-        return from_parquet(path, weighting.column), "traces"
-    return from_jsonl(path, tokenizer, weighting.column), "sequences"
+    kind = "traces" if path.is_dir() or path.suffix == ".parquet" else "sequences"
+    return from_records(path, tokenizer, weighting.column, columns, tally), kind
 
 
 def _sequence(prompt: Sequence[int], completion: Sequence[int], part: Part, left: int | None) -> TokenSequence | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import TraceSettings
+from rac_engine.traces.conversation import Messages, instructed
 from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
-from rac_engine.traces.records import Messages, instructed, question_of, read_jsonl
+from rac_engine.traces.layouts import id_of, question_of
+from rac_engine.traces.records import read_records
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
 from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
 
@@ -47,10 +49,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of a JSONL file. `id` decides the random numbers of its samples."""
+    """A prompt of a file. `id` decides the random numbers of its samples; `rows` of the file ask it."""
 
     id: str
     messages: Messages
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,21 +77,32 @@ class TraceReport:
         )
 
 
-def load_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a JSONL file with `problem`, `prompt` or `messages`, and an `id` if they like.
+def load_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Prompts of a file or folder in any layout that is known (see `question_of`), with an `id` if they have one.
 
-    Raises `BadInput` that names the first broken line, and for ids that repeat.
+    `columns` says which column plays a role. A record that repeats id and question of an earlier one is asked once, as
+    data sets with a row an answer have them. Raises `BadInput` that names the first broken line, and for an id that
+    stands for two questions.
     """
-    prompts, ids = list[Prompt](), set[str]()
-    for where, record in read_jsonl(path):
-        name = str(record.get("id", len(prompts)))
-        if name in ids:
+    prompts: dict[str, Prompt] = {}
+    number = 0
+    for where, record in read_records(path, columns):
+        asked = question_of(record, where)
+        name, own = id_of(record)
+        name = str(number) if name is None else name
+        earlier = prompts.get(name)
+        if earlier is not None and earlier.messages == asked and (own or name != str(number)):
+            prompts[name] = replace(earlier, rows=earlier.rows + 1)
+            continue
+        if earlier is not None and own:
             raise BadInput(f"{where}: id {name!r} is there twice")
-        ids.add(name)
-        prompts.append(Prompt(name, question_of(record, where)))
+        if earlier is not None:  # a name that is no `id` need not be its record's alone
+            name = f"{name}#{number}"
+        prompts[name] = Prompt(name, asked)
+        number += 1
     if not prompts:
         raise BadInput(f"{path}: holds no prompt")
-    return prompts
+    return list(prompts.values())
 
 
 def generate(
@@ -111,7 +125,7 @@ def generate(
     if (out / TRACES_SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
     with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
-        prompts = load_prompts(settings.prompts)
+        prompts = load_prompts(settings.prompts, settings.column)
         decoder = Decoder(str(model), device)
         identity = _identity(decoder, prompts, settings, device)
         counts = _Counts(settings.tokens)

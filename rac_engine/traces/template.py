@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.sizes import format_bytes
-from rac_engine.traces.records import Messages
+from rac_engine.traces.conversation import Messages
 
 _MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have some 30,000
 
@@ -48,6 +48,29 @@ def render(tokenizer: Any, messages: Messages, where: str, arguments: Mapping[st
 
     `arguments` are the template's own, such as `enable_thinking`. Raises `BadInput` for one that it does not know.
     """
+    ids = encode(tokenizer, render_text(tokenizer, messages, where, arguments), where)
+    if not ids:
+        raise BadInput(f"{where}: renders to no token at all")
+    return ids
+
+
+def encode(tokenizer: Any, text: str, where: str) -> list[int]:
+    """Token ids of text as it stands, with no special token added."""
+    try:
+        return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    except TypeError:  # its message is about types, though what it cannot take is half a character
+        raise BadInput(f"{where}: is no text that can be tokenized (a lone surrogate?); mend or remove it") from None
+
+
+def render_text(
+    tokenizer: Any,
+    messages: Messages,
+    where: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    answered: bool = False,
+) -> str:
+    """The conversation as text by the model's chat template: ready for an answer, or with one at its end."""
     if not tokenizer.chat_template:
         raise BadInput(f"{where}: the model's tokenizer has no chat template, so a prompt cannot be rendered")
     if len(str(tokenizer.chat_template)) > _MAX_TEMPLATE:
@@ -59,7 +82,7 @@ def render(tokenizer: Any, messages: Messages, where: str, arguments: Mapping[st
         # transformers renders in jinja's sandbox: a template reaches nothing but what it is given.
         with _memory_limit(_RENDERING_BYTES):
             text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **(arguments or {})
+                messages, add_generation_prompt=not answered, tokenize=False, **(arguments or {})
             )
     except MemoryError:
         limit = format_bytes(_RENDERING_BYTES)
@@ -68,13 +91,7 @@ def render(tokenizer: Any, messages: Messages, where: str, arguments: Mapping[st
         raise BadInput(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:300]}") from None
     if len(text) > _MAX_RENDERED:
         raise BadInput(f"{where}: the chat template makes {len(text):,} characters of it; that is no prompt")
-    try:
-        ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    except TypeError:  # its message is about types, though what it cannot take is half a character
-        raise BadInput(f"{where}: is no text that can be tokenized (a lone surrogate?); mend or remove it") from None
-    if not ids:
-        raise BadInput(f"{where}: renders to no token at all")
-    return ids
+    return str(text)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.models.model import Model
 from rac_engine.recipe.files import load_recipe
-from rac_engine.traces.records import question_of, read_jsonl
+from rac_engine.traces.layouts import question_of
+from rac_engine.traces.records import read_records
 from rac_engine.traces.template import render
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,7 +53,7 @@ def test_the_model_is_what_its_card_promises() -> None:
 def test_prompts_are_short_and_open_a_thought() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "abacus")
     for split, file in PROBLEMS.items():
-        prompts = [render(tokenizer, question_of(record, where), where) for where, record in read_jsonl(file)]
+        prompts = [render(tokenizer, question_of(record, where), where) for where, record in read_records(file)]
         assert max(map(len, prompts)) <= 40, split
         assert str(tokenizer.decode(prompts[0])).rstrip().endswith("<think>")
 

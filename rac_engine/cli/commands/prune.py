@@ -89,6 +89,7 @@ def _prune(args: argparse.Namespace) -> int:
             device_memory=args.device_memory,
             host_memory=args.host_memory,
             progress=console.progress,
+            note=lambda remark: console.say(f"note: {remark}"),
             finish=write_report,
         )
     metrics = Metrics(done.run, done.matrices, done.end)
@@ -125,7 +126,10 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
             max(lengths, default=1),
             machine,
         )
-        emit(f"calibration: {calibration.describe()}\n")
+        emit(f"calibration: {calibration.describe()}")
+        for remark in calibration.remarks:
+            emit(f"note    {remark}")
+        emit("")
     emit(dump(recipe))
     emit(render(plan))
     emit("\ndry run: nothing was written")

@@ -18,11 +18,11 @@ from rac_engine.base.process import peak_memory
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.jobs.layout import TRACES_SUMMARY
 from rac_engine.recipe.settings import TraceSettings
-from rac_engine.traces import files
+from rac_engine.traces import tables
 from rac_engine.traces.calibration import Weighting, load_calibration
+from rac_engine.traces.conversation import instructed
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.generation import generate, load_prompts
-from rac_engine.traces.records import instructed
 from rac_engine.traces.template import render
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
@@ -212,7 +212,7 @@ def test_a_prompt_never_shows_its_answer(record: dict[str, Any], tmp_path: Path)
         ('{"messages": [{"role": "assistant", "content": "c"}]}\n', r"p\.jsonl:1: .*asks nothing"),
         ('{"problem": "a"}\n{"problem": \n', r"p\.jsonl:2:12: not valid JSON"),
         ('{"problem": "a"}\n[1]\n', r"p\.jsonl:2: should be a JSON object"),
-        ('{"question": "a"}\n', r"p\.jsonl:1: needs `problem`"),
+        ('{"foo": "a"}\n', r"p\.jsonl:1: needs `problem`.*it has `foo`: name the column with --column problem="),
         ('{"messages": [{"role": "user"}]}\n', r"p\.jsonl:1: a message"),
         ('{"problem": "a", "id": 1}\n{"problem": "b", "id": 1}\n', r"p\.jsonl:2: id '1' is there twice"),
         ("\n", "holds no prompt"),
@@ -358,7 +358,7 @@ def test_a_small_file_of_many_tokens_is_refused(
     pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
     assert (tmp_path / "t.parquet").stat().st_size < 10_000
     assert load_calibration(str(tmp_path / "t.parquet"), tokenizer=range(8)).tokens == 1_000_001
-    monkeypatch.setattr(files, limit, 100)
+    monkeypatch.setattr(tables, limit, 100)
     with pytest.raises(BadInput, match=said):
         load_calibration(str(tmp_path / "t.parquet"), tokenizer=range(8))
 
