@@ -1,7 +1,8 @@
 """RAC Engine: prunes reasoning language models, calibrated on their own chains of thought.
 
-`trace` samples them, `prune` prunes a checkpoint, `evaluate` asks a model questions with known answers. What they need
-is imported when they are called, so that `import rac_engine` (and `rac --help`) stays instant.
+`trace` samples them, `prune` prunes a checkpoint, `evaluate` asks a model questions with known answers, `keep_zeros`
+keeps the zeros of a pruned model that is trained on. What they need is imported when they are called, so that
+`import rac_engine` (and `rac --help`) stays instant.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rac_engine.engine import PruneReport
+    from torch import nn
+
+    from rac_engine.engine import KeptZeros, PruneReport
     from rac_engine.evaluation import EvalResult
     from rac_engine.recipe import EvalSettings, PruneSettings, Recipe, TraceSettings
     from rac_engine.traces import Calibration, TraceReport
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "prune", "trace"]
+__all__ = ["evaluate", "keep_zeros", "prune", "trace"]
 
 
 def _silent(_: object) -> None:
@@ -136,3 +139,27 @@ def evaluate(
         restart=restart,
         progress=progress,
     )
+
+
+def keep_zeros(model: nn.Module) -> KeptZeros:
+    """Keep the zeros that the matrices of `model` have now while it is trained, as in recovery by fine-tuning.
+
+    At a kept place the gradient is set to zero before it is accumulated, so that clipping, momentum and the moments of
+    Adam never see it. And behind every step of an optimizer that has one of the matrices, the places are set to zero
+    again: so weight decay, a state from an earlier training and optimizers that mix the elements of a matrix (Muon,
+    Shampoo) bring none back. A mask takes a byte a weight.
+
+    It works on plain torch parameters, those of a `DistributedDataParallel` model too. FSDP and DeepSpeed train flat or
+    sharded copies that it does not see, and LoRA brings weights in when it is merged: call `apply()` of what is
+    returned then, or `rac mask apply` on the files.
+
+    Args:
+        model: A pruned model, with its weights loaded. Matrices (two dimensions or more) with some zeros are kept;
+            those that are zero all over, as LoRA's B begins, are not.
+
+    Returns a handle: `apply()` sets the places to zero at once, `remove()` ends it, and so does the end of a `with`
+    block. Raises `rac_engine.base.errors.BadInput` where no matrix has zeros.
+    """
+    from rac_engine.engine import keep_zeros as keep
+
+    return keep(model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from rac_engine.checkpoint.formats import READ, find_format, unread_format
 from rac_engine.checkpoint.header import TensorInfo, read_config
 from rac_engine.checkpoint.origin import origin_of
-from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, other_files
+from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, inside, other_files
 from rac_engine.checkpoint.tensors import bytes_of, is_finite
 from rac_engine.checkpoint.writer import CheckpointWriter
 
@@ -23,6 +23,7 @@ __all__ = [
     "TensorInfo",
     "bytes_of",
     "find_format",
+    "inside",
     "is_finite",
     "origin_of",
     "other_files",

@@ -348,7 +348,7 @@ def _check_matrix(
     if tally.zeros < _least_zeros(target, block_size, rows, columns):
         result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
     dead = 0 if tally.live is None else int((~tally.live).sum())
-    known = int(matrix.get("zeros_before", 0)) + rows * dead
+    known = int(matrix.get("zeros_before", 0)) + int(matrix.get("lost", 0)) + rows * dead
     if tally.zeros > _most_zeros(target, block_size, rows, columns) + known:
         result.problems.append(
             f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too many: {known:,} were there before or in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rac_engine.cli.commands.doctor import DOCTOR
 from rac_engine.cli.commands.eval import EVAL
+from rac_engine.cli.commands.mask import MASK
 from rac_engine.cli.commands.plan import PLAN
 from rac_engine.cli.commands.prune import PRUNE
 from rac_engine.cli.commands.report import REPORT
@@ -19,6 +20,7 @@ COMMANDS = {
     "report": REPORT,
     "plan": PLAN,
     "verify": VERIFY,
+    "mask": MASK,
     "doctor": DOCTOR,
 }
 """In the order in which the overview names them."""
