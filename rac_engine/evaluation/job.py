@@ -27,7 +27,23 @@ from rac_engine.jobs.job import FileJob
 from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import EvalSettings
-from rac_engine.traces import Decoder, Request, Sampling, at_a_time, cut_off_notes, instructed, render, request_key
+from rac_engine.traces import (
+    RENDERED_AT,
+    Decoder,
+    Request,
+    Sampling,
+    Snapshots,
+    at_a_time,
+    cut_off_notes,
+    dated,
+    instructed,
+    moment_of,
+    read_moment,
+    request_key,
+    stop_rendering,
+)
+
+_PROMPTS = "prompts_sha256"
 
 ANSWER_BYTES = 2048  # on disk, of an answer at most, in the journal and in the results
 
@@ -66,21 +82,35 @@ def evaluate(
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
         decoder = Decoder(str(model), device)
-        questions = _questions(problems, settings, decoder)
+        # Where a model is compared, a date in its prompts is that of the answers it is compared with.
+        moment = read_moment(earlier or {}) or moment_of(job.partial, restart)
+        with dated(moment):
+            questions = _questions(problems, settings, decoder)
+        prompts = _prompts_sha256(questions)
+        if earlier is not None and earlier.get(_PROMPTS, prompts) != prompts:
+            raise BadInput(
+                f"{baseline}: its model was given other prompts than this one: their chat templates or tokenizers "
+                "differ; evaluate both with the same"
+            )
         judge = Judge()
         with disk_errors(out):
             require_space(out.parent, ANSWER_BYTES * len(questions))
+        identity = _identity(decoder, judge, questions, settings, device)
+        together = min(at_a_time(settings.batch_size), len(questions))
+        threads = decoder.choose_threads(job.partial, together, restart)
+        decoder.snapshots = snapshots = Snapshots(job.under_way, identity)
         job.open_journal(
-            _identity(decoder, judge, questions, settings, device),
+            identity,
             restart=restart,
-            stopped=lambda: f"stopped with {len(_rows(job.journal))} of {len(questions)} answers",
+            beside={RENDERED_AT: moment.isoformat(), **threads},
+            stopped=lambda: f"stopped with {len(_rows(job.journal))} of {len(questions)} answers{snapshots.describe()}",
         )
         with judge:
             _answer_all(job, decoder, questions, settings, judge, progress)
         rows = _rows(job.journal)
         seconds = sum(record["seconds"] for record in job.journal.records[1:])
         summary = summarize(rows) | {"seconds": seconds, "answers": judge.how}
-        comparison = None if earlier is None else compare(rows, earlier, str(baseline))
+        comparison = None if earlier is None else compare(rows, earlier["rows"], str(baseline))
         reasons = Counter(str(row["finish_reason"]) for row in rows)
         notes = cut_off_notes(decoder.tokenizer, decoder.stops, reasons, settings.max_new_tokens)
         result: dict[str, Any] = {
@@ -89,9 +119,10 @@ def evaluate(
             "notes": notes,
             "settings": settings.model_dump(mode="json"),
         }
-        result |= {"model": str(model), "problems_sha256": digest, "rows": rows}
+        result |= {"model": str(model), "problems_sha256": digest, _PROMPTS: prompts}
+        result |= {RENDERED_AT: moment.isoformat(), "rows": rows}
         job.publish((json.dumps(result, indent=1) + "\n").encode())
-    return EvalResult(out, summary, rows, comparison, [*job.notes, *notes])
+    return EvalResult(out, summary, rows, comparison, [*job.notes, *decoder.notes, *notes])
 
 
 @dataclass(frozen=True)
@@ -108,12 +139,18 @@ def _questions(problems: list[Problem], settings: EvalSettings, decoder: Decoder
     for problem in problems:
         where = f"{settings.problems}: problem {problem.id}"
         asked = instructed(problem.messages, settings.instruction, where)
-        prompt = render(decoder.tokenizer, asked, where, settings.template_arguments)
+        prompt = decoder.prompt(asked, where, settings.template_arguments)
         questions += [
             _Question(problem, Request(prompt, request_key(settings.seed, problem.id, sample)))
             for sample in range(settings.samples)
         ]
+    stop_rendering(decoder.tokenizer)
     return questions
+
+
+def _prompts_sha256(questions: list[_Question]) -> str:
+    """SHA-256 of the token ids of all prompts."""
+    return hashlib.sha256(json.dumps([list(each.request.prompt) for each in questions]).encode()).hexdigest()
 
 
 def _identity(
@@ -156,10 +193,12 @@ def _answer_all(
             said = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
             text = decoder.tokenizer.decode(said, skip_special_tokens=False)
             rows.append(_row(question.problem, text, len(completion.token_ids), completion.finish, judge))
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began + (decoder.snapshots.seconds if decoder.snapshots else 0)
         with disk_errors(job.partial):
             require_space(job.partial.parent, 0)
         job.journal.append({"rows": rows, "seconds": seconds})
+        if decoder.snapshots is not None:
+            decoder.snapshots.remove()
 
 
 def _row(problem: Problem, text: str, tokens: int, finish: str | None, judge: Judge) -> dict[str, Any]:
@@ -176,8 +215,8 @@ def _row(problem: Problem, text: str, tokens: int, finish: str | None, judge: Ju
     }
 
 
-def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str, Any]]:
-    """The answers in a file of results. Raises `BadInput` unless they were sampled as these are going to be.
+def _baseline(path: Path, settings: EvalSettings, digest: str) -> dict[str, Any]:
+    """The results in a file, to compare with. Raises `BadInput` unless they were sampled as these are going to be.
 
     The number of answers decoded together may differ: the random numbers do not depend on it.
     """
@@ -192,5 +231,4 @@ def _baseline(path: Path, settings: EvalSettings, digest: str) -> list[dict[str,
                 f"{path}: was sampled with another {name}: {then.get(name)!r}, now {now[name]!r}; evaluate both models "
                 "with the same settings"
             )
-    rows: list[dict[str, Any]] = found["rows"]
-    return rows
+    return found

@@ -36,7 +36,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "mean_tokens": statistics.fmean(lengths),
         "median_tokens": statistics.median(lengths),
         "p95_tokens": lengths[math.ceil(0.95 * len(lengths)) - 1],
-        "cut_off_share": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "cut_off_share": sum(row["finish_reason"] in ("length", "context") for row in rows) / len(rows),
         "kinds": {
             kind: {"problems": len(here), "accuracy": sum(row["correct"] for row in here) / len(here)}
             for kind in sorted({row["kind"] for row in rows if row["kind"] is not None})

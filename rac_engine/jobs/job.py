@@ -16,7 +16,7 @@ from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.base.files import disk_errors, replace_file
 from rac_engine.jobs.claim import Unlockable, held, made, refuse_place
 from rac_engine.jobs.journal import Journal, open_journal, open_journal_file
-from rac_engine.jobs.layout import partial_of
+from rac_engine.jobs.layout import UNDER_WAY, partial_of
 from rac_engine.jobs.publish import is_published, publish
 
 _published: set[str] = set()
@@ -66,8 +66,13 @@ class LongJob(ABC):
         self._publishing = False
         self._journal: Journal | None = None
         self._stopped: Callable[[], str] = lambda: "stopped"
-        self._worthwhile: Callable[[], bool] = lambda: bool(self.done)
+        self._worthwhile: Callable[[], bool] = lambda: bool(self.done) or self.under_way.exists()
         self._claim = ExitStack()
+
+    @property
+    @abstractmethod
+    def under_way(self) -> Path:
+        """The file for what a job has begun and not yet entered in its journal; never part of the result."""
 
     @property
     def journal(self) -> Journal:
@@ -174,6 +179,10 @@ class FolderJob(LongJob):
         """
         return self._open(open_journal(self.partial, name, identity, restart, beside), stopped, worthwhile)
 
+    @property
+    def under_way(self) -> Path:
+        return self.partial / UNDER_WAY
+
     def publish(self) -> None:
         """Let the finished folder appear as OUT, by one rename, once all its bytes are on the disk."""
         self._publishing = True
@@ -205,10 +214,22 @@ class FileJob(LongJob):
         self._new = [folder for folder in out.parents if not folder.exists()]
 
     def open_journal(
-        self, identity: Mapping[str, Any], *, restart: bool = False, stopped: Callable[[], str]
+        self,
+        identity: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        beside: Mapping[str, Any] | None = None,
+        stopped: Callable[[], str],
     ) -> Journal:
-        """Open the journal OUT.partial, or begin it. `identity` and `stopped` are as in `FolderJob.open_journal`."""
-        return self._open(open_journal_file(self.partial, identity, restart), stopped, None)
+        """Open the journal OUT.partial, or begin it; the arguments are as in `FolderJob.open_journal`."""
+        journal = self._open(open_journal_file(self.partial, identity, restart, beside), stopped, None)
+        if restart:
+            self.under_way.unlink(missing_ok=True)
+        return journal
+
+    @property
+    def under_way(self) -> Path:
+        return self.partial.with_name(f"{self.partial.name}.{UNDER_WAY}")
 
     def publish(self, data: bytes) -> None:
         """Let OUT appear with these bytes, by one rename once they are on the disk, and remove the journal."""
@@ -236,6 +257,7 @@ class FileJob(LongJob):
     def _remove(self) -> None:
         with suppress(OSError):
             self.partial.unlink(missing_ok=True)
+            self.under_way.unlink(missing_ok=True)
 
     def _remove_if_empty(self) -> None:
         with suppress(OSError):

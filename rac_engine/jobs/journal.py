@@ -118,9 +118,11 @@ def open_journal(
     return _identified(path, folder, identity, restart, beside or {})
 
 
-def open_journal_file(path: Path, identity: Mapping[str, Any], restart: bool = False) -> Journal:
+def open_journal_file(
+    path: Path, identity: Mapping[str, Any], restart: bool = False, beside: Mapping[str, Any] | None = None
+) -> Journal:
     """The journal at `path`, with nothing else to the job, as `open_journal` has it."""
-    return _identified(path, path, identity, restart, {})
+    return _identified(path, path, identity, restart, beside or {})
 
 
 def _identified(

@@ -46,6 +46,9 @@ RUN_JOURNAL = f"{RAC}/steps.jsonl"
 ALLOCATION = f"{RAC}/allocation.json"
 """The sparsities that a first pass over the model has found."""
 
+UNDER_WAY = "under-way"
+"""What a sampling has begun and not yet finished, in OUT.partial or, where that is a file, behind its name."""
+
 NOT_IN_MANIFEST = tuple(f"{RAC}/{name}" for name in (MANIFEST, REPORT, f"{EVAL}/", f"{TRACES}/", f"{VARIANTS}/"))
 """Beginnings of paths that are written into a finished folder later, by `rac eval` and `rac report`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
 REACHED = 0.5  # of such peaks, by a whole job
 
 DISK = 1e9  # bytes a second, read or written
+
+_MEASURING = 0.2  # seconds in which products are timed, at least
+
+_BUSY = 1.25  # times as long as on an idle machine: what is said of
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,38 @@ def device_peaks(on_gpu: bool) -> tuple[Peaks, str]:
         if quick not in rates:
             rates[quick] = _product_rate(quick)
         rates[dtype] = rates[quick]
-    return {**{name: rates[dtype] for dtype, name in roofline.NAMES.items()}, "bytes": DISK}, "this CPU"
+    peaks = {**{name: rates[dtype] for dtype, name in roofline.NAMES.items()}, "bytes": DISK}
+    return peaks, f"this CPU with {torch.get_num_threads()} threads{_load()}"
+
+
+def _load() -> str:
+    """What other work on the machine does to the times, in words that go on with a sentence."""
+    load, threads, cores = os.getloadavg()[0], torch.get_num_threads(), len(os.sched_getaffinity(0))
+    longer = (load + threads) / cores
+    if longer <= _BUSY:
+        return ""
+    return (
+        f", as if it had nothing else to do; its load is {load:.1f} on {cores} cores now: with that it takes "
+        f"{longer:.1f} × as long"
+    )
 
 
 def _product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of the CPU's products of square matrices, the best of a few."""
-    size, best = 768, math.inf
+    """FLOP/s of the CPU's products of square matrices, the best of some.
+
+    By processor time, of which all threads have an equal share: that says what an idle machine would do, where the time
+    that passes says how busy this one is at the moment.
+    """
+    size, best, until = 512, math.inf, time.monotonic() + _MEASURING
     a = torch.randn(size, size).to(dtype)
-    for _ in range(6):
-        began = time.perf_counter()
+    a @ a
+    for number in itertools.count():
+        if number >= 8 and time.monotonic() > until:
+            break
+        began = time.process_time()
         a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
+        best = min(best, time.process_time() - began)
+    return 2.0 * size**3 * torch.get_num_threads() / max(best, 1e-9)
 
 
 def _attention_width(model: Model, layer: list[Matrix]) -> int:

@@ -182,7 +182,7 @@ def decode_lengths(results: dict[str, dict[str, Any]], labels: dict[str, str]) -
 
 def _shares(rows: Sequence[dict[str, Any]], width: int, count: int) -> list[float]:
     """The share of a model's answers that ended in each of `count` bins, `width` tokens wide."""
-    ended = [row["tokens"] for row in rows if row["finish_reason"] != "length"]
+    ended = [row["tokens"] for row in rows if row["finish_reason"] not in ("length", "context")]
     return [sum(1 for length in ended if length // width == number) / len(rows) for number in range(count)]
 
 

@@ -31,7 +31,7 @@ from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
-from rac_engine.traces import TRACE_TOKEN_BYTES, load_prompts
+from rac_engine.traces import RENDERED_AT, TRACE_TOKEN_BYTES, dated, load_prompts, moment_of
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,22 @@ def run(
         folder = job.partial
         for note in job.notes:
             console.say(f"note: {note}")
-        identity = {**_flat(yaml.safe_load(dump(recipe))), **_check(recipe, limits), **surroundings(device)}
+        moment = moment_of(folder / RUN_JOURNAL, restart)
+        with dated(moment):
+            checked = _check(recipe, limits)
+        identity = {**_flat(yaml.safe_load(dump(recipe))), **checked, **surroundings(device)}
         journal = job.open_journal(
             RUN_JOURNAL,
             identity,
             restart=restart,
+            beside={RENDERED_AT: moment.isoformat()},
             stopped=lambda: "stopped between two steps",
             worthwhile=lambda: _worth_keeping(job),
         )
         _require_space(recipe, folder)
         steps = Run(recipe, folder, journal, limits, console)
-        steps.do()
+        with dated(moment):
+            steps.do()
         rows = steps.finish()
         if problems := verify(folder, recipe.model, console.progress).problems:
             raise Damaged(f"{folder}: the finished output is damaged: {problems[0]}; run this again")

@@ -2,7 +2,7 @@
 
 Begin at `generate`, which samples traces into Parquet files with a `Decoder`, and at `load_calibration`, which reads
 these and other layouts (JSONL, text) as `TokenSequence`s. Token ids are the truth: a trace is never rendered or
-tokenized again. A chat template is applied in `render` alone.
+tokenized again. A chat template is applied in `template.render` alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generat
 from rac_engine.traces.held_out import HoldingOut, hold_out
 from rac_engine.traces.layouts import answer_of, id_of, question_of
 from rac_engine.traces.records import read_records
+from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
-from rac_engine.traces.template import render
+from rac_engine.traces.snapshot import Snapshots
+from rac_engine.traces.template import RENDERED_AT, dated, moment_of, read_moment
 
 __all__ = [
+    "RENDERED_AT",
     "TRACE_TOKEN_BYTES",
     "Calibration",
     "Decoder",
@@ -26,12 +29,14 @@ __all__ = [
     "Messages",
     "Request",
     "Sampling",
+    "Snapshots",
     "TokenSequence",
     "TraceReport",
     "Weighting",
     "answer_of",
     "at_a_time",
     "cut_off_notes",
+    "dated",
     "generate",
     "hold_out",
     "id_of",
@@ -39,8 +44,10 @@ __all__ = [
     "load_calibration",
     "load_prompts",
     "load_tokenizer",
+    "moment_of",
     "question_of",
+    "read_moment",
     "read_records",
-    "render",
     "request_key",
+    "stop_rendering",
 ]

@@ -135,9 +135,9 @@ def load_calibration(
     """Calibration sequences from traces, JSONL or text.
 
     `source` is a folder of `rac trace`, another file or folder of records (see `read_records` and `exchange_of`;
-    records with a prompt alone are prompt-only calibration), or "text:FILE", which is tokenized whole and cut into
-    sequences of `sequence_length`. `columns` says which column of the records plays a role. Of part "prompt" the
-    completion is left away; of "completion" the whole sequence is run, but only the completion's tokens count.
+    records with a prompt alone are prompt-only calibration), or "text:FILE", which is read as far as it is needed and
+    cut into sequences of `sequence_length`. `columns` says which column of the records plays a role. Of part "prompt"
+    the completion is left away; of "completion" the whole sequence is run, but only the completion's tokens count.
     Sequences are taken in order until `tokens` count, the last one cut so that just as many do, whatever the
     `weighting` says that they count for.
 

@@ -12,10 +12,12 @@ a step follows from the requests.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,9 +41,13 @@ from transformers import (
 from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format, read_config
+from rac_engine.jobs.journal import records_of
 from rac_engine.models import Model, States, loading_config, run_on, run_packed, scoring_of, working_dtype
+from rac_engine.traces.conversation import Messages
 from rac_engine.traces.endings import stop_tokens
-from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, uniforms
+from rac_engine.traces.sampling import Completion, FinishReason, Progress, Request, Sampling, choose, uniforms
+from rac_engine.traces.snapshot import Snapshots
+from rac_engine.traces.template import render
 from rac_kernels import Scoring, decode_attention, packed_attention
 
 DECODE_ATTENTION = "rac_decode"
@@ -50,7 +56,15 @@ PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
 
 _SMALL = 50_000_000  # parameters
 
-_MAX_TEMPLATE_FILE = 4 << 20  # bytes
+_THREADS = "threads"
+
+_PROBE = 16  # tokens of a prompt by which steps are timed
+
+_PROBE_SECONDS = 1.5  # in which one number of threads is tried, unless a few steps take longer
+
+_WORTH = 0.9  # of the time: less is not gained by more threads
+
+_MAX_TEMPLATE_FILE = _MAX_GENERATION_CONFIG = 4 << 20  # bytes
 
 
 @dataclass(eq=False)
@@ -97,6 +111,37 @@ class _Cache:
         for states in self.states.values():
             states.drop(row)
 
+    def kept(self, lengths: Sequence[int]) -> Iterator[Tensor]:
+        """All that is held of sequences, a row each, of which so many tokens have been in a step."""
+        for layer in sorted(self.layers):
+            for tensor in self.layers[layer]:
+                yield from (tensor[row, :length] for row, length in enumerate(lengths))
+        for layer in sorted(self.states):
+            for held in (self.states[layer].convolution, self.states[layer].recurrent):
+                yield from (held[number] for number in sorted(held))
+
+    def describe(self) -> dict[str, Any]:
+        """What has to be known of the tensors to make them again, as JSON."""
+        return {
+            "capacity": self.capacity,
+            "layers": {layer: _form(tensors[0][0, 0]) for layer, tensors in self.layers.items()},
+            "states": {
+                layer: [{number: _form(tensor) for number, tensor in held.items()} for held in _parts(states)]
+                for layer, states in self.states.items()
+            },
+        }
+
+    def restore(self, described: dict[str, Any], device: torch.device) -> None:
+        """Make the tensors that `describe` has described, with zeros in them."""
+        self.capacity = described["capacity"]
+        for layer, form in described["layers"].items():
+            like = _made(form, device)[None]
+            self.layers[int(layer)] = (self._empty(like), self._empty(like))
+        for layer, parts in described["states"].items():
+            states = self.states.setdefault(int(layer), States())
+            for held, forms in zip(_parts(states), parts, strict=True):
+                held.update({int(number): _made(form, device) for number, form in forms.items()})
+
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
         return like.new_zeros(self.rows, self.capacity, *like.shape[1:])
@@ -105,6 +150,74 @@ class _Cache:
         grown = self._empty(tensor[0])
         grown[:, : tensor.shape[1]] = tensor
         return grown
+
+
+def _parts(states: States) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    return states.convolution, states.recurrent
+
+
+def _form(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+
+
+def _made(form: list[Any], device: torch.device) -> Tensor:
+    return torch.zeros(form[1:], dtype=getattr(torch, form[0]), device=device)
+
+
+class _Batch:
+    """The requests of a call: those that wait, those in flight with what is cached of them, and those completed."""
+
+    def __init__(self, requests: Sequence[Request], rows: int) -> None:
+        self.requests = requests
+        self.cache = _Cache(min(rows, len(requests)))
+        self.waiting = deque(enumerate(requests))
+        self.flying: list[_InFlight] = []
+        self.completions: dict[int, Completion] = {}
+        self.sampled = 0
+        self.began = time.monotonic()
+
+    def progress(self) -> Progress:
+        """Where it is."""
+        rate = self.sampled / max(time.monotonic() - self.began, 1e-9)
+        return Progress(len(self.completions), len(self.requests), self.sampled, rate)
+
+    def keep(self, snapshots: Snapshots, key: str) -> None:
+        """Write a snapshot if it is time for one."""
+        lengths = [len(sequence.tokens) - 1 for sequence in self.flying]  # the newest has been in no step yet
+
+        def nbytes() -> int:
+            return sum(tensor.nbytes for tensor in self.cache.kept(lengths))
+
+        if not snapshots.due(nbytes):
+            return
+        state = {
+            "batch": key,
+            "seconds": time.monotonic() - self.began,
+            "sampled": self.sampled,
+            "waiting": len(self.waiting),
+            "flying": [[sequence.index, sequence.tokens] for sequence in self.flying],
+            "completions": [[index, done.token_ids, done.finish] for index, done in self.completions.items()],
+            "cache": self.cache.describe(),
+        }
+        snapshots.write(state, self.cache.kept(lengths), nbytes())
+
+    def take_up(self, snapshots: Snapshots, key: str, device: torch.device) -> None:
+        """Go on from a snapshot of this batch, if there is one."""
+        found = snapshots.read()
+        if found is None or found.state["batch"] != key:
+            return
+        state = found.state
+        for _ in range(len(self.waiting) - state["waiting"]):
+            self.waiting.popleft()
+        self.completions = {index: Completion(ids, finish) for index, ids, finish in state["completions"]}
+        for index, tokens in state["flying"]:
+            asked = self.requests[index]
+            self.flying.append(_InFlight(index, asked.key, len(asked.prompt), tokens))
+        self.cache.restore(state["cache"], device)
+        for tensor in self.cache.kept([len(sequence.tokens) - 1 for sequence in self.flying]):
+            found.fill(tensor)
+        self.sampled, self.began = state["sampled"], self.began - state["seconds"]
+        snapshots.seconds = state["seconds"]
 
 
 class _DecodeStep:
@@ -212,7 +325,15 @@ class Decoder:
         self.sha256 = source.checkpoint.sha256()
         """SHA-256 of the checkpoint."""
         self.device = torch.device(device)
+        self.threads = torch.get_num_threads()
+        """Threads that a CPU samples with (see `choose_threads`)."""
+        self.notes: list[str] = []
+        self.snapshots: Snapshots | None = None
+        """Where the batch at work is written now and then."""
         self.tokenizer = load_tokenizer(path)
+        self.context = _context(source.config)
+        """Tokens that a prompt and its answer may have together; None where the config says nothing."""
+        _refuse_generation_config(source.checkpoint.path)
         model = _load(source, dtype or source.dtype)
         stored = source.checkpoint.tensors
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
@@ -228,16 +349,82 @@ class Decoder:
         self.stops = stop_tokens(source.checkpoint.path, self.tokenizer)
         # An embedding may be padded beyond the tokenizer's tokens: those rows are never sampled.
         self.vocabulary = len(self.tokenizer)
+        if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
+            self.threads = 1  # its steps are too short for threads that wait for each other
+        self._embedded = int(self.model.get_input_embeddings().weight.shape[0])
+
+    def prompt(
+        self, messages: Messages, where: str, arguments: Mapping[str, Any] | None = None, fit: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation that the model can answer.
+
+        Raises `BadInput` as `render` does, for a token that the model has no embedding of and, if it has to `fit`, for
+        a prompt that leaves no room in the model's context.
+        """
+        ids = render(self.tokenizer, messages, where, arguments)
+        if max(ids) >= self._embedded:
+            raise BadInput(
+                f"{where}: has token {max(ids)}, but the model has embeddings of {self._embedded:,} alone; its "
+                "tokenizer is another model's: copy the right one into its folder"
+            )
+        if fit and self.context is not None and len(ids) >= self.context:
+            raise BadInput(
+                f"{where}: has {len(ids):,} tokens, and the model's context {self.context:,} (max_position_embeddings "
+                "in its config.json); remove or shorten it"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def choose_threads(self, journal: Path, rows: int, restart: bool = False) -> dict[str, Any]:
+        """Sample with the number of threads that is quickest here and now, by a few steps of `rows` sequences each.
+
+        On a busy machine, where one of several threads is always late, two were measured ten times slower than one. A
+        job that goes on keeps what its `journal` says, since the last bits of a result may depend on it. Returns what
+        is to be entered there. Nothing is measured on a GPU, for a small model or where there is but one thread.
+        """
+        most = self.threads
+        known = {} if restart else next(iter(records_of(journal)), {})
+        if type(count := known.get(_THREADS)) is int and 1 <= count <= most:
+            self.threads = count
+        else:
+            self.threads = self._quickest(rows, sorted({count for count in (1, 4, 16, most) if count <= most}))
+        if self.threads != most:
+            self.notes = [f"sampled with {self.threads} of {most} threads, which a measurement found the quickest"]
+        return {_THREADS: self.threads}
+
+    def _quickest(self, rows: int, choices: list[int]) -> int:
+        """The number of threads among `choices`, in ascending order, by which to sample."""
+        if self.device.type != "cpu" or len(choices) == 1:
+            return choices[-1]
+        best = {count: self._step_seconds(rows, count) for count in choices}
+        found = choices[0]
+        for count in choices[1:]:  # more threads take more processor time: they have to be worth it
+            if best[count] < _WORTH * best[found]:
+                found = count
+        return found
+
+    def _step_seconds(self, rows: int, threads: int) -> float:
+        """The shortest of some steps' times, after one that takes in the prompts and one that is not counted."""
+        prompt = [min(self.vocabulary, self._embedded) - 1] * _PROBE
+        batch = _Batch([Request(prompt, row) for row in range(rows)], rows)
+        sampling = Sampling(_PROBE)
+        with self._with_threads(threads):
+            times, until = list[float](), 0.0
+            while len(times) < 4 or (len(times) < 12 and time.monotonic() < until):
+                old = len(batch.flying)
+                _join(batch.flying, batch.waiting, rows)
+                began = time.monotonic()
+                self._extend(batch.cache, batch.flying, old, sampling)
+                times.append(time.monotonic() - began)
+                until = until or began + _PROBE_SECONDS
+        return min(times[2:])
 
     @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """One thread for a small model on a CPU: its steps are too short for threads that wait for each other.
-
-        On a busy machine, where one of them is always late, two were measured ten times slower than one.
-        """
+    def _with_threads(self, threads: int) -> Iterator[None]:
+        """So many threads of torch, on a CPU."""
         before = torch.get_num_threads()
-        if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
-            torch.set_num_threads(1)
+        if self.device.type == "cpu":
+            torch.set_num_threads(threads)
         try:
             yield
         finally:
@@ -251,48 +438,49 @@ class Decoder:
         rows: int,
         progress: Callable[[Progress], None] = lambda _: None,
     ) -> list[Completion]:
-        """Continue every request until it stops or has `max_new_tokens`, at most `rows` at a time.
+        """Continue every request until it stops, has `max_new_tokens` or fills the context, at most `rows` at a time.
 
-        Returns a completion a request, in their order.
+        Returns a completion a request, in their order. Where there are `snapshots` the batch is written there now and
+        then, and one that is found there goes on, to the same tokens.
         """
-        with self._threads():
-            return self._decode(requests, sampling, rows, progress)
-
-    def _decode(
-        self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        rows: int,
-        progress: Callable[[Progress], None],
-    ) -> list[Completion]:
-        began, sampled = time.monotonic(), 0
-        cache, waiting = _Cache(min(rows, len(requests))), deque(enumerate(requests))
-        flying: list[_InFlight] = []
-        completions: dict[int, Completion] = {}
-        while len(completions) < len(requests):
-            old = len(flying)
-            _join(flying, waiting, cache.rows)
-            self._extend(cache, flying, old, sampling)
-            sampled += len(flying)
-            completions.update(self._retire(cache, flying, sampling))
-            progress(Progress(len(completions), len(requests), sampled, sampled / (time.monotonic() - began)))
-        return [completions[index] for index in range(len(requests))]
+        batch, snapshots = _Batch(requests, rows), self.snapshots
+        key = "" if snapshots is None else _batch_key(requests, sampling, rows)
+        if snapshots is not None:
+            batch.take_up(snapshots, key, self.device)
+        with self._with_threads(self.threads):
+            while len(batch.completions) < len(requests):
+                old = len(batch.flying)
+                _join(batch.flying, batch.waiting, batch.cache.rows)
+                self._extend(batch.cache, batch.flying, old, sampling)
+                batch.sampled += len(batch.flying)
+                batch.completions.update(self._retire(batch.cache, batch.flying, sampling))
+                if snapshots is not None:
+                    batch.keep(snapshots, key)
+                progress(batch.progress())
+        return [batch.completions[index] for index in range(len(requests))]
 
     def _retire(self, cache: _Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Take out the sequences that have ended; the last row takes the place that becomes free."""
         row = 0
         while row < len(flying):
             sequence = flying[row]
-            stopped = sequence.tokens[-1] in self.stops
-            if not stopped and len(sequence.tokens) < sequence.prompt + sampling.max_new_tokens:
+            finish = self._finish(sequence, sampling)
+            if finish is None:
                 row += 1
                 continue
-            said = sequence.tokens[sequence.prompt :]
-            yield sequence.index, Completion(said, "stop" if stopped else "length")
+            yield sequence.index, Completion(sequence.tokens[sequence.prompt :], finish)
             last = flying.pop()
             cache.drop(row, len(flying), len(last.tokens))
             if row < len(flying):
                 flying[row] = last
+
+    def _finish(self, sequence: _InFlight, sampling: Sampling) -> FinishReason | None:
+        """Why a sequence has ended; None while it has not."""
+        if sequence.tokens[-1] in self.stops:
+            return "stop"
+        if len(sequence.tokens) >= sequence.prompt + sampling.max_new_tokens:
+            return "length"
+        return "context" if self.context is not None and len(sequence.tokens) >= self.context else None
 
     def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
@@ -316,6 +504,12 @@ class Decoder:
             sequence.tokens.append(token)
 
 
+def _batch_key(requests: Sequence[Request], sampling: Sampling, rows: int) -> str:
+    """SHA-256 of all that is asked for."""
+    asked = [[request.key, [int(token) for token in request.prompt]] for request in requests]
+    return hashlib.sha256(json.dumps([asked, vars(sampling), rows]).encode()).hexdigest()
+
+
 def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: int) -> None:
     """Let requests join, in their order, while rows are free and one step has room for their prompts."""
     old, room = len(flying), PROMPT_TOKENS
@@ -326,6 +520,33 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
         room -= len(request.prompt)
         flying.append(_InFlight(index, request.key, len(request.prompt), list(request.prompt)))
         waiting.popleft()
+
+
+def _context(config: Any) -> int | None:
+    """The longest sequence that a model's config allows, positions stretched by rope scaling included."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, Mapping) or not isinstance(factor := rope.get("factor"), int | float):
+        return longest  # those of several kinds of layers have a longest that counts them in
+    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
+    if kind == "yarn" and isinstance(original, int):
+        return max(longest, int(original * factor))
+    return int(longest * factor) if kind in ("linear", "dynamic", "yarn") and original is None else longest
+
+
+def _refuse_generation_config(folder: Path) -> None:
+    """`BadInput` for a generation_config.json that transformers would fail at."""
+    file, mend = folder / "generation_config.json", "mend it, or remove it"
+    if not file.exists():
+        return
+    read_json_object(file, _MAX_GENERATION_CONFIG, mend, mend)
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers has no one exception for this
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"{file}: transformers refuses it ({reason}); {mend}") from None
 
 
 def _load(source: Model, dtype: torch.dtype) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from rac_engine.base.errors import BadInput
-from rac_engine.recipe import TEXT_PREFIX
 from rac_engine.traces.conversation import Messages, Said, is_conversation
 from rac_engine.traces.layouts import Exchange, exchange_of, token_ids
 from rac_engine.traces.records import read_records
 from rac_engine.traces.template import encode, render
+from rac_engine.traces.text import text_sequences
 from rac_engine.traces.thoughts import answer_ids
 
 Trace = tuple[Sequence[int], Sequence[int], Any, str]
@@ -20,16 +20,10 @@ Trace = tuple[Sequence[int], Sequence[int], Any, str]
 """Ids of prompt and completion, what the column of weights holds, and where it was read."""
 
 
-def from_text(path: Path, tokenizer: Any, length: int) -> Iterable[Trace]:
-    """A text file, tokenized whole and cut into pieces of `length` tokens."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"calibration {TEXT_PREFIX}{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"calibration {TEXT_PREFIX}{path}: not UTF-8 text (byte {error.start})") from None
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [((), ids[at : at + length], None, "") for at in range(0, len(ids), length)]
+def from_text(path: Path, tokenizer: Any, length: int) -> Iterator[Trace]:
+    """A text file in pieces of `length` tokens, read as far as they are taken."""
+    for ids in text_sequences(path, tokenizer, length):
+        yield (), ids, None, ""
 
 
 def from_records(

@@ -26,8 +26,10 @@ from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.layouts import id_of, question_of
 from rac_engine.traces.records import read_records
+from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
-from rac_engine.traces.template import render, template_sha256, tokenizer_sha256
+from rac_engine.traces.snapshot import Snapshots
+from rac_engine.traces.template import RENDERED_AT, dated, moment_of, template_sha256, tokenizer_sha256
 
 TRACE_TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
 
@@ -129,20 +131,35 @@ def generate(
         decoder = Decoder(str(model), device)
         identity = _identity(decoder, prompts, settings, device)
         counts = _Counts(settings.tokens)
+        moment = moment_of(job.partial / TRACES_JOURNAL, restart)
+        threads = decoder.choose_threads(job.partial / TRACES_JOURNAL, at_a_time(settings.batch_size), restart)
+        decoder.snapshots = snapshots = Snapshots(job.under_way, identity)
         job.open_journal(
             TRACES_JOURNAL,
             identity,
             restart=restart,
-            stopped=lambda: f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens",
+            beside={RENDERED_AT: moment.isoformat(), **threads},
+            stopped=lambda: (
+                f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens"
+                f"{snapshots.describe()}"
+            ),
         )
         _keep_whole_files(job, counts)
         with disk_errors(job.partial):
             require_space(job.partial, TRACE_TOKEN_BYTES * max(counts.left, 0))
         common = _common_columns(str(model), settings, identity)
-        _sample_all(job, decoder, prompts, settings, common, counts, progress)
+        with dated(moment):
+            _sample_all(job, decoder, prompts, settings, common, counts, progress)
         notes = cut_off_notes(decoder.tokenizer, decoder.stops, counts.reasons, settings.max_new_tokens)
+        notes += _notes(decoder, counts)
         report = TraceReport(
-            out, counts.traces, counts.tokens, counts.prompt_tokens, counts.reasons, counts.budget, [*job.notes, *notes]
+            out,
+            counts.traces,
+            counts.tokens,
+            counts.prompt_tokens,
+            counts.reasons,
+            counts.budget,
+            [*job.notes, *decoder.notes, *notes],
         )
         _summarize(job, report, settings, identity, notes)
         job.publish()
@@ -194,8 +211,8 @@ def _sample_all(
 ) -> None:
     """Sample batch by batch, behind those in the journal, until the budget is spent or the prompts have ended."""
     asked = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    while counts.left and counts.traces < len(asked):
-        batch = asked[counts.traces : counts.traces + _batch_size(settings, counts)]
+    while counts.left and counts.asked < len(asked):
+        batch = asked[counts.asked : counts.asked + _batch_size(settings, counts)]
         rows = _sample(decoder, batch, settings, counts, progress)
         file = f"part-{job.done:05d}.parquet"
         table = pa.BufferOutputStream()
@@ -205,6 +222,14 @@ def _sample_all(
             require_space(job.partial, len(data))
             replace_file(job.partial / file, data)
         job.journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
+        _forget_batch(decoder)
+    _forget_batch(decoder)  # of one that was entered in the journal by a process that then was killed
+
+
+def _forget_batch(decoder: Decoder) -> None:
+    """Remove the snapshot of a batch that is in the journal."""
+    if decoder.snapshots is not None:
+        decoder.snapshots.remove()
 
 
 def _batch_size(settings: TraceSettings, counts: _Counts) -> int:
@@ -247,9 +272,14 @@ class _Counts:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.traces = self.tokens = self.prompt_tokens = 0
+        self.traces = self.tokens = self.prompt_tokens = self.left_out = 0
         self.reasons: dict[str, int] = {}
         self.last: dict[str, Any] = {}
+
+    @property
+    def asked(self) -> int:
+        """Samples that were asked for so far."""
+        return self.traces + self.left_out
 
     @property
     def left(self) -> int:
@@ -267,6 +297,7 @@ class _Counts:
         self.traces += counts["traces"]
         self.tokens += counts["tokens"]
         self.prompt_tokens += counts["prompt_tokens"]
+        self.left_out += counts.get("left_out", 0)
         for reason, count in counts["reasons"].items():
             self.reasons[reason] = self.reasons.get(reason, 0) + count
         self.last = counts
@@ -282,18 +313,13 @@ def _sample(
     """Rows of the traces of `part`, as many as the budget takes."""
     longest = min(settings.max_new_tokens, counts.left)  # the rest would be cut off
     sampling = Sampling(longest, settings.temperature, settings.top_p)
-    requests = []
-    for prompt, sample in part:
-        where = f"{settings.prompts}: prompt {prompt.id}"
-        asked = instructed(prompt.messages, settings.instruction, where)
-        ids = render(decoder.tokenizer, asked, where, settings.template_arguments)
-        requests.append(Request(ids, request_key(settings.seed, prompt.id, sample)))
+    asked, requests = _requests(decoder, part, settings)
     rows_at_once = at_a_time(settings.batch_size)
     completions = decoder.decode(requests, sampling, rows_at_once, lambda at: progress(counts.with_batch(at)))
     rows: list[dict[str, Any]] = []
     left, reasons, given = counts.left, dict[str, int](), 0
     spent = 0
-    for (prompt, sample), request, completion in zip(part, requests, completions, strict=True):
+    for (prompt, sample), request, completion in zip(asked, requests, completions, strict=True):
         if not left:
             break
         ids = list(request.prompt)[:left]
@@ -313,5 +339,31 @@ def _sample(
         left -= len(ids) + len(said)
         spent += len(ids) + len(said)
         given += len(ids)
-    counts.add({"traces": len(rows), "tokens": spent, "prompt_tokens": given, "reasons": reasons})
+    counted = {"traces": len(rows), "tokens": spent, "prompt_tokens": given, "reasons": reasons}
+    counts.add({**counted, "left_out": len(part) - len(asked)})
     return rows
+
+
+def _requests(
+    decoder: Decoder, part: list[tuple[Prompt, int]], settings: TraceSettings
+) -> tuple[list[tuple[Prompt, int]], list[Request]]:
+    """Those of `part` that leave room in the model's context for an answer, and what is asked of the decoder."""
+    asked, requests = [], []
+    for prompt, sample in part:
+        where = f"{settings.prompts}: prompt {prompt.id}"
+        messages = instructed(prompt.messages, settings.instruction, where)
+        ids = decoder.prompt(messages, where, settings.template_arguments, fit=False)
+        if decoder.context is None or len(ids) < decoder.context:
+            asked.append((prompt, sample))
+            requests.append(Request(ids, request_key(settings.seed, prompt.id, sample)))
+    stop_rendering(decoder.tokenizer)
+    return asked, requests
+
+
+def _notes(decoder: Decoder, counts: _Counts) -> list[str]:
+    """Notes on what the model's context cut off or left out."""
+    context, cut = f"the model's context of {decoder.context or 0:,} tokens", counts.reasons.get("context", 0)
+    notes = [f"{cut:,} traces ended where {context} was full"] if cut else []
+    if counts.left_out:
+        notes.append(f"{counts.left_out:,} samples were left out: their prompts alone fill {context}")
+    return notes

@@ -19,7 +19,8 @@ from rac_engine.base.sizes import format_count
 
 _CANDIDATES = 256  # tokens among which a nucleus is looked for first
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "context"]
+"""The model ended; it had said as much as it was to; or its context was full."""
 
 
 def at_a_time(batch_size: int) -> int:

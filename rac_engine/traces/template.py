@@ -6,41 +6,52 @@ import hashlib
 import inspect
 import json
 import re
-import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.sizes import format_bytes
+from rac_engine.jobs.journal import records_of
 from rac_engine.traces.conversation import Messages
+from rac_engine.traces.rendering import Unrendered, renderer_of
 
 _MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have some 30,000
 
-_MAX_RENDERED = 64 << 20  # characters
-
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
-_RENDERING_BYTES = 1 << 30  # of memory that rendering a prompt may take
+_MOMENT: ContextVar[datetime | None] = ContextVar("moment", default=None)
+
+RENDERED_AT = "rendered_at"
+"""The key of the moment of a job's prompts, in the first record of its journal and in results."""
 
 
 @contextmanager
-def _memory_limit(count: int) -> Iterator[None]:
-    """Let this process take at most `count` bytes more than now, or raise `MemoryError`: {{ "x" * 10 ** 12 }} is short.
-
-    What other threads take meanwhile counts too; there are none with work to do where prompts are rendered.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + count
-    limits = [most, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+def dated(moment: datetime) -> Iterator[None]:
+    """Within, chat templates that put in a date take it from this moment: a job that goes on renders the same."""
+    before = _MOMENT.set(moment)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        _MOMENT.reset(before)
+
+
+def moment_of(journal: Path, restart: bool = False) -> datetime:
+    """The moment at which a job's prompts are rendered: its journal's if it was begun, else that of `dated`, or now."""
+    records = [] if restart else records_of(journal)
+    return read_moment(records[0] if records else {}) or _MOMENT.get() or datetime.now().replace(microsecond=0)
+
+
+def read_moment(record: Mapping[str, Any]) -> datetime | None:
+    """The moment in a record of a journal or in results, if it has one."""
+    try:
+        return datetime.fromisoformat(record[RENDERED_AT])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def render(tokenizer: Any, messages: Messages, where: str, arguments: Mapping[str, Any] | None = None) -> list[int]:
@@ -78,20 +89,11 @@ def render_text(
     for name in arguments or ():
         if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise BadInput(f"{where}: the model's chat template has no argument {name!r} (template_arguments)")
+    moment = _MOMENT.get() or datetime.now()
     try:
-        # transformers renders in jinja's sandbox: a template reaches nothing but what it is given.
-        with _memory_limit(_RENDERING_BYTES):
-            text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=not answered, tokenize=False, **(arguments or {})
-            )
-    except MemoryError:
-        limit = format_bytes(_RENDERING_BYTES)
-        raise BadInput(f"{where}: the chat template takes more than {limit} for it; that is no prompt") from None
-    except Exception as error:  # a template may refuse a conversation with any exception of its own
-        raise BadInput(f"{where}: the chat template refuses it: {' '.join(str(error).split())[:300]}") from None
-    if len(text) > _MAX_RENDERED:
-        raise BadInput(f"{where}: the chat template makes {len(text):,} characters of it; that is no prompt")
-    return str(text)
+        return renderer_of(tokenizer).render(messages, arguments or {}, moment, answered)
+    except Unrendered as error:
+        raise BadInput(f"{where}: the chat template {error}") from None
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -288,6 +289,16 @@ def test_a_cpu_has_the_peaks_of_what_the_engine_computes_in():
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         assert (peaks[name] == peaks["fp32"]) == (working_dtype(dtype, on_gpu=False) == torch.float32)
     assert all(rate > 0 for rate in peaks.values())
+
+
+def test_what_times_rest_on_is_said_of_a_busy_machine_too(monkeypatch):
+    """Peaks are measured by processor time; what other work does to them is said."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for load, said in ((0.3, ""), (11.0, "its load is 11.0 on 2 cores now: with that it takes 6.5 × as long")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        _, whose = device_peaks(on_gpu=False)
+        assert whose.startswith("this CPU with 2 threads") and (said in whose) and (bool(said) == ("load" in whose))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

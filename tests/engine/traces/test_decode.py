@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rac_engine.base.errors import BadInput, Damaged
+from rac_engine.jobs.journal import Journal
 from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.sampling import Completion, Progress, Request, Sampling, choose, request_key, uniforms
 from tests import tiny
@@ -254,3 +255,30 @@ def test_a_nucleus_wider_than_the_candidates_is_found_all_the_same(
 
 def test_completions_compare_by_what_they_hold() -> None:
     assert Completion([1, 2], "stop") == Completion([1, 2], "stop") != Completion([1, 2], "length")
+
+
+def test_threads_are_chosen_by_measurement_and_kept_by_a_job_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rac_engine.traces.decoder._SMALL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    decoder = Decoder(save(tmp_path / "m"))
+    seconds = {1: 1.0, 4: 0.5, 8: 0.49}
+    monkeypatch.setattr(decoder, "_step_seconds", lambda rows, count: seconds[count])
+    assert decoder.threads == 8
+    assert decoder.choose_threads(tmp_path / "j", 3) == {"threads": 4}  # 8 are not worth it
+    assert decoder.notes == ["sampled with 4 of 8 threads, which a measurement found the quickest"]
+    decoder.threads, seconds[4] = 8, 3.0
+    assert decoder.choose_threads(tmp_path / "j", 3) == {"threads": 8}
+    Journal(tmp_path / "j").identify({}, {"threads": 1})
+    assert decoder.choose_threads(tmp_path / "j", 3) == {"threads": 1} and decoder.threads == 1
+    decoder.threads = 8
+    assert decoder.choose_threads(tmp_path / "j", 3, restart=True) == {"threads": 8}
+
+
+def test_steps_are_timed_and_leave_nothing_behind(tmp_path: Path) -> None:
+    decoder = Decoder(save(tmp_path))
+    before = decoder.decode(requests(), GREEDY, 3)
+    assert 0 < decoder._step_seconds(3, 1) < 5
+    assert decoder.decode(requests(), GREEDY, 3) == before
