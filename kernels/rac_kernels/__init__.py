@@ -25,7 +25,7 @@ from rac_kernels.ops.residual import add_residual, residual_gap
 from rac_kernels.ops.routing import add_expert_, slots_by_expert
 from rac_kernels.ops.select import kth_smallest, mask_by_score
 from rac_kernels.ops.spread import pattern_order, spread_columns
-from rac_kernels.ops.squared_norm import squared_norm_accumulate_
+from rac_kernels.ops.squared_norm import squared_gaps, squared_norm_accumulate_
 from rac_kernels.ops.sweep import sweep
 from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
@@ -82,6 +82,7 @@ __all__ = [
     "slots_by_expert",
     "spread_columns",
     "squared_error",
+    "squared_gaps",
     "squared_norm_accumulate_",
     "squared_outputs",
     "sweep",

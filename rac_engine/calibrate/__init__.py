@@ -8,6 +8,7 @@ pruned model with the dense one) before it moves the tokens on. `tune` moves a p
 from __future__ import annotations
 
 from rac_engine.calibrate.activations import Activations, Place, Storage, storing_bytes
+from rac_engine.calibrate.drift import Drift
 from rac_engine.calibrate.packing import TOKEN_MEMORY, Packing
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic, match_bytes, statistic_bytes
 from rac_engine.calibrate.stream import KEEP_BYTES, DenseReference, Stream, keeps_inner
@@ -21,6 +22,7 @@ __all__ = [
     "DenseInputs",
     "DenseOutputs",
     "DenseReference",
+    "Drift",
     "Packing",
     "Place",
     "Statistic",

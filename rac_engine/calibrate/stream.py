@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rac_engine.calibrate.activations import IN_MEMORY, Activations, Storage
+from rac_engine.calibrate.drift import Drift
 from rac_engine.calibrate.observers import counting, expert_match, matching, recording
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import Statistic
@@ -83,16 +84,20 @@ class Stream:
         residual: bool,
         keep: bool = True,
         further: bool = True,
+        drift: Drift | None = None,
     ) -> Activations | None:
         """Like `observe`, and match each input with the one that the dense model has there (`Statistic.match`).
 
         The outputs wanted of the last matrix are the dense model's, or with `residual` those that would also bring the
         hidden states to the dense model's. When that matrix is among them, the dense model's states move on through the
-        block, unless the tokens go no `further`. Experts' inputs are not for this (see `observe_experts`).
+        block, unless the tokens go no `further`. Experts' inputs are not for this (see `observe_experts`). With `drift`
+        the states before the block are compared on the way.
         """
         kept = self._room_for(block) if keep and block.last in statistics else None
         for (chunk, hidden), (_, original) in zip(self.chunks(), reference.stream.chunks(), strict=True):
             weights = self._weights(chunk)
+            if drift is not None:
+                drift.add(chunk, hidden, original, weights)
             given, dense = dict[str, Tensor](), dict[str, Tensor]()
             observers = recording(given, [*statistics])
             x, theirs = block.norm(hidden), reference.block.norm(original)
@@ -105,8 +110,8 @@ class Stream:
             if block.last is not None and block.last in statistics:
                 output = reference.block.output(reference.block.inner(theirs, chunk, between))
                 own = output if reference.block.bias is None else output - reference.block.bias
-                drift = block.output_gap(original, hidden) if residual else None
-                others[block.last] = [own if drift is None else own + drift, own]
+                gap = block.output_gap(original, hidden) if residual else None
+                others[block.last] = [own if gap is None else own + gap, own]
                 if further:
                     reference.stream.hidden.write(chunk.start, reference.block.add(original, output))
             else:
@@ -118,14 +123,19 @@ class Stream:
             kept.prepare(self._spans)
         return kept
 
-    def observe_experts(self, block: Block, statistics: Mapping[str, Statistic], reference: DenseReference) -> None:
-        """Like `observe` for inputs of a mixture, each matched with the one that the dense model has there.
+    def observe_experts(
+        self, block: Block, statistics: Mapping[str, Statistic], reference: DenseReference, drift: Drift | None = None
+    ) -> None:
+        """Like `observe_matched` for inputs of a mixture, each matched with the one that the dense model has there.
 
         The tokens of an expert are those that the pruned model's router sends to it, in both models.
         """
         for (chunk, hidden), (_, original) in zip(self.chunks(), reference.stream.chunks(), strict=True):
             own, theirs = self._own(statistics, chunk), reference.block.norm(original)
-            observers = matching(own, self._weights(chunk), reference.block, theirs, chunk)
+            weights = self._weights(chunk)
+            if drift is not None:
+                drift.add(chunk, hidden, original, weights)
+            observers = matching(own, weights, reference.block, theirs, chunk)
             block.observe(block.norm(hidden), chunk, observers)
 
     def observe_sample(
@@ -161,6 +171,11 @@ class Stream:
                     statistic.add(given, scaled)
                 else:
                     statistic.add_matched(given, expert_match(statistic, reference.block, name, theirs), scaled)
+
+    def compare(self, other: Stream, drift: Drift) -> None:
+        """Compare the states with the dense model's, `other`, in a pass of their own."""
+        for (chunk, hidden), (_, original) in zip(self.chunks(), other.chunks(), strict=True):
+            drift.add(chunk, hidden, original, self._weights(chunk))
 
     def advance(self, block: Block, kept: Activations | None = None) -> None:
         """Go through the block, with its inner activations computed again unless they were `kept` (and end there)."""

@@ -12,6 +12,7 @@ import torch
 
 from rac_engine.base.files import disk_errors, write_file
 from rac_engine.base.process import peak_memory
+from rac_engine.engine.blocks import layer_rows
 from rac_engine.engine.card import model_card
 from rac_engine.engine.context import Context
 from rac_engine.jobs.layout import CARD, METRICS, RAC, RECIPE
@@ -20,7 +21,7 @@ from rac_engine.jobs.publish import write_manifest
 
 @dataclass(frozen=True)
 class PruneReport:
-    """The output of a job. `run`, `matrices` and `end` are the lines of `out`/rac/metrics.jsonl."""
+    """The output of a job. `run`, `matrices`, `blocks`, `layers` and `end` are the lines of `out`/rac/metrics.jsonl."""
 
     out: Path
     run: dict[str, Any]
@@ -28,6 +29,8 @@ class PruneReport:
     end: dict[str, Any]
     resumed: int
     """Layers that were found finished by an earlier, interrupted job."""
+    blocks: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
 
 
 def close_job(
@@ -46,7 +49,10 @@ def close_job(
     which is the same wherever the job runs.
     """
     folder = context.files.writer.folder
-    rows = [row for record in context.files.journal.records[1:] for row in record["matrices"]]
+    records = context.files.journal.records[1:]
+    rows = [row for record in records for row in record["matrices"]]
+    blocks = [row for record in records for row in record.get("blocks", [])]
+    layers = layer_rows(blocks)
     allocation = context.allocation
     notes = [
         *remarks,
@@ -71,10 +77,10 @@ def close_job(
     with disk_errors(folder):
         write_file(folder / CARD, card.encode())
         write_file(folder / RAC / RECIPE, recipe.encode())
-        lines = "".join(json.dumps(line) + "\n" for line in [run, *rows, end])
+        lines = "".join(json.dumps(line) + "\n" for line in [run, *rows, *blocks, *layers, end])
         write_file(folder / RAC / METRICS, lines.encode())
     write_manifest(folder)
-    return PruneReport(out, run, rows, end, context.resumed)
+    return PruneReport(out, run, rows, end, context.resumed, blocks, layers)
 
 
 def _memory(context: Context, resident: int) -> dict[str, Any]:

@@ -22,6 +22,15 @@ from rac_engine.recipe import PruneSettings
 from rac_engine.solve import Reason, Target
 
 
+@dataclass(frozen=True)
+class Left:
+    """A block that the tokens of both models have left, behind which their states are still to be compared."""
+
+    layer: int
+    block: int
+    module: str
+
+
 @dataclass
 class Context:
     """A pruning job as its layers see it: all that they share."""
@@ -44,6 +53,8 @@ class Context:
     """Hidden states of the pruned model; None where nothing is calibrated."""
     dense: Stream | None = field(default=None, init=False)
     """Hidden states of the dense model, where its outputs are to be reconstructed."""
+    left: Left | None = field(default=None, init=False)
+    """The block that the tokens have left last, if they have not been compared behind it."""
     resumed: int = field(default=0, init=False)
     """Layers that were found finished by an earlier, interrupted job."""
     began: float | None = field(default=None, init=False)

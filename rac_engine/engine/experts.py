@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rac_engine.calibrate import DenseReference, Statistic, Stream
+from rac_engine.engine.blocks import begin_comparing, end_comparing
 from rac_engine.engine.layer import Layer, batches
 from rac_engine.engine.solving import ExpertTokens, solve_group
 from rac_engine.models import Block, Matrix
@@ -76,7 +77,9 @@ def _gather(
     if beside is None:
         stream.observe(block, {**statistics, **extra})
     else:
-        stream.observe_experts(block, {**statistics, **extra}, beside)
+        drift = begin_comparing(mixture.layer)
+        stream.observe_experts(block, {**statistics, **extra}, beside, drift)
+        end_comparing(mixture.layer, drift)
     seen = [statistic.tokens for statistic in statistics.values()]
     if mixture.layer.context.settings.experts.otherwise == "blend":
         _blend(mixture, statistics)

@@ -27,6 +27,8 @@ class Layer:
         self.groups = context.groups(number)
         self.pruned: dict[str, Tensor] = {}
         self.rows: list[dict[str, Any]] = []
+        self.block_rows: list[dict[str, Any]] = []
+        """Lines of metrics.jsonl of blocks that were compared with the dense model's meanwhile."""
         self.blocks: list[Block] = []
         """The residual blocks that the pruned model's tokens go through."""
         self.beside: dict[int, DenseReference] = {}

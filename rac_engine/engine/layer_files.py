@@ -58,14 +58,20 @@ class LayerFiles:
             return ahead.result()
 
     def begin_writing(
-        self, layer: int, names: list[str], pruned: dict[str, Tensor], rows: list[dict[str, Any]]
+        self,
+        layer: int,
+        names: list[str],
+        pruned: dict[str, Tensor],
+        rows: list[dict[str, Any]],
+        blocks: list[dict[str, Any]],
     ) -> None:
         """Begin to write a layer's tensors `names`, those not in `pruned` as they were, once the last one is written.
 
-        `rows` are the layer's lines of metrics.jsonl, for its record in the journal.
+        `rows` and `blocks` are the layer's lines of metrics.jsonl, for its record in the journal.
         """
         self.settle()
-        self._behind = self._writing.submit(self._write, layer, names, pruned, rows)
+        record = {"matrices": rows, "blocks": blocks}
+        self._behind = self._writing.submit(self._write, layer, names, pruned, record)
 
     def settle(self) -> None:
         """Wait until what was begun to be written is on the disk: at most one layer is in memory for that."""
@@ -85,7 +91,7 @@ class LayerFiles:
                     return whole, True
             return {name: self.model.checkpoint.read(name, pin=self._pin) for name in names}, False
 
-    def _write(self, layer: int, names: list[str], pruned: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
+    def _write(self, layer: int, names: list[str], pruned: dict[str, Tensor], record: dict[str, Any]) -> None:
         with self._timeline.span("write", layer):
             require_space(self.writer.folder, 0)
             digests = {
@@ -93,4 +99,4 @@ class LayerFiles:
                 for name in names
             }
             self.writer.sync()
-            self.journal.append({"layer": layer, "tensors": digests, "matrices": rows})
+            self.journal.append({"layer": layer, "tensors": digests, **record})

@@ -42,7 +42,7 @@ def prune_layers(context: Context) -> None:
                     prune_layer(layer)
                     if context.memory.on_gpu:
                         torch.cuda.synchronize(context.device)  # before the pinned memory of its weights goes
-                files.begin_writing(number, list(layer.tensors), layer.pruned, layer.rows)
+                files.begin_writing(number, list(layer.tensors), layer.pruned, layer.rows, layer.block_rows)
                 del layer
                 if not overlap:
                     files.settle()

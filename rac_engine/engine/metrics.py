@@ -29,11 +29,16 @@ def rule_text(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of a job: the run (versions, model, calibration, settings), a row a matrix, and how it ended."""
+    """Metrics of a job: the run (versions, model, calibration, settings), a row a matrix, and how it ended.
+
+    Blocks and layers have rows where the dense model went beside the pruned one.
+    """
 
     run: dict[str, Any]
     matrices: list[dict[str, Any]]
     end: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def pruned(self) -> list[dict[str, Any]]:
@@ -62,9 +67,31 @@ class Metrics:
         return sum(errors) / len(errors) if errors else None
 
     @property
+    def held_out_error(self) -> float | None:
+        """Mean relative error of the matrices' outputs on tokens that were held out; None where none were."""
+        errors = [matrix["held_out_error"] for matrix in self._judged]
+        return sum(errors) / len(errors) if errors else None
+
+    @property
+    def gap(self) -> float | None:
+        """Mean error on tokens that were held out over that on those seen, of the matrices that have both."""
+        judged = [matrix for matrix in self._judged if matrix.get("relative_error") is not None]
+        seen = sum(matrix["relative_error"] for matrix in judged)
+        return sum(matrix["held_out_error"] for matrix in judged) / seen if seen else None
+
+    @property
+    def last_layer(self) -> dict[str, Any] | None:
+        """The row of the last layer behind which hidden states were compared with the dense model's."""
+        return max(self.layers, key=lambda row: int(row["layer"]), default=None)
+
+    @property
     def worst(self) -> dict[str, Any] | None:
         """The matrix with the largest relative error."""
         return max(self._measured, key=lambda matrix: float(matrix["relative_error"]), default=None)
+
+    @property
+    def _judged(self) -> list[dict[str, Any]]:
+        return [matrix for matrix in self.pruned if matrix.get("held_out_error") is not None]
 
     @property
     def _measured(self) -> list[dict[str, Any]]:
@@ -136,6 +163,7 @@ class _StoredMatrix(Stored):
     zeros_before: Natural = 0
     sparsity: float
     relative_error: float | None = None
+    held_out_error: float | None = None
     damping: float | None = None
     tokens: Natural | None = None
     seconds: float | None = None
@@ -147,6 +175,21 @@ class _StoredMatrix(Stored):
     notes: list[str] = []
 
 
+class _StoredErrors(Stored):
+    relative_error: float | None = None
+    held_out_error: float | None = None
+
+
+class _StoredLayer(_StoredErrors):
+    layer: Whole
+    by_source: list[_StoredErrors] = []
+
+
+class _StoredBlock(_StoredLayer):
+    block: Whole
+    module: str
+
+
 class _StoredEnd(Stored):
     seconds: float = 0.0
     phases: dict[str, float] = {}
@@ -154,7 +197,13 @@ class _StoredEnd(Stored):
     notes: list[str] = []
 
 
-_ENTRIES: dict[str, type[BaseModel]] = {"run": _StoredRun, "matrix": _StoredMatrix, "end": _StoredEnd}
+_ENTRIES: dict[str, type[BaseModel]] = {
+    "run": _StoredRun,
+    "matrix": _StoredMatrix,
+    "block": _StoredBlock,
+    "layer": _StoredLayer,
+    "end": _StoredEnd,
+}
 
 
 def load_metrics(folder: Path) -> Metrics:
@@ -164,7 +213,7 @@ def load_metrics(folder: Path) -> Metrics:
         raise BadInput(f"{path} not found; give the output folder of `rac prune` or `rac run`")
     run: dict[str, Any] = {}
     end: dict[str, Any] = {}
-    matrices = []
+    rows: dict[str, list[dict[str, Any]]] = {"matrix": [], "block": [], "layer": []}
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -172,15 +221,19 @@ def load_metrics(folder: Path) -> Metrics:
                 kind = entry["type"]
                 mistake = mistake_in(entry, _ENTRIES[kind])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                mistake = str(error) if isinstance(error, ValueError) else "its `type` should be run, matrix or end"
+                mistake = (
+                    str(error)
+                    if isinstance(error, ValueError)
+                    else "its `type` should be run, matrix, block, layer or end"
+                )
             if mistake is not None:
                 raise BadInput(f"{path}:{number}: not a metrics entry ({mistake}); the file is damaged") from None
-            if kind == "matrix":
-                matrices.append(entry)
+            if kind in rows:
+                rows[kind].append(entry)
             elif kind == "run":
                 run = entry
             else:
                 end = entry
     if not run:
         raise BadInput(f"{path}: says nothing of the run; the file is damaged")
-    return Metrics(run, matrices, end)
+    return Metrics(run, rows["matrix"], end, rows["block"], rows["layer"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 
 from rac_engine.calibrate import Activations, Stream
+from rac_engine.engine.blocks import begin_comparing, compare, end_comparing
+from rac_engine.engine.context import Left
 from rac_engine.engine.experts import prune_experts
 from rac_engine.engine.layer import Layer, batches
 from rac_engine.engine.reorder import reorder_neurons
@@ -32,6 +34,8 @@ def prune_layer(layer: Layer) -> None:
         else:
             for number in range(len(layer.blocks)):
                 _prune_block(layer, context.stream, number)
+            if layer.number == context.last:
+                compare(layer, context.stream)
     order = {matrix.name: number for number, matrix in enumerate(every)}
     layer.rows.sort(key=lambda row: order[row["name"]])
 
@@ -56,12 +60,13 @@ def _prune_at_once(layer: Layer, stream: Stream) -> None:
 def _prune_block(layer: Layer, stream: Stream, number: int) -> None:
     """Prune a block in stages: every matrix is calibrated on what the pruned matrices before it give.
 
-    The tokens leave the block if anything behind it is to be pruned.
+    The tokens leave the block if anything behind it is to be pruned, or they are compared with the dense model's there.
     """
     context, block = layer.context, layer.blocks[number]
     here = [group for group in layer.groups if group[0].group.block == number]
     further = layer.number < context.last or any(group[0].group.block > number for group in layer.groups)
-    within = layer.number < context.model.layers  # not lm_head, behind which there is nothing to tune it to
+    within = layer.number < context.model.layers  # not lm_head, behind which there is nothing to compare
+    further = further or (within and context.dense is not None)
     tuned = bool(context.settings.epochs and here and within and block.plan.experts is None)
     if context.settings.reorders:
         reorder_neurons(layer, stream, block, number)
@@ -72,6 +77,8 @@ def _prune_block(layer: Layer, stream: Stream, number: int) -> None:
             kept = _prune_stage(layer, stream, number, groups, keep=further and not tuned, further=further or tuned)
         else:
             prune_experts(layer, stream, block, groups, layer.beside.get(number))
+    if number in layer.beside:
+        compare(layer, stream)  # where nothing was observed
     if number in layer.beside and (further or tuned):
         with context.clock("forward"):
             layer.beside[number].stream.advance(layer.beside[number].block)
@@ -99,7 +106,9 @@ def _prune_stage(
             if number not in layer.beside:
                 kept = stream.observe(block, statistics, keep)
             else:
-                kept = stream.observe_matched(block, statistics, layer.beside[number], residual, keep, further)
+                drift = begin_comparing(layer)
+                kept = stream.observe_matched(block, statistics, layer.beside[number], residual, keep, further, drift)
+                end_comparing(layer, drift)
                 if block.last in statistics:
                     del layer.beside[number]
         for group in some:
@@ -123,3 +132,5 @@ def _leave(layer: Layer, stream: Stream, number: int, kept: Activations | None) 
     else:
         with context.clock("forward"):
             stream.advance(block, kept)
+    if context.dense is not None:
+        context.left = Left(layer.number, number, block.plan.module)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rac_engine.calibrate import Packing, Storage, Stream
-from rac_engine.engine.context import Context
+from rac_engine.engine.context import Context, Left
 from rac_engine.engine.embeddings import pruned_embeddings
 
 
@@ -45,5 +45,6 @@ def replay(context: Context, layer: int, tensors: dict[str, Tensor]) -> None:
             context.stream.advance(block)
         if context.dense is not None:
             original = {name: model.checkpoint.read(name) for name in tensors}
-            for block in model.build_layer(layer, original, dtype, device):
+            for number, block in enumerate(model.build_layer(layer, original, dtype, device)):
                 context.dense.advance(block)
+                context.left = Left(layer, number, block.plan.module)

@@ -1,4 +1,4 @@
-"""The squared norm of outputs, s += Σ_t w_t ‖x_t‖². Plain torch on any device is all there is."""
+"""Squared norms of outputs, summed over tokens or a token each. Plain torch on any device is all there is."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def squared_norm_accumulate_(s: Tensor, X: Tensor, weights: Tensor | None = None
     squares = torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).square().double()
     s += (squares if weights is None else squares * weights).sum()
     return s
+
+
+def squared_gaps(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """‖found_t − wanted_t‖² and ‖wanted_t‖² of each token, both [tokens] fp64.
+
+    found and wanted: [tokens, n], any float dtype, on one device. A token's norms are made in fp32.
+    """
+    gap = torch.linalg.vector_norm(found.float() - wanted.float(), dim=1)
+    whole = torch.linalg.vector_norm(wanted, dim=1, dtype=torch.float32)
+    return gap.double().square(), whole.double().square()

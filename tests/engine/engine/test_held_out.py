@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import DenseOutputs, Statistic
 from rac_engine.calibrate.stream import DenseReference, Stream
 from rac_engine.checkpoint.reader import Checkpoint
+from rac_engine.engine.metrics import load_metrics
 from rac_engine.engine.pruning import prune
 from rac_engine.models.block import Block
 from rac_engine.models.model import Model
@@ -112,3 +115,49 @@ def test_what_is_held_out_is_counted_apart(checkpoint: Make, matched: bool) -> N
         if isinstance(part.match, DenseOutputs) and isinstance(alone.match, DenseOutputs):
             torch.testing.assert_close(part.match.cross, alone.match.cross)
             assert part.match.wanted == pytest.approx(alone.match.wanted)
+
+
+@torch.inference_mode()
+def states(folder: Path, calibration: Calibration) -> list[Tensor]:
+    """The hidden states [tokens, hidden] behind each layer, of transformers' model; the last one's are normed."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    each = [
+        model(torch.as_tensor(s.token_ids)[None], output_hidden_states=True).hidden_states
+        for s in calibration.sequences
+    ]
+    return [torch.cat([layers[at][0] for layers in each]).double() for at in range(1, len(each[0]))]
+
+
+def test_every_block_and_layer_is_held_against_the_dense_model(checkpoint: Make, tmp_path: Path) -> None:
+    source, whole = checkpoint("qwen2"), tiny.calibration(LENGTHS)
+    report = prune(source, tmp_path / "out", recipe(source, dense=[r"model\.layers\.1\.mlp.*"], dtype="float32"), whole)
+    layers = len({row["layer"] for row in report.matrices})
+    assert [(row["layer"], row["block"]) for row in report.blocks] == [(n, b) for n in range(layers) for b in (0, 1)]
+    assert [row["layer"] for row in report.layers] == list(range(layers))
+    for row, block in zip(report.layers, report.blocks[1::2], strict=True):
+        assert (row["relative_error"], row["held_out_error"]) == (block["relative_error"], block["held_out_error"])
+    for part, name in zip(apart(hold_out(whole, 0.05).calibration), ("relative_error", "held_out_error"), strict=True):
+        dense, pruned = states(source, part), states(tmp_path / "out", part)
+        for row, wanted, found in zip(report.layers[:-1], dense, pruned, strict=False):
+            error = float((found - wanted).square().sum() / wanted.square().sum())
+            assert row[name] == pytest.approx(error, rel=1e-3)
+    read = load_metrics(tmp_path / "out" / "rac")
+    assert (read.blocks, read.layers) == (report.blocks, report.layers)
+    assert read.last_layer == report.layers[-1] and read.held_out_error and read.gap
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_a_job_that_goes_on_finds_the_same_errors(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    source, whole = checkpoint(family), tiny.calibration(LENGTHS)
+
+    def stop(said: str) -> None:
+        if said.startswith("layer 2/"):
+            raise RuntimeError("stopped")
+
+    once = prune(source, tmp_path / "once", recipe(source), whole)
+    with pytest.raises(RuntimeError, match="stopped"):
+        prune(source, tmp_path / "twice", recipe(source), whole, progress=stop)
+    twice = prune(source, tmp_path / "twice", recipe(source), whole)
+    assert twice.resumed == 1 and weights(tmp_path / "once") == weights(tmp_path / "twice")
+    assert (once.blocks, once.layers) == (twice.blocks, twice.layers)
+    assert [row["held_out_error"] for row in once.matrices] == [row["held_out_error"] for row in twice.matrices]
