@@ -29,8 +29,9 @@ BATCH = 256  # tokens in a step at least, and
 STEPS = 150  # steps in an epoch at most, whole sequences and chunks permitting
 
 
-# Bytes a weight while a block is tuned: fp32 itself, its gradient, two means and their root.
-WEIGHT_BYTES = 20
+# Bytes a weight while a block is tuned: fp32 itself, its gradient, two means and their root, and the best one so far as
+# it is to be stored.
+WEIGHT_BYTES = 24
 
 # Copies in fp32 of a token's activations and their gradients: of hidden states, of queries, keys and values, and of
 # attention's scores where they are in the open.
@@ -39,24 +40,34 @@ HIDDEN_COPIES, QUERY_COPIES, SCORE_COPIES = 8, 2, 4
 
 @dataclass(frozen=True)
 class Tuned:
-    """The outcome of tuning: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names."""
+    """The outcome of tuning: ‖hidden′ − hidden‖² / ‖hidden‖² before and after, and the matrices by their names.
+
+    The errors are those on sequences that are held out, where there are such, else those on the ones tuned on.
+    """
 
     before: float
     after: float
     weights: dict[str, Tensor]
     """[rows, columns] in the dtype they are stored in; empty where tuning made nothing better."""
+    epochs: int
+    """The epochs after which they were best, of those that there were."""
 
 
 def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Tensor], epochs: int) -> Tuned | None:
     """Tune matrices of a block, so that the tokens of `stream` leave it as they stand in `wanted`.
 
+    Sequences that are held out make no step: they say after which of the `epochs` the matrices are best, none included.
     `weights` are the pruned matrices, by their names within the layer and in the dtype to be stored. Neither streams
     nor block are changed. An attention's sequences that are longer than a chunk count up to there. None where hidden
     states hold NaN or Inf, or are beyond fp32 when squared.
     """
     stream.flush()
     wanted.flush()
-    every = _sequences(stream.packing.chunks, block.plan.mixes)
+    seen, held = (
+        [chunk for chunk in stream.packing.chunks if stream.packing.holds_out(chunk) == side] for side in (False, True)
+    )
+    every = _sequences(seen, block.plan.mixes)
+    judges = _sequences(held, block.plan.mixes) or every
     most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
     size = min(step_tokens(sum(length for _, length in every)), most)
     # What was made in inference mode, as all of a job is, takes part in no gradient.
@@ -64,25 +75,37 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
         tuned = [linears[name].get_parameter("weight") for name in weights]
         for weight, stored in zip(tuned, weights.values(), strict=True):
             weight.copy_(stored)
-        before = _error(stream, wanted, block, every, size)
+        before = best = _error(stream, wanted, block, judges, size)
         if not math.isfinite(before):
             return None
+        found, kept = dict[str, Tensor](), 0
         for weight in tuned:
             weight.requires_grad_(True)
         tuning = Tuning(tuned, epochs * sum(length for _, length in every))
         order = torch.Generator().manual_seed(0)
-        for _ in range(epochs):
+        for epoch in range(1, epochs + 1):
             shuffled = [every[at] for at in torch.randperm(len(every), generator=order).tolist()]
             for some in _batches(shuffled, size):
                 with torch.enable_grad():
                     missed, whole = _missed(stream, wanted, block, some)
                     tuning.step(missed, whole, sum(length for _, length in some))
+            if held:  # the epoch that is best for them is kept
+                now = _error(stream, wanted, block, judges, size)
+                if not now < best:
+                    continue
+                best = now
+            elif epoch < epochs:
+                continue
+            kept = epoch
+            found.clear()  # before there are others
+            found.update({name: rounded(w, old.dtype) for (name, old), w in zip(weights.items(), tuned, strict=True)})
         del tuning
-        found = {name: rounded(weight, old.dtype) for (name, old), weight in zip(weights.items(), tuned, strict=True)}
+        if not found:
+            return Tuned(before, before, {}, 0)
         for weight, new in zip(tuned, found.values(), strict=True):
             weight.requires_grad_(False).copy_(new)
-        after = _error(stream, wanted, block, every, size)
-    return Tuned(before, after, found) if after < before else Tuned(before, before, {})
+        after = _error(stream, wanted, block, judges, size)
+    return Tuned(before, after, found, kept) if after < before else Tuned(before, before, {}, 0)
 
 
 def step_tokens(tokens: int) -> int:

@@ -36,4 +36,4 @@ def tune_block(layer: Layer, stream: Stream, block: Block, groups: list[list[Mat
         weight = layer.pruned[row["name"]]
         row["zeros"] = count_zeros(weight)
         row["sparsity"] = row["zeros"] / weight.numel()
-        row["tuned"] = {"before": tuned.before, "after": tuned.after}
+        row["tuned"] = {"before": tuned.before, "after": tuned.after, "epochs": tuned.epochs}

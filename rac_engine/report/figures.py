@@ -117,14 +117,71 @@ def sparsity_map(metrics: Metrics) -> Heatmap:
 
 def error_map(metrics: Metrics) -> Heatmap:
     """A heatmap of the relative error of each matrix's outputs."""
-    top = max((matrix["relative_error"] for matrix in metrics.pruned if matrix.get("relative_error")), default=0.0)
     caption = "Squared error of each matrix's outputs on the calibration tokens, as a share of the outputs' own square."
+    top = _most(metrics.pruned, "relative_error")
+    return _heatmap(metrics, "Relative error", caption, _AMBERS, "relative_error", top, _shares_shown(top))
+
+
+def held_out_maps(metrics: Metrics) -> list[Heatmap]:
+    """Heatmaps of what was measured on tokens that were held out; none where there were none.
+
+    The errors of the matrices' outputs on them, what these are times the errors on tokens that were seen, and how far
+    the hidden states behind each block are from the dense model's.
+    """
+    found = list[Heatmap]()
+    if metrics.held_out_error is not None:
+        caption = "The same on sequences that no solver learned from."
+        top = _most(metrics.pruned, "held_out_error")
+        found.append(_heatmap(metrics, "Held-out error", caption, _AMBERS, "held_out_error", top, _shares_shown(top)))
+        rows = [{**row, "gap": _gap(row)} for row in metrics.matrices]
+        caption = "Held-out error over the error on tokens that were seen: 1 where nothing was learned by heart."
+        top = _most(rows, "gap")
+        found.append(_heatmap(Metrics(metrics.run, rows), "Gap", caption, _BLUES, "gap", top, lambda gap: f"{gap:.3g}"))
+    return found + ([_block_map(metrics)] if metrics.blocks else [])
+
+
+def _block_map(metrics: Metrics) -> Heatmap:
+    """A heatmap of the hidden states' distance from the dense model's behind each block."""
+    sides = {"relative_error": "", "held_out_error": " held out"}
+    sides = {key: side for key, side in sides.items() if any(row.get(key) is not None for row in metrics.blocks)}
+    numbers = sorted({(row["block"], row["module"]) for row in metrics.blocks})
+    at = {(row["layer"], row["block"], row["module"]): row for row in metrics.blocks}
+    top = max((_most(metrics.blocks, key) for key in sides), default=0.0)
+    show = _shares_shown(top)
+
+    def cell(layer: int, block: tuple[int, str], key: str) -> Cell | None:
+        value = at.get((layer, *block), {}).get(key)
+        if value is None:
+            return None
+        title = f"layer {layer}, behind {block[1]}{sides[key]}: {value:.6g}"
+        return Cell(show(value), title, *_colour(_AMBERS, value / top if top else 0))
+
+    rows = [
+        (str(layer), [cell(layer, block, key) for block in numbers for key in sides])
+        for layer in sorted({row["layer"] for row in metrics.blocks})
+    ]
+    caption = (
+        "Squared distance of the hidden states behind each block from the dense model's, as a share of their square."
+    )
+    names = [_short(module) + side for _, module in numbers for side in sides.values()]
+    return Heatmap("Hidden states", caption, names, rows, _AMBERS, "0", show(top))
+
+
+def _most(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """The largest value of an entry, 0 if no row has one."""
+    return max((row[key] for row in rows if row.get(key)), default=0.0)
+
+
+def _gap(row: dict[str, Any]) -> float | None:
+    """The held-out error over the one on tokens seen, where both are known."""
+    seen, held = row.get("relative_error"), row.get("held_out_error")
+    return held / seen if seen and held is not None else None
+
+
+def _shares_shown(top: float) -> Callable[[float], str]:
+    """A way to show shares of which `top` is the largest."""
     digits = 2 if top >= 0.1 else 1 - math.floor(math.log10(top or 1))
-
-    def show(error: float) -> str:
-        return f"{error:.{digits}f}" if digits <= 4 else f"{error:.1e}"
-
-    return _heatmap(metrics, "Relative error", caption, _AMBERS, "relative_error", top, show)
+    return lambda error: f"{error:.{digits}f}" if digits <= 4 else f"{error:.1e}"
 
 
 def _nice(step: float) -> int:

@@ -18,7 +18,7 @@ from rac_engine.evaluation import evaluations
 from rac_engine.jobs.layout import DENSE, PRUNED, RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
 from rac_engine.jobs.steps import step_times
 from rac_engine.report.comparison import comparison, recipe_of
-from rac_engine.report.figures import decode_lengths, error_map, sparsity_map
+from rac_engine.report.figures import decode_lengths, error_map, held_out_maps, sparsity_map
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SHOWN_TRACES = 2
@@ -59,7 +59,7 @@ def render(out: Path) -> str:
             rows=rows,
             dense=next((row for row in rows if row.name == DENSE), None),
             main=next((row for row in rows if row.main), None),
-            heatmaps=[sparsity_map(metrics), error_map(metrics)],
+            heatmaps=[sparsity_map(metrics), error_map(metrics), *held_out_maps(metrics)],
             lengths=decode_lengths(results, labels),
             kinds=_kinds(results, labels),
             changes=_changes(results),

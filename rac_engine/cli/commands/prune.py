@@ -24,6 +24,7 @@ from rac_engine.cli.options import (
 from rac_engine.cli.output import emit
 
 if TYPE_CHECKING:
+    from rac_engine.engine import Metrics
     from rac_engine.recipe import Recipe
 
 
@@ -74,7 +75,7 @@ def _prune(args: argparse.Namespace) -> int:
     device = resolved_device(args.device)
     if args.dry_run:
         return _dry_run(recipe, args, device)
-    from rac_engine.base.sizes import figure, format_seconds, percent
+    from rac_engine.base.sizes import format_seconds, percent
     from rac_engine.engine import Metrics, prune
     from rac_engine.jobs.layout import RAC, REPORT
     from rac_engine.report import write_report
@@ -92,15 +93,28 @@ def _prune(args: argparse.Namespace) -> int:
             note=lambda remark: console.say(f"note: {remark}"),
             finish=write_report,
         )
-    metrics = Metrics(done.run, done.matrices, done.end)
+    metrics = Metrics(done.run, done.matrices, done.end, done.blocks, done.layers)
     emit(
-        f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, mean relative error "
-        f"{figure(metrics.mean_error)}, {format_seconds(done.end['seconds'])}"
+        f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, {_errors(metrics)}, "
+        f"{format_seconds(done.end['seconds'])}"
     )
     for note in done.end["notes"]:
         emit(f"note    {note}")
     emit(f"report  {done.out / RAC / REPORT}")
     return 0
+
+
+def _errors(metrics: Metrics) -> str:
+    """The errors of matrices and hidden states in words, each with that on sequences held out."""
+    from rac_engine.base.sizes import figure
+
+    def both(seen: float | None, held: float | None) -> str:
+        return figure(seen) + ("" if held is None else f" ({figure(held)} held out)")
+
+    text = f"mean relative error {both(metrics.mean_error, metrics.held_out_error)}"
+    if (last := metrics.last_layer) is None:
+        return text
+    return f"{text}, behind the last layer {both(last['relative_error'], last['held_out_error'])}"
 
 
 def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:

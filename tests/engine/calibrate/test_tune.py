@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
+from rac_engine.models.block import Block
 from rac_engine.models.model import Model
 from rac_engine.recipe.settings import PruneSettings
 from rac_engine.solve.method import Solution
 from rac_engine.solve.methods import admm, wanda
 from rac_engine.traces.calibration import Calibration
+from rac_engine.traces.held_out import hold_out
 from rac_kernels.solvers import tuning as steps
 from tests import tiny
 
@@ -139,6 +142,40 @@ def test_it_makes_no_difference_where_activations_live(checkpoint: Make, tmp_pat
     assert host is not None and disk is not None
     assert (host.before, host.after) == (disk.before, disk.after) and host.after < host.before
     assert all(torch.equal(host.weights[name], disk.weights[name]) for name in weights)
+
+
+def test_the_epoch_that_is_best_for_what_is_held_out_is_kept(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With errors made up: nothing is kept where no epoch is better, and else that of the best."""
+    model = Model.open(Checkpoint.open(checkpoint("qwen2", dtype=torch.float32)))
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
+    calibration = hold_out(tiny.calibration((20, 30, 9, 12, 17) * 8), 0.05).calibration
+    measured = tuning._error
+
+    def tuned(epochs: int, errors: list[float]) -> tuning.Tuned:
+        judged = iter(errors)
+
+        def error(stream: Stream, wanted: Stream, block: Block, some: Sequence[tuple[int, int]], size: int) -> float:
+            assert all(start >= stream.packing.held_from for start, _ in some)
+            assert measured(stream, wanted, block, some, size) >= 0
+            return next(judged)
+
+        monkeypatch.setattr(tuning, "_error", error)
+        with torch.inference_mode():
+            block, dense = (model.build_layer(0, tensors, torch.float32, "cpu")[1] for _ in range(2))
+            stream, wanted = (Stream(model, Packing.of(calibration, 64), torch.float32) for _ in range(2))
+            wanted.advance(dense)
+            weights = {name: linear.get_parameter("weight") * 0.9 for name, linear in block.linears.items()}
+            found = tuning.tune(stream, wanted, block, weights, epochs)
+        assert found is not None and next(judged, None) is None
+        return found
+
+    best = tuned(3, [1.0, 0.9, 0.8, 0.85, 0.8])  # before, behind each epoch, and as it is stored
+    assert (best.epochs, best.before, best.after) == (2, 1.0, 0.8)
+    longer = tuned(3, [1.0, 0.9, 0.8, 0.7, 0.7])
+    assert longer.epochs == 3
+    assert any(not torch.equal(best.weights[name], longer.weights[name]) for name in best.weights)
+    worse = tuned(2, [1.0, 1.1, math.nan])
+    assert (worse.epochs, worse.after, worse.weights) == (0, 1.0, {})
 
 
 def test_what_is_left_dense_in_a_tuned_block_stays(checkpoint: Make, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from rac_engine.base.errors import BadInput
 from rac_engine.base.sizes import percent
 from rac_engine.engine.card import model_card
-from rac_engine.engine.metrics import Metrics
+from rac_engine.engine.metrics import Metrics, load_metrics
 from rac_engine.recipe.settings import Recipe
 from rac_engine.report.comparison import comparison, table
 from rac_engine.report.figures import _colour, _nice
@@ -120,6 +120,24 @@ def test_heatmaps_have_every_matrix_with_its_value(out):
     assert "layer 5, mlp.down_proj (192 × 512): sparsity 0.5" in titles
     error = metrics_lines(layers=6)[1]["relative_error"]
     assert f"layer 0, self_attn.q_proj (192 × 192): relative error {error:.6g}" in titles
+
+
+def test_what_was_held_out_has_heatmaps_of_its_own(out):
+    metrics = out / "rac" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines[1:-1]:
+        line["held_out_error"] = 2 * line["relative_error"]
+    behind = {"type": "block", "layer": 0, "block": 1, "module": "mlp", "relative_error": 0.02, "held_out_error": 0.05}
+    layer = {"type": "layer", "layer": 0, "relative_error": 0.02, "held_out_error": 0.05}
+    write_lines(metrics, [*lines[:-1], behind, layer, lines[-1]])
+    page = _write(out)
+    titles = [attrs["title"] or "" for tag, attrs in page.tags if tag == "td" and "title" in attrs]
+    assert len(titles) == 4 * 6 * 7 + 2
+    error = lines[1]["held_out_error"]
+    assert f"layer 0, self_attn.q_proj (192 × 192): held-out error {error:.6g}" in titles
+    assert "layer 0, self_attn.q_proj (192 × 192): gap 2" in titles
+    assert {"layer 0, behind mlp: 0.02", "layer 0, behind mlp held out: 0.05"} <= {*titles}
+    assert load_metrics(out / "rac").gap == pytest.approx(2)
 
 
 def test_histograms_count_every_answer_and_say_so_in_words(out):
