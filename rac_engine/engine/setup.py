@@ -79,6 +79,7 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         memory = plan_memory(shape, settings, Tokens(0, 0), machine)
         return Setup(model, settings, skipped, device, None, None, memory, begun)
     calibration = request.calibration or calibration_of(request.recipe)
+    _require_embeddings(model, calibration)
     remarks = calibration_remarks(request.recipe, calibration, model.checkpoint)
     if find_method(settings.method).needs == "hessian":  # without one no error is measured
         held = hold_out(calibration, request.recipe.calibration.held_out)
@@ -91,6 +92,17 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     memory = plan_memory(shape, settings, tokens, machine, chunk=chunk)
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
+
+
+def _require_embeddings(model: Model, calibration: Calibration) -> None:
+    """`BadInput` for a token that the model has no embedding of, though its tokenizer may have it."""
+    rows = model.checkpoint.tensors[model.family.embedding].shape[0]
+    highest = max((int(sequence.token_ids.max()) for sequence in calibration.sequences), default=0)
+    if highest >= rows:
+        raise BadInput(
+            f"calibration {calibration.source}: has token {highest}, but the model has embeddings of {rows:,} alone; "
+            "its tokenizer is another model's: copy the right one into its folder"
+        )
 
 
 def calibration_of(recipe: Recipe) -> Calibration:

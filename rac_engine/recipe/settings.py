@@ -50,7 +50,9 @@ class TraceSettings(Settings):
     column: Columns = Field(default={}, description=COLUMN)
     tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
     samples: Count = Field(default=2, description="traces a prompt")
-    max_new_tokens: Count = Field(default=8192, description="longest completion, in tokens")
+    max_new_tokens: Count = Field(
+        default=8192, description="longest completion, in tokens; it ends where the model's context is full, too"
+    )
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same traces")
@@ -60,8 +62,7 @@ class TraceSettings(Settings):
     )
     batch_size: Count = Field(
         default=128,
-        description="traces sampled before they are kept, half of them at a time; what a stop costs at most. Fewer "
-        "where the budget needs no more",
+        description="traces sampled before they are kept, half of them at a time. Fewer where the budget needs no more",
     )
 
 
@@ -306,7 +307,9 @@ class EvalSettings(Settings):
     column: Columns = Field(default={}, description=COLUMN)
     limit: Count | None = Field(default=None, description="only the first N problems (all by default)")
     samples: Count = Field(default=1, description="answers a problem")
-    max_new_tokens: Count = Field(default=32768, description="an answer longer than this is cut off and wrong")
+    max_new_tokens: Count = Field(
+        default=32768, description="an answer longer than this, or than the model's context, is cut off and wrong"
+    )
     temperature: float = Field(default=0.6, ge=0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="probability mass of the tokens sampled from")
     seed: Seed = Field(default=0, description="the same seed gives the same answers")
@@ -316,7 +319,7 @@ class EvalSettings(Settings):
     )
     batch_size: Count = Field(
         default=128,
-        description="answers sampled before they are kept, half of them at a time; what a stop costs at most",
+        description="answers sampled before they are kept, half of them at a time",
     )
 
 

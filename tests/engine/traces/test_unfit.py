@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rac_engine.base.errors import BadInput, Interrupted
+from rac_engine.engine.pruning import prune
 from rac_engine.evaluation.job import evaluate
-from rac_engine.recipe.settings import EvalSettings, TraceSettings
+from rac_engine.recipe.settings import CalibrationSettings, EvalSettings, Recipe, TraceSettings
 from rac_engine.traces import template
 from rac_engine.traces.decoder import Decoder, _context
 from rac_engine.traces.generation import generate
@@ -107,6 +108,11 @@ def test_a_token_beyond_the_embeddings_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"prompt 1: has token 103, but the model has embeddings of 103 alone"):
         generate(model, settings(file), tmp_path / "t")
     assert Decoder(model).prompt([{"role": "user", "content": "1"}], "p") != []
+    (tmp_path / "text").write_text("Multiply 1 " * 20)
+    calibration = CalibrationSettings(source=f"text:{tmp_path / 'text'}")
+    with pytest.raises(BadInput, match=r"text: has token 103, but the model has embeddings of 103 alone"):
+        prune(model, tmp_path / "o", Recipe(model=model, calibration=calibration))
+    assert not list(tmp_path.glob("[to].partial"))
 
 
 def on_day(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
