@@ -84,7 +84,7 @@ class Checkpoint:
         elif single.exists():
             files = [SINGLE]
         else:
-            raise BadInput(f"{folder}: neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read")
+            raise BadInput(f"{folder}: neither {SINGLE} nor {INDEX}{_without_index(folder)}")
         shards = {file: read_header(inside(folder, file)) for file in files}
         tensors: dict[str, TensorInfo] = {}
         for file, infos in shards.items():
@@ -194,8 +194,29 @@ def inside(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
-        raise BadInput(f"{folder / name}: is a link out of the folder; the checkpoint is not to be trusted")
+        mend = "the checkpoint is not to be trusted"
+        if name.endswith(".safetensors"):
+            mend = f"to {real}; put the weights themselves here, or hard links to them (ln -f), if you trust them"
+        raise BadInput(f"{folder / name}: is a link out of the folder, {mend}")
     return folder / name
+
+
+def _without_index(folder: Path) -> str:
+    """What to do about a folder that has no weights by a name that is known, by those that it has."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        return (
+            f", though {len(shards)} of its files are safetensors ({shards[0]}, …); fetch the index from where they "
+            f"are from, or rename a single file to {SINGLE}"
+        )
+    if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+        return (
+            f"; {pickles[0]} is a pickle, which is never loaded; convert it where you trust it, with transformers: "
+            "from_pretrained(…).save_pretrained(…)"
+        )
+    if packed := [name for name in names if name.endswith((".gguf", ".ggml"))]:
+        return f"; {packed[0]} is in llama.cpp's format; fetch the checkpoint that it was made from"
+    return "; only safetensors checkpoints are read"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

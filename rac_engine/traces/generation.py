@@ -107,6 +107,11 @@ def load_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[P
     return list(prompts.values())
 
 
+def _repeat_notes(prompts: list[Prompt]) -> list[str]:
+    repeated = sum(prompt.rows - 1 for prompt in prompts)
+    return [f"{repeated:,} records repeat id and question of another; each question was asked once"] if repeated else []
+
+
 def generate(
     model: str | Path,
     settings: TraceSettings,
@@ -150,7 +155,8 @@ def generate(
         common = _common_columns(str(model), settings, identity)
         with dated(moment):
             _sample_all(job, decoder, prompts, settings, common, counts, progress)
-        notes = cut_off_notes(decoder.tokenizer, decoder.stops, counts.reasons, settings.max_new_tokens)
+        notes = _repeat_notes(prompts)
+        notes += cut_off_notes(decoder.tokenizer, decoder.stops, counts.reasons, settings.max_new_tokens)
         notes += _notes(decoder, counts)
         report = TraceReport(
             out,

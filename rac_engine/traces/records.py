@@ -72,7 +72,7 @@ def files_of(source: Path) -> list[Path]:
         if not names or not all(_is_name(name) for name in names):
             raise BadInput(f"{source}: its state.json names no files; save the data set again")
         return [source / name for name in names]
-    here = sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith("."))
+    here = sorted(file for file in source.iterdir() if _may_hold_records(file))
     for suffix in SUFFIXES:
         found = [file for file in here if file.name.lower().endswith((suffix, *(suffix + p for p in PACKED)))]
         if suffix in (".json", ".jsonl"):
@@ -115,6 +115,10 @@ def _requests(files: list[Path], wanted: Collection[str]) -> dict[str, Any]:
     return {
         str(record.get("custom_id")): record.get("body") for file in asked for _, record in records_in(file, wanted)
     }
+
+
+def _may_hold_records(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".") and file.stat().st_size > 0
 
 
 def _is_lines(file: Path) -> bool:

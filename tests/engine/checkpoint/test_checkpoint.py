@@ -322,6 +322,22 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model-00001-of-00002.safetensors", "1 of its files are safetensors .*fetch the index"),
+        ("pytorch_model.bin", "is a pickle, which is never loaded; convert it"),
+        ("q4.gguf", "llama.cpp's format"),
+        ("x.txt", "only safetensors checkpoints are read"),
+    ],
+)
+def test_what_a_folder_without_weights_has_instead(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(BadInput, match=f"neither .*{said}"):
+        Checkpoint.open(tmp_path)
+
+
 def test_links_may_not_leave_the_folder_except_into_the_hub_cache(folder: Path, tmp_path: Path) -> None:
     shard = "model-00001-of-00004.safetensors"
     hub = tmp_path / "models--x--y"
@@ -335,7 +351,9 @@ def test_links_may_not_leave_the_folder_except_into_the_hub_cache(folder: Path, 
 
     shutil.move(folder / shard, tmp_path / "elsewhere.safetensors")
     (folder / shard).symlink_to("../elsewhere.safetensors")
-    with pytest.raises(BadInput, match="link out of the folder"):
+    with pytest.raises(
+        BadInput, match=r"link out of the folder, to .*elsewhere\.safetensors; put the weights themselves"
+    ):
         Checkpoint.open(folder)
     (folder / shard).unlink()
     shutil.move(tmp_path / "elsewhere.safetensors", folder / shard)

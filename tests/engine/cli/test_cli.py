@@ -425,6 +425,22 @@ def test_a_calibration_with_fewer_tokens_than_asked_for_is_noted(rac, tmp_path, 
     assert f"note    {said}" in out and said in (tmp_path / "out" / "rac" / "report.html").read_text()
 
 
+def test_prompts_alone_and_traces_of_another_model_are_noted_at_the_start_and_in_the_report(rac, tmp_path, checkpoint):
+    model = save_tokenizer(shutil.copytree(checkpoint(), tmp_path / "m"))
+    trace = {"prompt_token_ids": list(range(40)), "model_sha256": "f" * 64}
+    (tmp_path / "t.jsonl").write_text(json.dumps(trace) + "\n")
+    words = ["prune", model, "out", "--calibration", "t.jsonl", "--method", "wanda"]
+    outcome = rac(*words, "--dry-run")
+    assert "note    no record of the calibration has a completion" in outcome.out
+    outcome = rac(*words)
+    report = (tmp_path / "out" / "rac" / "report.html").read_text()
+    for said in (
+        "no record of the calibration has a completion",
+        "the traces are of another model (SHA-256 ffffffffffff",
+    ):
+        assert f"note: {said}" in outcome.err and f"note    {said}" in outcome.out and said in report
+
+
 def test_pruning_from_python_leaves_the_report_too(tmp_path, checkpoint):
     rac_engine.prune(checkpoint(), tmp_path / "out", PruneSettings(method="magnitude"))
     assert "magnitude pruning" in (tmp_path / "out" / "rac" / "report.html").read_text()
