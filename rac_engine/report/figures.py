@@ -37,6 +37,11 @@ class Heatmap:
     low: str
     high: str
 
+    @property
+    def letters(self) -> int:
+        """Letters of the longest text in a cell, at least of "down", for which columns are made wide enough."""
+        return max(4, *(len(cell.text) for _, cells in self.rows for cell in cells if cell is not None))
+
 
 @dataclass(frozen=True)
 class Histogram:

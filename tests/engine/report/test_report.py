@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -190,23 +191,72 @@ def test_whatever_comes_from_a_checkpoint_or_trace_is_escaped(hostile):
     assert page.text.count("<script>") >= 8
 
 
-def test_a_script_in_a_trace_does_not_run_in_a_browser(hostile, tmp_path):
-    """Headless Chromium shows the page with its own title; the same text unescaped changes it, so it would show."""
+@pytest.fixture
+def title(tmp_path: Path) -> Callable[..., str]:
+    """The title that a page has once headless Chromium has shown it."""
     chromium = shutil.which("chromium")
     if chromium is None:
         assert not os.environ.get("CI"), "no chromium, which .ci/run was to install"
         pytest.skip("no chromium on this machine; Debian has it as `chromium`, and .ci/run installs it")
 
-    def title(page: Path) -> str:
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", page.as_uri()]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-        return re.findall("<title>(.*?)</title>", shown)[0]
+    def shown(page: Path, *options: str) -> str:
+        options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", *options)
+        command = [chromium, *options, "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        return re.findall("<title>(.*?)</title>", done.stdout)[0]
 
+    return shown
+
+
+def test_a_script_in_a_trace_does_not_run_in_a_browser(hostile, title, tmp_path):
+    """Headless Chromium shows the page with its own title; the same text unescaped changes it, so it would show."""
     control = tmp_path / "control.html"
     control.write_text(f"<!doctype html><title>mine</title><p>{HOSTILE}</p>")
     assert title(control) == "owned"
     assert title(write_report(hostile)).endswith("pruned · RAC Engine")
+
+
+FRAMES = """<!doctype html><title></title>
+<iframe style="width:390px;height:6000px"></iframe><iframe style="width:1100px;height:6000px"></iframe>
+<script>
+const found = [...document.querySelectorAll("iframe")].map(frame => new Promise(done => {
+  frame.onload = () => {
+    const page = frame.contentDocument, box = x => x.getBoundingClientRect();
+    const seen = x => x.checkVisibility({contentVisibilityAuto: true});
+    const all = name => [...page.querySelectorAll(name)].filter(seen);
+    const figures = all(".maps figure");
+    const hidden = all(".scroll").filter(x => x.scrollWidth > x.clientWidth);
+    done({
+      beyond: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+      heat: hidden.filter(x => x.querySelector(".heat")).length,
+      under: figures.filter(x => box(x.querySelector("figcaption")).bottom > box(x.querySelector("table")).top).length,
+      wide: all(".times th, .times td").filter(x => x.scrollWidth > x.clientWidth).length,
+      out: all(".cut span").filter(x => box(x).right > box(page.querySelector("main")).right).length,
+      unshaded: hidden.filter(x => frame.contentWindow.getComputedStyle(x, "::after").opacity !== "1").length,
+      shaded: all(".scroll").filter(x => !hidden.includes(x))
+        .filter(x => frame.contentWindow.getComputedStyle(x, "::after").opacity !== "0").length,
+      scrolling: hidden.length > 0,
+    });
+  };
+  frame.src = "PAGE";
+}));
+Promise.all(found).then(all => { document.title = JSON.stringify(all); });
+</script>"""
+
+
+def test_nothing_is_cut_on_a_telephone_and_what_scrolls_shows_it(out, title, tmp_path):
+    metrics = out / "rac" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[-1]["memory"] = {"baseline": 1, "host_planned": 3 << 30, "host_measured": 5 << 30}  # the longest label
+    lines[-1]["plan"] = {"host_limit": None}
+    write_lines(metrics, lines)
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES.replace("PAGE", write_report(out).as_uri()))
+    size = ("--window-size=1600,1000", "--virtual-time-budget=4000", "--allow-file-access-from-files")
+    narrow, wide = json.loads(title(frames, *size))
+    fine = {"beyond": 0, "heat": 0, "under": 0, "wide": 0, "out": 0, "unshaded": 0, "shaded": 0}
+    assert narrow == {**fine, "scrolling": True}
+    assert wide == {**fine, "scrolling": False}
 
 
 def test_a_job_without_evaluation_still_has_its_page(tmp_path):
