@@ -268,6 +268,27 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
+        "attention",
+        [](Address out, Address q, Address k, Address v, int64_t d, int64_t e, const std::vector<int64_t>& heads,
+           const std::vector<int64_t>& strides, double scale, const std::vector<int64_t>& starts, int threads) {
+            const rac::AttentionSizes sizes{heads[0],
+                                            heads[1],
+                                            d,
+                                            e,
+                                            strides[0],
+                                            strides[1],
+                                            strides[2],
+                                            strides[3],
+                                            strides[4],
+                                            strides[5],
+                                            static_cast<float>(scale)};
+            if (!RAC_OP(attention)(pointer<void>(out), pointer<const void>(q), pointer<const void>(k),
+                                   pointer<const void>(v), sizes, starts.data(),
+                                   static_cast<int64_t>(starts.size()) - 1, threads))
+                throw std::bad_alloc();
+        },
+        NoGil());
+    m.def(
         "kth_smallest",
         [](Address scores, int64_t count, int64_t k, int threads) {
             float result;

@@ -79,3 +79,8 @@ void int16_gemm(float* V, const float* from, const int32_t* packed, const float*
 // multiplied by `shrink`; packed, scales = T - goal, of those that go -T - goal. V is overwritten.
 bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* packed, float* scales, int64_t rows,
                int64_t n, int64_t zeros, int64_t keep, int64_t group, float relaxation, float shrink, int threads);
+
+// out [tokens, heads, e] = causal attention of sequences behind one another, number i being starts[i] .. starts[i + 1];
+// heads / key_heads heads share a key. All of them are bf16.
+bool attention(void* out, const void* q, const void* k, const void* v, const AttentionSizes& sizes,
+               const int64_t* starts, int64_t sequences, int threads);

@@ -13,4 +13,11 @@ enum class Status : int { done = 0, no_memory = 1, not_finite = 2, not_positive_
 // their scales, and of int32 for the matrix [n, n].
 struct Int16Sizes { int64_t packed, scales, matrix; };
 
+// Of attention: q [heads, tokens, d], k [key_heads, tokens, d], v [key_heads, tokens, e], each with the strides of its
+// heads and tokens, elements of a token side by side; a share is made of scale <q, k>.
+struct AttentionSizes {
+    int64_t heads, key_heads, d, e, q_head, q_row, k_head, k_row, v_head, v_row;
+    float scale;
+};
+
 }  // namespace rac

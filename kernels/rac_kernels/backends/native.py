@@ -82,6 +82,11 @@ def available() -> bool:
     return _module is not None
 
 
+def has(name: str) -> bool:
+    """Whether the extension is loaded and has that function, which one that was built from older sources may lack."""
+    return hasattr(_module, name)
+
+
 def library() -> ModuleType:
     """The extension module; raises `NativeMissing` with the reason when there is none."""
     if _module is None:

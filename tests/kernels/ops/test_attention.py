@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rac_kernels import Scoring, decode_attention, packed_attention
+from rac_kernels.backends import native
 from rac_kernels.ops import attention
+from rac_kernels.testing import CPU, running
 
 
 @pytest.mark.parametrize("width", [16, 10])
@@ -61,6 +63,70 @@ def test_decoding_gives_the_last_row_of_attention(window: int | None, sinks: boo
         expected.append(one[0])
     found = decode_attention(q, k, v, seen, scoring)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in CPU if name != "reference"])
+@pytest.mark.parametrize(
+    ("heads", "widths", "lengths"),
+    [
+        ((9, 3), (64, 64), [131, 64, 64, 7, 1]),
+        ((2, 2), (24, 40), [33]),
+        ((4, 1), (1, 1), [1, 2, 3, 65]),
+        ((3, 1), (130, 70), [40, 5]),
+    ],
+)
+def test_short_sequences(name: str, heads: tuple[int, int], widths: tuple[int, int], lengths: list[int]) -> None:
+    """Against fp64, with NaN behind the arguments' ends and among their rows."""
+    tokens, (d, e) = sum(lengths), widths
+    own, others = heads
+
+    def made(count: int, width: int) -> torch.Tensor:
+        around = torch.full((tokens + 2, count + 1, width + 3), torch.nan, dtype=torch.bfloat16)
+        around[1:-1, :count, :width] = 2 * torch.randn(tokens, count, width)
+        return around[1:-1, :count, :width].transpose(0, 1)
+
+    q, k, v = made(own, d), made(others, d), made(others, e)
+    scoring = Scoring(d**-0.5)
+    with running(name) as backend:
+        found = packed_attention(q, k, v, lengths, scoring, backend)
+    exact = packed_attention(q.double(), k.double(), v.double(), lengths, scoring)
+    plain = packed_attention(q, k, v, lengths, scoring, "reference")
+    error, allowed = ((x.double() - exact).abs().max() for x in (found, plain))
+    assert found.shape == (tokens, own, e) and error <= 2 * allowed + 1e-6
+
+
+@pytest.mark.skipif(not native.has("attention"), reason="needs the native extension, built from these sources")
+def test_the_native_kernel_takes_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[int]] = []
+    real = attention._short_op
+
+    def noted(out: torch.Tensor, *rest: Any) -> None:
+        taken.append(rest[3])
+        real(out, *rest)
+
+    monkeypatch.setattr(attention, "_short_op", noted)
+    monkeypatch.setattr(attention, "SHORT", 20)
+    q, k, v = (torch.randn(heads, 64, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    lengths = [30, 20, 9, 5]
+    out = packed_attention(q, k, v, lengths, Scoring(0.3))
+    assert taken == [[20, 9, 5]]
+    torch.testing.assert_close(out, packed_attention(q, k, v, lengths, Scoring(0.3), "reference"), rtol=0.02, atol=0.02)
+    packed_attention(q, k, v, lengths, Scoring(0.3, window=9))
+    assert taken[1:] == [[9, 5]]
+    for scoring in (Scoring(0.3, softcap=2.0), Scoring(0.3, sinks=torch.zeros(4))):
+        packed_attention(q, k, v, lengths, scoring)
+    packed_attention(q.float(), k.float(), v.float(), lengths, Scoring(0.3))
+    packed_attention(q[:, :1], k[:, :7], v[:, :7], [1], Scoring(0.3))
+    packed_attention(q.requires_grad_(), k, v, lengths, Scoring(0.3))
+    assert len(taken) == 2
+
+
+def test_what_is_not_finite_stays_in_its_sequence() -> None:
+    """The queries that see it get NaN, as in PyTorch's kernel; no others."""
+    q, k, v = (torch.randn(heads, 20, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    k[0, 13, 3] = torch.nan
+    bad = packed_attention(q, k, v, [10, 10], Scoring(0.3)).isnan().any(-1)
+    assert bad[13:, :2].all() and not bad[:13].any() and not bad[:, 2:].any()
 
 
 def test_gradients_go_through() -> None:

@@ -15,6 +15,7 @@ from rac_kernels.testing import gram
 
 BACKENDS = ("reference", "native") if native.available() else ("reference",)
 N, ROWS, TOKENS = 40, 6, 30
+SPLIT = ([20, 10], 0.3)  # lengths of sequences, and the scale of their scores
 
 
 def tokens(n: int = N) -> Tensor:
@@ -36,6 +37,13 @@ CASES: dict[str, list[Callable[[], tuple[object, ...]]]] = {
         lambda: (torch.zeros(N, 9), tokens().half(), tokens(9).half(), torch.rand(TOKENS)),
     ],
     "column_norm_accumulate_": [lambda: (torch.zeros(N), tokens(), torch.rand(TOKENS))],
+    "packed_attention_": [
+        lambda: (
+            torch.zeros(TOKENS, 4, 8).bfloat16(),
+            *(torch.randn(h, TOKENS, 8).bfloat16() for h in (4, 2, 2)),
+            *SPLIT,
+        )
+    ],
     "symmetrize_": [lambda: (gram("plain", N),)],
     "factor_": [lambda: (torch.stack([gram("plain", N), gram("dead", N)]), 0.01, 1.0, True)],
     "refactor_": [lambda: (gram("plain", N), gram("plain", N).diagonal().clone())],
