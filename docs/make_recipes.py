@@ -73,7 +73,7 @@ SECTIONS = {
 }
 NAMES: list[tuple[Any, str]] = [
     (FilePath, "path"),
-    (Source, "path or `text:FILE`"),
+    (Source, "path or `text:FILE`, or a list"),
     (PatternText, "`N:M`"),
     (ModuleName, "regular expression"),
     (JobName, "name"),

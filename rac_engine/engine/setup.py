@@ -21,9 +21,9 @@ from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
-from rac_engine.recipe import PruneSettings, Recipe
+from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe
 from rac_engine.solve import Reason, find_method
-from rac_engine.traces import Calibration, Weighting, hold_out, load_calibration, load_tokenizer
+from rac_engine.traces import Calibration, Weighting, hold_out, load_calibration, load_tokenizer, mixed, with_share
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,24 @@ def _require_embeddings(model: Model, calibration: Calibration) -> None:
 def calibration_of(recipe: Recipe) -> Calibration:
     """The calibration that a recipe names, with its model's tokenizer; `BadInput` where it names none."""
     wanted = recipe.calibration
-    if wanted.source is None:
+    if not wanted.sources:
         raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
-    return load_calibration(
-        wanted.source,
-        part=wanted.part,
-        tokens=wanted.tokens,
-        tokenizer=load_tokenizer(recipe.model),
-        sequence_length=wanted.sequence_length,
-        weighting=Weighting(wanted.weight_completion, wanted.weight_column),
-        columns=wanted.column,
-    )
+    tokenizer = load_tokenizer(recipe.model)
+    several = len(wanted.sources) > 1 or with_share(wanted.sources[0])[1] is not None
+
+    def load(source: str, tokens: int | None) -> Calibration:
+        whole = several and source.startswith(TEXT_PREFIX)  # of text nothing is a prompt's or a completion's
+        return load_calibration(
+            source,
+            part="all" if whole else wanted.part,
+            tokens=tokens,
+            tokenizer=tokenizer,
+            sequence_length=wanted.sequence_length,
+            weighting=Weighting() if whole else Weighting(wanted.weight_completion, wanted.weight_column),
+            columns=wanted.column,
+        )
+
+    return mixed(wanted.sources, wanted.tokens, load) if several else load(wanted.sources[0], wanted.tokens)
 
 
 def calibration_remarks(recipe: Recipe, calibration: Calibration, checkpoint: Checkpoint) -> list[str]:
@@ -183,9 +190,23 @@ def describe(setup: Setup) -> dict[str, Any]:
                 "sequences": len(calibration.held_out),
                 "tokens": packing.held_counted,
             },
+            "sources": [_source_row(calibration, number) for number in range(len(calibration.parts))],
         },
         "code": code_sha256(),
         "settings": setup.settings.model_dump(mode="json"),
+    }
+
+
+def _source_row(calibration: Calibration, number: int) -> dict[str, Any]:
+    """One of several sources, for the "run" object."""
+    part = calibration.parts[number]
+    held = [sequence for sequence in calibration.held_out if sequence.source == number]
+    return {
+        "source": part.source,
+        "label": part.label,
+        "tokens": part.tokens,
+        "sequences": len(part.sequences),
+        "held_out": {"sequences": len(held), "tokens": sum(sequence.counted for sequence in held)},
     }
 
 

@@ -19,6 +19,8 @@ from rac_engine.solve import why_unknown
 
 TEXT_PREFIX = "text:"
 
+MOST_SOURCES = 100
+
 _GLOB = re.compile(r"[\w.*?\[\]!-]+")  # that no regular expression needs to be
 
 COLUMN_ROLES = ("problem", "answer", "completion", "reasoning_content", "text", "id", "kind")
@@ -58,6 +60,15 @@ def _path(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, Path):
         _require_utf8(value)
     return value
+
+
+def _sources(value: Any, info: ValidationInfo) -> str | list[str]:
+    """Check one source, or a list of several; a list of one is that one."""
+    given = value if isinstance(value, list) else [value]
+    if not 0 < len(given) <= MOST_SOURCES or not all(isinstance(each, str) for each in given):
+        raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE, or a list of such")
+    made = [_source(each, info) for each in given]
+    return made if len(made) > 1 else made[0]
 
 
 def _source(value: str, info: ValidationInfo) -> str:
@@ -159,7 +170,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
 
-Source = Annotated[str, AfterValidator(_source)]
+Source = Annotated[str | list[str], BeforeValidator(_sources)]
 
 PatternText = Annotated[str, AfterValidator(_pattern)]
 

@@ -82,14 +82,18 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def _absolute(source: str) -> str:
+    prefix = TEXT_PREFIX if source.startswith(TEXT_PREFIX) else ""
+    return prefix + str(Path(source.removeprefix(prefix)).absolute())
+
+
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every path absolute, so that its file means the same wherever it lies and is read from."""
 
     def resolved(value: Any) -> Any:
         if isinstance(value, CalibrationSettings) and value.source is not None:
-            prefix = TEXT_PREFIX if value.source.startswith(TEXT_PREFIX) else ""
-            source = prefix + str(Path(value.source.removeprefix(prefix)).absolute())
-            return value.model_copy(update={"source": source})
+            sources = [_absolute(source) for source in value.sources]
+            return value.model_copy(update={"source": sources if len(sources) > 1 else sources[0]})
         if isinstance(value, Settings):
             return value.model_copy(update={name: resolved(getattr(value, name)) for name in value.model_fields_set})
         if isinstance(value, list):

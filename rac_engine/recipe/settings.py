@@ -70,7 +70,9 @@ class CalibrationSettings(Settings):
     """Which tokens the Hessians are gathered from."""
 
     source: Source | None = Field(
-        default=None, description="traces folder or file, other records, or text:FILE; none: this job's own traces"
+        default=None,
+        description="traces folder or file, other records, or text:FILE; or a list of several, each with :SHARE of the "
+        "tokens behind it, which sum to 1 (without, in equal parts); none: this job's own traces",
     )
     column: Columns = Field(default={}, description=COLUMN)
     part: Literal["all", "prompt", "completion"] = Field(
@@ -91,6 +93,11 @@ class CalibrationSettings(Settings):
     weight_column: str | None = Field(
         default=None, min_length=1, description="column or field of the traces with a weight a trace or a list a token"
     )
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources as they were given; none for this job's own traces."""
+        return [self.source] if isinstance(self.source, str) else list(self.source or [])
 
 
 class ExpertSettings(Settings):

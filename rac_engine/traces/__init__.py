@@ -14,6 +14,7 @@ from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.held_out import HoldingOut, hold_out
 from rac_engine.traces.layouts import answer_of, id_of, question_of
+from rac_engine.traces.mixture import mixed, with_share
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
@@ -44,10 +45,12 @@ __all__ = [
     "load_calibration",
     "load_prompts",
     "load_tokenizer",
+    "mixed",
     "moment_of",
     "question_of",
     "read_moment",
     "read_records",
     "request_key",
     "stop_rendering",
+    "with_share",
 ]

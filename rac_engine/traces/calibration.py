@@ -84,6 +84,8 @@ class Calibration:
     """What a user has to know of it, such as that no record has a completion."""
     models: frozenset[str] = frozenset()
     """SHA-256 of the models that its records say they are of."""
+    parts: tuple[Calibration, ...] = ()
+    """What came of each source, where there are several."""
 
     @property
     def tokens(self) -> int:
@@ -111,6 +113,8 @@ class Calibration:
     @property
     def label(self) -> str:
         """A word for tables: "traces" (prompts with completions), "prompt", "completion" or "text"."""
+        if self.parts:
+            return " + ".join(dict.fromkeys(part.label for part in self.parts))
         if self.part != "all":
             return self.part
         return {"pieces of text": "text", "prompts": "prompt"}.get(self.kind, "traces")
@@ -119,7 +123,9 @@ class Calibration:
         """The calibration in words: tokens, sequences, the part that counts, weights."""
         what = {"all": "", "prompt": ", prompts alone", "completion": ", completions alone"}[self.part]
         weighted = f", {self.weighting}" if self.weighting else ""
-        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{what}{weighted}"
+        shares = ", ".join(f"{part.tokens / self.tokens:.0%} {part.label}" for part in self.parts)
+        mixed = f" ({shares})" if shares else ""
+        return f"{self.tokens:,} tokens in {len(self.sequences):,} {self.kind}{mixed}{what}{weighted}"
 
 
 def load_calibration(

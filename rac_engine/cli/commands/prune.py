@@ -36,9 +36,11 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument(
         "--calibration",
         dest="source",
+        action="append",
         default=argparse.SUPPRESS,
-        metavar="SOURCE",
-        help="traces folder or file of `rac trace`, a .jsonl, or text:FILE (magnitude needs none)",
+        metavar="SOURCE[:SHARE]",
+        help="traces folder or file of `rac trace`, a .jsonl, or text:FILE (magnitude needs none); several, each with "
+        "its share of the tokens, like TRACES:0.8 and text:FILE:0.2: they sum to 1, and without they are equal",
     )
     names = [name for name in CalibrationSettings.model_fields if name != "source"]
     add_fields(parser, "calibration", CalibrationSettings, names, ("part", "tokens"))
