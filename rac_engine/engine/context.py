@@ -84,7 +84,7 @@ class Context:
     @property
     def judges(self) -> bool:
         """Whether matrices are judged by tokens that are held out."""
-        return self.stream is not None and self.stream.packing.held_counted > 0
+        return self.memory.choice.judged and self.stream is not None and self.stream.packing.held_counted > 0
 
     def wants(self, matrix: Matrix) -> bool:
         """Whether a matrix is to be pruned."""

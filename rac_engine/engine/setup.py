@@ -90,6 +90,8 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
     tokens = Tokens(sum(lengths), max(lengths, default=0), weighted, bool(calibration.held_out))
     memory = plan_memory(shape, settings, tokens, machine, chunk=chunk)
+    if calibration.held_out and not memory.choice.judged:
+        remarks.append("matrices are not judged by the tokens held out, for want of memory")
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
 
@@ -218,4 +220,5 @@ def identity_of(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
         **surroundings(setup.device),
         **{f"settings.{name}": value for name, value in run["settings"].items()},
         "chunk_tokens by the memory plan": setup.memory.choice.chunk_tokens,
+        "judging by the memory plan": setup.memory.choice.judged,
     }

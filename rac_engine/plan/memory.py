@@ -94,9 +94,9 @@ def plan_memory(
     free = machine.device_limit is None and machine.host_limit is None
     device_room = machine.device_spare if machine.device_limit is None else machine.device_limit
     host_room = machine.host_spare if machine.host_limit is None else machine.host_limit
-    choices = _choices(shape, settings, tokens.count, machine.on_gpu, fixed=free)
+    choices = _choices(shape, settings, tokens, machine.on_gpu, fixed=free)
     if free and device_room is not None:
-        choices = itertools.chain(choices, _choices(shape, settings, tokens.count, machine.on_gpu, fixed=False))
+        choices = itertools.chain(choices, _choices(shape, settings, tokens, machine.on_gpu, fixed=False))
     for choice in choices:
         planner = PhasePlanner(
             shape, settings, tokens, choice if chunk is None else replace(choice, chunk_tokens=chunk), machine
@@ -136,9 +136,12 @@ def _excess(plan: MemoryPlan, device: int | None, host: int | None) -> int:
     return over if device is None else over + max(plan.device_peak - device, 0)
 
 
-def _choices(shape: Shape, settings: PruneSettings, tokens: int, on_gpu: bool, fixed: bool) -> Iterator[Choice]:
-    """All ways, the fastest first: small chunks cost most, then reading twice, then waiting for the disk."""
-    most = max(min(settings.chunk_tokens, tokens), 1)
+def _choices(shape: Shape, settings: PruneSettings, tokens: Tokens, on_gpu: bool, fixed: bool) -> Iterator[Choice]:
+    """All ways, the fastest first: small chunks cost most, then reading twice, then waiting for the disk.
+
+    Where tokens are held out, those that judge every matrix by them come first, unless that takes more passes.
+    """
+    most = max(min(settings.chunk_tokens, tokens.count), 1)
     halves = [settings.chunk_tokens] if fixed else [most]
     while not fixed and halves[-1] > SMALLEST_CHUNK:
         halves.append(max(halves[-1] // 2, SMALLEST_CHUNK))
@@ -148,12 +151,13 @@ def _choices(shape: Shape, settings: PruneSettings, tokens: int, on_gpu: bool, f
         experts = -(-experts // 2)
         together.append(experts)
     places: list[Place] = ["device", "host", "disk"] if on_gpu and not fixed else ["host", "disk"]
-    for small in (False, True):  # chunks that waste what computes come after everything else
+    judging = (True, False) if tokens.held and settings.solver.needs == "hessian" else (False,)
+    for small, judged in itertools.product((False, True), judging):  # chunks that waste what computes come last
         for chunk in halves:
             if (chunk < SMALL_CHUNK and chunk != halves[0]) != small:
                 continue
             for overlap in (True, False):
-                for each in together:
+                for each in together[:1] if judged else together:
                     for place in places:
                         for keep in (KEEP_BYTES, 0):
-                            yield Choice(chunk, place, keep, overlap, each)
+                            yield Choice(chunk, place, keep, overlap, each, judged)

@@ -47,6 +47,8 @@ class Choice:
     written before what takes most memory begins."""
     hessians: int | None
     """Hessians of a stage that are gathered in one pass over the tokens; None: all."""
+    judged: bool = False
+    """Whether what is gathered is gathered of the tokens held out too, to judge each matrix by."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class PhasePlanner:
             last = stage.inputs[-1]
             if self.tied and last.last:
                 gathered["cross product with the dense outputs"] = 4 * last.columns * last.rows
-            if self.tokens.held and self.needs == "hessian":
+            if self.choice.judged:
                 gathered["the same of the tokens held out"] = sum(gathered.values())
             kept = self._kept(stage)
             if self.calibrated:

@@ -19,6 +19,7 @@ from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
+from rac_engine.traces import FEWEST
 from rac_kernels.measure.roofline import Peaks
 
 
@@ -102,7 +103,8 @@ def make_plan(
     head = [m for m in itertools.chain(*around) if m.layer == opened.layers and m.name not in left_dense]
     calibrated = tokens if settings.solver.needs != "nothing" else 0
     shape = Shape.of(opened, settings, machine.on_gpu)
-    memory = plan_memory(shape, settings, Tokens(calibrated, max(length, max_length or 0)), machine)
+    held = calibrated // length >= FEWEST  # as the recipe has it by default
+    memory = plan_memory(shape, settings, Tokens(calibrated, max(length, max_length or 0), held=held), machine)
     passes = expert_passes(shape, memory)
     mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))
     further = mixtures * max(passes - 2, 0)

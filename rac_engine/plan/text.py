@@ -63,6 +63,8 @@ def _memory(plan: Plan) -> list[str]:
         meanwhile += f", the latter before {' and '.join(memory.alone.values())}"
     together = f"{format_count(choice.chunk_tokens)} tokens go through a layer together"
     lines.append(f"  {together}; activations live {where}; {meanwhile}")
+    if choice.judged:
+        lines.append("  what is gathered is gathered of tokens held out too, by which every matrix is judged")
     if plan.passes:
         together = "all" if choice.hessians is None else f"{choice.hessians} at once"
         lines.append(

@@ -12,7 +12,7 @@ from rac_engine.traces.conversation import Messages, instructed
 from rac_engine.traces.decoder import Decoder, load_tokenizer
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
-from rac_engine.traces.held_out import HoldingOut, hold_out
+from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
 from rac_engine.traces.layouts import answer_of, id_of, question_of
 from rac_engine.traces.mixture import mixed, with_share
 from rac_engine.traces.records import read_records
@@ -22,6 +22,7 @@ from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import RENDERED_AT, dated, moment_of, read_moment
 
 __all__ = [
+    "FEWEST",
     "RENDERED_AT",
     "TRACE_TOKEN_BYTES",
     "Calibration",

@@ -20,9 +20,12 @@ from rac_engine.engine.metrics import load_metrics
 from rac_engine.engine.pruning import prune
 from rac_engine.models.block import Block
 from rac_engine.models.model import Model
+from rac_engine.plan import memory
 from rac_engine.recipe.settings import CalibrationSettings, PruneSettings, Recipe
+from rac_engine.report.page import write_report
 from rac_engine.traces.calibration import Calibration
 from rac_engine.traces.held_out import hold_out
+from rac_engine.traces.mixture import mixed
 from tests import tiny
 
 Make = Callable[..., Path]
@@ -161,3 +164,34 @@ def test_a_job_that_goes_on_finds_the_same_errors(checkpoint: Make, tmp_path: Pa
     assert twice.resumed == 1 and weights(tmp_path / "once") == weights(tmp_path / "twice")
     assert (once.blocks, once.layers) == (twice.blocks, twice.layers)
     assert [row["held_out_error"] for row in once.matrices] == [row["held_out_error"] for row in twice.matrices]
+
+
+def test_errors_of_each_source_make_up_those_of_all(checkpoint: Make, tmp_path: Path) -> None:
+    source, parts = checkpoint("qwen2"), [tiny.calibration(LENGTHS, seed=seed) for seed in (0, 1)]
+
+    def load(name: str, tokens: int | None) -> Calibration:
+        return parts[int(name)]
+
+    report = prune(source, tmp_path / "out", recipe(source, dtype="float32"), mixed(["0", "1"], None, load))
+    rows = report.run["calibration"]["sources"]
+    assert [(row["tokens"], row["sequences"]) for row in rows] == [(sum(LENGTHS), len(LENGTHS))] * 2
+    assert [row["held_out"]["sequences"] for row in rows] == [8, 8]
+    for row in report.blocks:
+        for key in ("relative_error", "held_out_error"):
+            shares = [each[key] for each in row["by_source"]]
+            assert len(shares) == 2 and min(shares) < row[key] < max(shares)
+    page = write_report(tmp_path / "out").read_text()
+    assert "Source 2" in page and "random: " in page
+
+
+def test_without_room_for_it_matrices_are_not_judged(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, whole = checkpoint("qwen2"), tiny.calibration(LENGTHS)
+    judged = prune(source, tmp_path / "judged", recipe(source), whole)
+    every = memory._choices
+    monkeypatch.setattr(memory, "_choices", lambda *a, **k: (choice for choice in every(*a, **k) if not choice.judged))
+    report = prune(source, tmp_path / "out", recipe(source), whole)
+    assert {row["held_out_error"] for row in report.matrices} == {None}
+    assert "matrices are not judged by the tokens held out, for want of memory" in report.end["notes"]
+    assert report.blocks == judged.blocks

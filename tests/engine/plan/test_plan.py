@@ -222,7 +222,7 @@ def test_less_memory_means_smaller_chunks_and_less_overlap_but_never_more_bytes(
 def test_every_size_of_chunks_is_tried_the_small_ones_last(qwen2_7b):
     settings = PruneSettings(method="wanda")
     shape = Shape.of(Model.of_config(qwen2_7b, QWEN2_7B), settings, on_gpu=True)
-    choices = [*memory._choices(shape, settings, 1_000_000, on_gpu=True, fixed=False)]
+    choices = [*memory._choices(shape, settings, Tokens(1_000_000, 1024), on_gpu=True, fixed=False)]
     sizes = list(dict.fromkeys(choice.chunk_tokens for choice in choices))
     assert sizes[-3:] == [1024, 512, 256] and sizes == sorted(sizes, reverse=True)
     large = [choice.chunk_tokens >= memory.SMALL_CHUNK for choice in choices]

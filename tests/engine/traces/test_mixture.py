@@ -87,6 +87,6 @@ def test_a_recipe_lists_them(tmp_path: Path) -> None:
     assert load_recipe(file).calibration == recipe.calibration
     for wrong in ("[]", "[1]", "{a: 1}", "['']"):
         file.write_text(f"model: m\ncalibration:\n  source: {wrong}\n")
-        with pytest.raises(BadInput, match="calibration.source"):
+        with pytest.raises(BadInput, match=r"calibration\.source"):
             load_recipe(file)
     assert CalibrationSettings(source=["x"]).sources == ["x"] and Recipe(model=Path("m")).calibration.sources == []
