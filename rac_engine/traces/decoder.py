@@ -223,8 +223,8 @@ class _Batch:
 class _DecodeStep:
     """One forward pass: rows below `old` get one token each, those behind them a whole prompt of `lengths` tokens."""
 
-    def __init__(self, cache: _Cache, sequences: list[_InFlight], old: int, device: torch.device) -> None:
-        self.cache, self.old, self.device = cache, old, device
+    def __init__(self, cache: _Cache, sequences: list[_InFlight], old: int, device: torch.device, threads: int) -> None:
+        self.cache, self.old, self.device, self.threads = cache, old, device, threads
         self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
         ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
         self.span = int(ends.max(initial=0))
@@ -247,6 +247,10 @@ class _DecodeStep:
         """
         keys, values = self.cache.write(layer, self.slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
         parts = []
+        # PyTorch's kernel adds up in another order with another number of threads; linear layers do not.
+        before = torch.get_num_threads()
+        if before != self.threads:
+            torch.set_num_threads(self.threads)
         if self.old:
             held, worth = (x[: self.old, : self.span].transpose(1, 2) for x in (keys, values))
             queries = q[0, :, : self.old].transpose(0, 1)
@@ -254,6 +258,8 @@ class _DecodeStep:
         if self.lengths:
             new = slice(self.old, None)
             parts.append(packed_attention(q[0, :, new], k[0, :, new], v[0, :, new], self.lengths, scoring))
+        if before != self.threads:
+            torch.set_num_threads(before)
         return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
 
     def recur(self, layer: int, module: nn.Module, x: Tensor) -> Tensor:
@@ -326,7 +332,7 @@ class Decoder:
         """SHA-256 of the checkpoint."""
         self.device = torch.device(device)
         self.threads = torch.get_num_threads()
-        """Threads that a CPU samples with (see `choose_threads`)."""
+        """Threads that a CPU samples with (see `choose_threads`); attention has all that there are."""
         self.notes: list[str] = []
         self.snapshots: Snapshots | None = None
         """Where the batch at work is written now and then."""
@@ -351,6 +357,7 @@ class Decoder:
         self.vocabulary = len(self.tokenizer)
         if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
             self.threads = 1  # its steps are too short for threads that wait for each other
+        self._most = self.threads
         self._embedded = int(self.model.get_input_embeddings().weight.shape[0])
 
     def prompt(
@@ -376,18 +383,19 @@ class Decoder:
 
     @torch.inference_mode()
     def choose_threads(self, journal: Path, rows: int, restart: bool = False) -> dict[str, Any]:
-        """Sample with the number of threads that is quickest here and now, by a few steps of `rows` sequences each.
+        """Sample with one thread or with all, as is quicker here and now, by a few steps of `rows` sequences each.
 
         On a busy machine, where one of several threads is always late, two were measured ten times slower than one. A
-        job that goes on keeps what its `journal` says, since the last bits of a result may depend on it. Returns what
-        is to be entered there. Nothing is measured on a GPU, for a small model or where there is but one thread.
+        job that goes on keeps what its `journal` says. The tokens are the same with either, where PyTorch's products of
+        matrices are, as they were wherever that was tried. Returns what is to be entered in the journal. Nothing is
+        measured on a GPU, for a small model or where there is but one thread.
         """
-        most = self.threads
+        most = self._most
         known = {} if restart else next(iter(records_of(journal)), {})
         if type(count := known.get(_THREADS)) is int and 1 <= count <= most:
             self.threads = count
         else:
-            self.threads = self._quickest(rows, sorted({count for count in (1, 4, 16, most) if count <= most}))
+            self.threads = self._quickest(rows, sorted({1, most}))
         if self.threads != most:
             self.notes = [f"sampled with {self.threads} of {most} threads, which a measurement found the quickest"]
         return {_THREADS: self.threads}
@@ -485,7 +493,7 @@ class Decoder:
     def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
         cache.reserve(max(len(sequence.tokens) for sequence in flying))
-        step = _DecodeStep(cache, flying, old, self.device)
+        step = _DecodeStep(cache, flying, old, self.device, self._most)
         before = _STEP.set(step)
         try:
             found = self.model(
