@@ -171,7 +171,11 @@ def _terminable(out: Path | None = None, last: bool = False) -> Iterator[None]:
 
 
 def _parser(words: Sequence[str]) -> Parser:
-    """The parser, with options for those commands only that are named in `words`."""
+    """The parser, with options for those commands only that are named in `words`.
+
+    For `completion` all commands have all of theirs, and the parser itself stands in the namespace as `whole`.
+    """
+    every = next((word for word in words if word in COMMANDS), None) == "completion"
     parser = Parser(
         prog="rac",
         description="Prune reasoning language models, calibrated on their own chains of thought.",
@@ -183,6 +187,7 @@ def _parser(words: Sequence[str]) -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"rac {__version__}")
     add_verbosity(parser, 0)
+    parser.set_defaults(whole=parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -193,8 +198,8 @@ def _parser(words: Sequence[str]) -> Parser:
             allow_abbrev=False,
             add_help=False,
         )
-        if name in words:
-            _add_options(sub, command, full="--help-all" in words)
+        if name in words or every:
+            _add_options(sub, command, full=every or "--help-all" in words)
     return parser
 
 

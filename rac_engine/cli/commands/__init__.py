@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rac_engine.cli.commands.completion import COMPLETION
 from rac_engine.cli.commands.doctor import DOCTOR
 from rac_engine.cli.commands.eval import EVAL
 from rac_engine.cli.commands.mask import MASK
@@ -22,6 +23,7 @@ COMMANDS = {
     "verify": VERIFY,
     "mask": MASK,
     "doctor": DOCTOR,
+    "completion": COMPLETION,
 }
 """In the order in which the overview names them."""
 

@@ -34,7 +34,7 @@ from rac_engine.recipe.settings import PruneSettings
 from tests.tiny import save_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples" / "abacus"
-COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor")
+COMMANDS = ("run", "trace", "prune", "eval", "report", "plan", "verify", "doctor", "completion")
 
 
 LONG = ("trace", "prune", "eval", "plan")
@@ -164,6 +164,33 @@ def test_an_option_that_only_the_full_page_shows_is_taken(rac, checkpoint):
     assert_one_line(rac("prune", "m", "o", *words), "--block-size", "0x")
     outcome = rac("prune", checkpoint(), "o", "--method", "magnitude", "--block-size", "32", "--dry-run")
     assert outcome.code == 0 and "block_size: 32" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["pr"], {"prune"}),
+        (["prune", "--spars"], {"--sparsity"}),
+        (["prune", "--block"], {"--block-size"}),  # that only the full page shows
+        (["plan", "--allocation", ""], {"uniform", "error"}),
+        (["completion", ""], {"bash", "zsh", "fish"}),
+        (["run", "rec"], {"recipe.yaml"}),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bash_completes_commands_options_values_and_files(rac, tmp_path, words, offered):
+    (tmp_path / "rac.bash").write_text(rac("completion", "bash").out)
+    (tmp_path / "recipe.yaml").touch()
+    typed = " ".join(["rac", *(word or "''" for word in words)])
+    program = f"source ./rac.bash; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_rac; echo ${{COMPREPLY[@]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+@pytest.mark.parametrize(("shell", "head"), [("zsh", "#compdef rac"), ("fish", "complete -c rac")])
+def test_other_shells_have_their_scripts(rac, shell, head):
+    script = rac("completion", shell).out
+    assert head in script and "block-size" in script and "%(" not in script
 
 
 def test_the_version(rac):
