@@ -53,7 +53,13 @@ def _choices(values: dict[str, Any]) -> list[tuple[str, str]] | None:
     if isinstance(values.get("incorrect_answer_1"), str) and isinstance(values.get("correct_answer"), str):
         names = ("correct_answer", *(f"incorrect_answer_{number}" for number in (1, 2, 3)))
         texts = [str(values[name]).strip() for name in names if not absent(values.get(name))]
-        return list(zip(_LETTERS, sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest()), strict=False))
+        return list(
+            zip(
+                _LETTERS,
+                sorted(texts, key=lambda t: hashlib.sha256(t.encode("utf-8", "replace")).digest()),
+                strict=False,
+            )
+        )
     given = next((written_down(values[name]) for name in ("choices", "options") if not absent(values.get(name))), None)
     if given is None and all(isinstance(values.get(letter), str) for letter in "abcd"):
         given = {letter.upper(): values[letter] for letter in "abcde" if isinstance(values.get(letter), str)}

@@ -275,8 +275,10 @@ def _lighteval(fields: Fields) -> Exchange | None:
         return Exchange(token_ids(_one_row(given), where), [token_ids(each, where) for each in many])
     thoughts = written_down(response.get("reasonings")) or []
     answers = _said(written_down(texts), "text", fields.where)
+    if not isinstance(thoughts, list) or not all(absent(t) or isinstance(t, str) for t in thoughts):
+        raise BadInput(f"{fields.where}: `reasonings` should be a list of texts")
     if len(thoughts) == len(answers):
-        answers = [Said(s.text, t or "") for s, t in zip(answers, thoughts, strict=True)]
+        answers = [Said(s.text, "" if absent(t) else t) for s, t in zip(answers, thoughts, strict=True)]
     prompt = written_down(prompt)
     if is_conversation(prompt):
         return Exchange(messages_from(prompt, fields.where), [*answers])

@@ -246,6 +246,27 @@ def _records() -> bytes:
         {"messages": [{"role": "user", "content": "4"}, {"role": "assistant", "content": "<think> 5"}]},
         {"text": "3 = 3"},
         {"problem": "7"},
+        {
+            "messages": [
+                {"role": "user", "content": "4"},
+                {"role": "assistant", "content": "5", "reasoning_content": "6"},
+            ]
+        },
+        {"problem": "7", "generations": ["8", "9"], "correctness": [True, False], "uuid": "u"},
+        {"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}], "system": "3"},
+        {"prompt": "[{'role': 'user', 'content': '1'}]", "response": "2", "thinking": "3"},
+        {"prompt_token_ids": [5], "outputs": [{"token_ids": [6], "text": "7"}, {"text": "8"}]},
+        {"input_ids": [[0, 5, 6]], "attention_mask": [[0, 1, 1]], "labels": [[-100, -100, 6]]},
+        {"prompt": "1", "text": "2", "output_ids": [5, 6], "meta_info": {}},
+        {
+            "doc": {"query": "1", "choices": ["2"], "gold_index": 0},
+            "model_response": {"text": ["3"], "reasonings": ["4"]},
+        },
+        {
+            "custom_id": "1",
+            "body": {"messages": [{"role": "user", "content": [{"type": "text", "text": "1"}]}]},
+            "response": {"status_code": 200, "body": {"choices": [{"message": {"content": "2", "reasoning": "3"}}]}},
+        },
     ]
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
@@ -254,6 +275,10 @@ _PROBLEMS = """\
 {"problem": "1 + 2", "answer": "3", "id": "a", "kind": "sum"}
 {"prompt": "4", "answer": 2.5}
 {"messages": [{"role": "user", "content": "4"}], "answer": "7"}
+{"question": "4", "choices": {"text": ["5", "6"], "label": ["A", "B"]}, "answerKey": "B"}
+{"Question": "4", "Correct Answer": "5", "Incorrect Answer 1": "6", "Record ID": "r"}
+{"prompt": [{"role": "user", "content": "4"}], "reward_model": {"ground_truth": "['7']"}}
+{"query": "4", "options": ["5", "6"], "final_answer": [1, 2], "solution": "so \\boxed{1}"}
 """
 _RECIPE = """\
 model: model
