@@ -36,7 +36,11 @@ def load_problems(path: Path, columns: Mapping[str, str] | None = None) -> list[
         if not answer and isinstance(solution, str):
             answer = extract_answer(solution) or ""
         if not answer:
-            raise BadInput(f"{where}: needs `answer`, as text or a number (--column answer=NAME names its column)")
+            there = ", ".join(f"`{key}`" for key in list(record)[:20])
+            raise BadInput(
+                f"{where}: needs `answer`, as text or a number; it has {there or 'nothing'}: name the column with "
+                "--column answer=NAME"
+            )
         name, own = id_of(record)
         if name is not None and not own and name in ids:
             name = f"{name}#{len(problems)}"  # a name that is no `id` need not be its record's alone

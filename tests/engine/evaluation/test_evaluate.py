@@ -200,6 +200,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"problem": "a"}', r":1: needs `answer`"),
+        ('{"problem": "a", "Antwort": 1}', r":1: needs `answer`.*has `problem`, `Antwort`: name .*--column answer="),
         ('{"answer": "a"}', r":1: needs `problem`"),
         ('{"problem": "a", "answer": true}', r":1: needs `answer`"),
         ("", "holds no problem"),
