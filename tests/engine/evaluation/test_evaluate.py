@@ -15,6 +15,7 @@ import pytest
 
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.evaluation import judge as answers
+from rac_engine.evaluation.compare import same_answer
 from rac_engine.evaluation.extract import extract_answer
 from rac_engine.evaluation.job import evaluate
 from rac_engine.evaluation.judge import Judge
@@ -25,6 +26,7 @@ from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.sampling import Completion
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
+PAIRS = Path(__file__).parent / "pairs.jsonl"
 PROBLEMS = ABACUS.parent / "problems/evaluation.jsonl"
 
 
@@ -58,20 +60,22 @@ def test_extract_answer(text: str, answer: str | None) -> None:
         ("1200", "1,200", True),
         ("1200", "1,20,0", False),
         ("0.5", "1/2", True),
-        ("0.5", ".50", False),
+        ("0.5", ".50", True),
         ("x + 1", "x+1", True),
         ("abc", "abd", False),
         ("3", "1/0", False),
         ("3", None, False),
         ("1011", "1011.0", True),
         ("3 1 2", "1 2 3", False),
-        ("3, 1, 2", "1, 2, 3", False),
+        ("3, 1, 2", "1, 2, 3", True),
+        ("3, 1, 2", "1, 2, 4", False),
+        ("(3, 1, 2)", "(1, 2, 3)", False),
     ],
 )
 def test_figures_are_compared_without_mathematics(
     monkeypatch: pytest.MonkeyPatch, expected: str, given: str | None, same: bool
 ) -> None:
-    """Which would take rows of them for sets or products."""
+    """It would take rows of them for products."""
     if expected != "abc":
         monkeypatch.setattr(Judge, "_ask", None)
     with Judge() as judge:
@@ -103,6 +107,38 @@ def test_mathematics_is_compared_as_such(judge: Judge, expected: str, given: str
     assert judge.same(expected, given) is same
 
 
+def test_answers_as_models_write_them(judge: Judge) -> None:
+    """Each kind with answers that are right and near misses that are wrong."""
+    pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    found = [(pair, extract_answer(pair["completion"])) for pair in pairs]
+    wrong = [(pair, answer) for pair, answer in found if judge.same(pair["gold"], answer) is not pair["right"]]
+    assert len(pairs) > 400 and not wrong, "\n".join(f"{pair}: {answer!r}" for pair, answer in wrong)
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 900 + "5" + ")" * 900, "1," * 990, r"\frac{" * 300, "9^9999+" * 280 + "1", "$" * 1999]
+)
+def test_answers_made_to_be_hard_are_compared_in_no_time(text: str) -> None:
+    began = time.process_time()
+    for other in ("5", text[::-1], text[:-1], "(1, 2)"):
+        same_answer(other, text, lambda *_: False)
+    assert time.process_time() - began < 5
+
+
+def test_no_more_time_is_taken_for_a_list_than_for_one_answer(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def slowly(expected: str, given: str, seconds: float) -> bool:
+        asked.append(seconds)
+        monkeypatch.setattr(answers.time, "monotonic", lambda: began + 4 * answers.SECONDS + 1)
+        return False
+
+    began = time.monotonic()
+    monkeypatch.setattr(judge, "_ask", slowly)
+    assert not judge.same("x+1, x+2, x+3", "y+1, y+2, y+3")
+    assert len(asked) == 1 and 0 < asked[0] <= 4 * answers.SECONDS
+
+
 def test_what_nobody_can_evaluate_is_another_answer_and_the_next_one_is_compared(
     judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +157,7 @@ def test_boxes_that_are_never_closed_take_one_pass() -> None:
     began = time.process_time()
     assert extract_answer("\\boxed{" * 50_000) is None
     assert extract_answer("\\boxed{3}" + "\\boxed{{" * 50_000) == "3"
+    assert extract_answer("\\boxed{}" * 50_000 + "answer" + " " * 100_000) is None
     assert time.process_time() - began < 5
 
 
