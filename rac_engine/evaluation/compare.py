@@ -211,7 +211,9 @@ def _same_choice(expected: str, given: str) -> bool | None:
 def _parts(text: str) -> _Parts:
     """Divide an answer at its top-level commas, within the brackets around the whole if there are some."""
     text = text.strip()
-    while text[:1] == "(" and closing(text, 0) == len(text) - 1 and text[-1] == ")" and len(_items(text[1:-1])) == 1:
+    for _ in range(_MOST):
+        if text[:1] + text[-1:] != "()" or closing(text, 0) < len(text) - 1 or len(_items(text[1:-1])) > 1:
+            break
         text = text[1:-1].strip()
     if built := _BUILT_SET.fullmatch(text):
         return _parts(built[2])

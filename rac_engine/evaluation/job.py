@@ -1,8 +1,6 @@
 """The evaluation job: a model answers problems, with the same random numbers for every model.
 
-An answer is what stands in the last `\boxed{…}` behind the last `</think>`, or behind `####` or `answer:` where
-there is no box. It is right if it equals the expected one as text, up to space, as a number or as an expression (see
-judge).
+How an answer is found (extract) and compared with the expected one (written, compare, judge) stands in docs/answers.md.
 """
 
 from __future__ import annotations
