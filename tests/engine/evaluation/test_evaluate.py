@@ -19,6 +19,7 @@ from rac_engine.evaluation.compare import same_answer
 from rac_engine.evaluation.extract import extract_answer
 from rac_engine.evaluation.job import evaluate
 from rac_engine.evaluation.judge import Judge
+from rac_engine.evaluation.mathematics import SECONDS
 from rac_engine.evaluation.problems import load_problems
 from rac_engine.evaluation.statistics import mcnemar, summarize, wilson
 from rac_engine.recipe.settings import EvalSettings
@@ -130,13 +131,13 @@ def test_no_more_time_is_taken_for_a_list_than_for_one_answer(judge: Judge, monk
 
     def slowly(expected: str, given: str, seconds: float) -> bool:
         asked.append(seconds)
-        monkeypatch.setattr(answers.time, "monotonic", lambda: began + 4 * answers.SECONDS + 1)
+        monkeypatch.setattr(time, "monotonic", lambda: began + 4 * SECONDS + 1)
         return False
 
     began = time.monotonic()
     monkeypatch.setattr(judge, "_ask", slowly)
     assert not judge.same("x+1, x+2, x+3", "y+1, y+2, y+3")
-    assert len(asked) == 1 and 0 < asked[0] <= 4 * answers.SECONDS
+    assert len(asked) == 1 and 0 < asked[0] <= 4 * SECONDS
 
 
 def test_what_nobody_can_evaluate_is_another_answer_and_the_next_one_is_compared(
