@@ -68,6 +68,22 @@ def give_back_freed() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 17)
 
 
+def give_back_large() -> None:
+    """Let glibc give back what is freed in pieces of 8 MiB and more, for the rest of the process.
+
+    By itself it keeps pieces of up to 32 MiB, which are a chunk's activations: without them a job of SmolLM2-135M has
+    100 MiB less at its peak, for a thirtieth more processor time. For programs, as `give_back_freed`.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 8 << 20)
+
+
+def trim_memory() -> None:
+    """Let glibc give back, once, what it has kept of freed memory so far; elsewhere nothing is done."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory(reset: bool = False) -> int:
     """Bytes of memory that this process had resident at most, since the last `reset` if there was one."""
     if reset:

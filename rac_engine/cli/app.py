@@ -24,7 +24,7 @@ from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
 from rac_engine.base.files import is_utf8
 from rac_engine.base.linux import require_linux
-from rac_engine.base.process import give_back_freed, prepare_process
+from rac_engine.base.process import give_back_freed, give_back_large, prepare_process
 from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity
 from rac_engine.cli.output import OutputLost, complain, flush, prepared_streams
@@ -83,6 +83,8 @@ def _dispatch(words: Sequence[str], last: bool) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if getattr(args, "host_memory", None) is not None:
         give_back_freed()
+    else:
+        give_back_large()
     with _terminable(args.out if args.command in _LONG else None, last):
         return COMMANDS[args.command].run(args)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rac_engine.base.process import trim_memory
 from rac_engine.engine.context import Context
 from rac_engine.engine.embeddings import pruned_embeddings
 from rac_engine.engine.layer import Layer
@@ -19,6 +20,7 @@ def prune_layers(context: Context) -> None:
     """Prune all layers and enter them in the journal; those that an earlier job has finished are replayed."""
     files, journal = context.files, context.files.journal
     overlap = context.memory.choice.overlap
+    trim_memory()  # what the tokenizer and the files of traces took
     with files:
         files.begin_reading(0)
         fresh = False

@@ -97,3 +97,31 @@ def test_memory_is_counted_in_bytes() -> None:
 
     assert resident() == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
     assert peak_memory() >= 0.9 * resident()
+
+
+KEPT = """
+import ctypes, sys
+from rac_engine.base import process
+
+if sys.argv[1:]:
+    process.give_back_large()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = process.resident()
+for _ in range(3):
+    piece = libc.malloc(16 << 20)
+    ctypes.memset(piece, 1, 16 << 20)
+    libc.free(piece)
+kept = process.resident() - before
+process.trim_memory()
+print(kept >> 20, process.resident() - before >> 20)
+"""
+
+
+@pytest.mark.parametrize("given_back", [False, True])
+def test_large_pieces_are_given_back(given_back: bool) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KEPT, *(["yes"] if given_back else [])]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    kept, after = map(int, said.split())
+    assert (kept < 4) == given_back and after < 4
