@@ -32,7 +32,7 @@ from rac_engine.jobs.layout import ALLOCATION, PRUNE_JOURNAL
 from rac_engine.jobs.timeline import Timeline
 from rac_engine.models import Model
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe
-from rac_engine.traces import RENDERED_AT, Calibration, dated, moment_of
+from rac_engine.traces import Calibration, dated, moment_of
 
 REPLAY = "replay: embeddings, then every finished layer in turn, from the tensors that its record vouches for"
 """The rule by which a job that goes on has the activations again, as its journal names it."""
@@ -98,7 +98,7 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
     """Prune in the folder that `job` has claimed, until it can be published."""
     partial = job.partial
     moment = moment_of(partial / PRUNE_JOURNAL, request.restart)
-    with dated(moment):
+    with dated(moment) as dating:
         setup = set_up(request, partial)
     model, chunk = setup.model, setup.memory.choice.chunk_tokens
     run = describe(setup)
@@ -111,7 +111,7 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
             PRUNE_JOURNAL,
             identity,
             restart=request.restart,
-            beside={"chunk_tokens": chunk, "activations": REPLAY, RENDERED_AT: moment.isoformat()},
+            beside={"chunk_tokens": chunk, "activations": REPLAY, **dating.record()},
             stopped=lambda: f"stopped with {min(job.done, model.layers)} of {model.layers} layers done",
             worthwhile=lambda: bool(job.done) or (partial / ALLOCATION).exists(),  # that of a first pass
         )

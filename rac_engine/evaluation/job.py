@@ -26,7 +26,6 @@ from rac_engine.jobs.journal import Journal
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.recipe import EvalSettings
 from rac_engine.traces import (
-    RENDERED_AT,
     Decoder,
     Request,
     Sampling,
@@ -82,7 +81,7 @@ def evaluate(
         decoder = Decoder(str(model), device)
         # Where a model is compared, a date in its prompts is that of the answers it is compared with.
         moment = read_moment(earlier or {}) or moment_of(job.partial, restart)
-        with dated(moment):
+        with dated(moment) as dating:
             questions = _questions(problems, settings, decoder)
         prompts = _prompts_sha256(questions)
         if earlier is not None and earlier.get(_PROMPTS, prompts) != prompts:
@@ -100,7 +99,7 @@ def evaluate(
         job.open_journal(
             identity,
             restart=restart,
-            beside={RENDERED_AT: moment.isoformat(), **threads},
+            beside={**dating.record(), **threads},
             stopped=lambda: f"stopped with {len(_rows(job.journal))} of {len(questions)} answers{snapshots.describe()}",
         )
         with judge:
@@ -118,7 +117,7 @@ def evaluate(
             "settings": settings.model_dump(mode="json"),
         }
         result |= {"model": str(model), "problems_sha256": digest, _PROMPTS: prompts}
-        result |= {RENDERED_AT: moment.isoformat(), "rows": rows}
+        result |= {**dating.record(), "rows": rows}
         job.publish((json.dumps(result, indent=1) + "\n").encode())
     return EvalResult(out, summary, rows, comparison, [*job.notes, *decoder.notes, *notes])
 

@@ -31,7 +31,7 @@ from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
-from rac_engine.traces import RENDERED_AT, TRACE_TOKEN_BYTES, dated, load_prompts, moment_of
+from rac_engine.traces import TRACE_TOKEN_BYTES, dated, has_date, load_prompts, load_tokenizer, moment_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,16 @@ def run(
         for note in job.notes:
             console.say(f"note: {note}")
         moment = moment_of(folder / RUN_JOURNAL, restart)
-        with dated(moment):
+        with dated(moment) as dating:
             checked = _check(recipe, limits)
+            if recipe.trace or recipe.evaluate:
+                dating.used |= has_date(load_tokenizer(recipe.model))
         identity = {**_flat(yaml.safe_load(dump(recipe))), **checked, **surroundings(device)}
         journal = job.open_journal(
             RUN_JOURNAL,
             identity,
             restart=restart,
-            beside={RENDERED_AT: moment.isoformat()},
+            beside=dating.record(),
             stopped=lambda: "stopped between two steps",
             worthwhile=lambda: _worth_keeping(job),
         )

@@ -19,11 +19,10 @@ from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.snapshot import Snapshots
-from rac_engine.traces.template import RENDERED_AT, dated, moment_of, read_moment
+from rac_engine.traces.template import dated, has_date, moment_of, read_moment
 
 __all__ = [
     "FEWEST",
-    "RENDERED_AT",
     "TRACE_TOKEN_BYTES",
     "Calibration",
     "Decoder",
@@ -40,6 +39,7 @@ __all__ = [
     "cut_off_notes",
     "dated",
     "generate",
+    "has_date",
     "hold_out",
     "id_of",
     "instructed",

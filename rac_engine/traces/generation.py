@@ -29,7 +29,7 @@ from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
 from rac_engine.traces.snapshot import Snapshots
-from rac_engine.traces.template import RENDERED_AT, dated, moment_of, template_sha256, tokenizer_sha256
+from rac_engine.traces.template import Dating, dated, has_date, moment_of, template_sha256, tokenizer_sha256
 
 TRACE_TOKEN_BYTES = 16  # on disk, of a trace's token at most: its id and the text it stands for, compressed
 
@@ -143,7 +143,7 @@ def generate(
             TRACES_JOURNAL,
             identity,
             restart=restart,
-            beside={RENDERED_AT: moment.isoformat(), **threads},
+            beside={**Dating(moment, has_date(decoder.tokenizer)).record(), **threads},
             stopped=lambda: (
                 f"stopped with {format_count(counts.tokens)} of {format_count(counts.budget)} tokens"
                 f"{snapshots.describe()}"

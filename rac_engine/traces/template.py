@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,26 +25,48 @@ _MAX_TEMPLATE = 1 << 20  # characters; the largest that models come with have so
 
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
 
-_MOMENT: ContextVar[datetime | None] = ContextVar("moment", default=None)
+
+@dataclass
+class Dating:
+    """The moment that dates in prompts are taken from, and whether any was asked for."""
+
+    moment: datetime
+    used: bool = False
+
+    def record(self) -> dict[str, str]:
+        """What a journal is to hold of it: nothing where no template has a date, so that the same job has its bytes."""
+        return {RENDERED_AT: self.moment.isoformat()} if self.used else {}
+
+
+_DATING: ContextVar[Dating | None] = ContextVar("dating", default=None)
 
 RENDERED_AT = "rendered_at"
 """The key of the moment of a job's prompts, in the first record of its journal and in results."""
 
 
 @contextmanager
-def dated(moment: datetime) -> Iterator[None]:
+def dated(moment: datetime) -> Iterator[Dating]:
     """Within, chat templates that put in a date take it from this moment: a job that goes on renders the same."""
-    before = _MOMENT.set(moment)
+    dating = Dating(moment)
+    before = _DATING.set(dating)
     try:
-        yield
+        yield dating
     finally:
-        _MOMENT.reset(before)
+        _DATING.reset(before)
+
+
+def has_date(tokenizer: Any) -> bool:
+    """Whether the chat template may put in a date."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def moment_of(journal: Path, restart: bool = False) -> datetime:
     """The moment at which a job's prompts are rendered: its journal's if it was begun, else that of `dated`, or now."""
     records = [] if restart else records_of(journal)
-    return read_moment(records[0] if records else {}) or _MOMENT.get() or datetime.now().replace(microsecond=0)
+    if (begun := read_moment(records[0] if records else {})) is not None:
+        return begun
+    dating = _DATING.get()
+    return datetime.now().replace(microsecond=0) if dating is None else dating.moment
 
 
 def read_moment(record: Mapping[str, Any]) -> datetime | None:
@@ -89,9 +112,10 @@ def render_text(
     for name in arguments or ():
         if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise BadInput(f"{where}: the model's chat template has no argument {name!r} (template_arguments)")
-    moment = _MOMENT.get() or datetime.now()
+    dating = _DATING.get() or Dating(datetime.now())
+    dating.used |= has_date(tokenizer)
     try:
-        return renderer_of(tokenizer).render(messages, arguments or {}, moment, answered)
+        return renderer_of(tokenizer).render(messages, arguments or {}, dating.moment, answered)
     except Unrendered as error:
         raise BadInput(f"{where}: the chat template {error}") from None
 
