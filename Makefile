@@ -7,10 +7,12 @@ BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 
 PEERS := .venv-peers
+# An environment a tool, made by benchmarks/interop.py.
+INTEROP := .venv-interop
 # On a machine with a GPU: the Python that has its PyTorch and Triton.
 GPU_PYTHON ?= python3
 
-.PHONY: help demo test soak lint bench real gpu clean
+.PHONY: help demo test soak lint bench real interop gpu clean
 help:
 	@echo "make demo    prune the example reasoning model to half and show what each calibration keeps"
 	@echo "make test    lint, types and the test suite"
@@ -18,6 +20,7 @@ help:
 	@echo "make lint    ruff, clang-format and mypy alone"
 	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
 	@echo "make real    a real model, SmolLM2-135M, pruned by every method beside llm-compressor: half an hour, then a table"
+	@echo "make interop a pruned model in vLLM, lm-eval, lighteval, peft, llm-compressor and llama.cpp's converter"
 	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
 	@echo "make clean   remove .venv and everything built"
 
@@ -74,9 +77,12 @@ $(PEERS)/.gguf: $(PEERS)/.ready
 real: $(PEERS)/.gguf
 	$(BIN)/python benchmarks/real.py --peers $(PEERS) --record
 
+interop: $(PEERS)/.ready
+	$(BIN)/python benchmarks/interop.py --environments $(INTEROP) --peers $(PEERS) --record
+
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) build demo-out* *.egg-info
+	rm -rf $(VENV) $(PEERS) $(INTEROP) build demo-out* *.egg-info
 	find kernels rac_engine -name '_native*.so' -delete

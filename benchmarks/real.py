@@ -94,9 +94,7 @@ def main() -> None:
         printed = table(json.loads(args.table.read_text()))
         print(printed)
         if args.into:
-            text = args.into.read_text()
-            before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-            args.into.write_text(f"{text[:before]}\n\n{printed}\n\n{text[after:]}")
+            put_into(args.into, printed, BEGIN, END)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -109,6 +107,13 @@ def main() -> None:
         print(what, flush=True)
     print(table(json.loads(args.out.read_text())))
     print(f"record: {args.out}")
+
+
+def put_into(page: Path, printed: str, begin: str, end: str) -> None:
+    """Put a table into a page, between two marks."""
+    text = page.read_text()
+    before, after = text.index(begin) + len(begin), text.index(end)
+    page.write_text(f"{text[:before]}\n\n{printed}\n\n{text[after:]}")
 
 
 class Made:

