@@ -86,10 +86,10 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         calibration = held.calibration
         remarks += [] if held.remark is None else [held.remark]
     lengths = [len(sequence.token_ids) for sequence in calibration.sequences]  # tokens that do not count too
-    chunk = None if request.restart else _begun_with(partial)
+    chunk, judged = (None, None) if request.restart else _begun_with(partial)
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
     tokens = Tokens(sum(lengths), max(lengths, default=0), weighted, bool(calibration.held_out))
-    memory = plan_memory(shape, settings, tokens, machine, chunk=chunk)
+    memory = plan_memory(shape, settings, tokens, machine, chunk, judged if calibration.held_out else None)
     if calibration.held_out and not memory.choice.judged:
         remarks.append("matrices are not judged by the tokens held out, for want of memory")
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
@@ -145,14 +145,15 @@ def calibration_remarks(recipe: Recipe, calibration: Calibration, checkpoint: Ch
     return remarks
 
 
-def _begun_with(partial: Path) -> int | None:
-    """Tokens that go through a layer together in the job that was begun in a folder; None if there is none.
+def _begun_with(partial: Path) -> tuple[int | None, bool | None]:
+    """How the job that was begun in a folder goes about it; None where there is none.
 
-    They decide the last bits of the result, and follow from what memory was free when it began.
+    Tokens that go through a layer together, and whether matrices are judged by those held out: both decide the result,
+    and follow from what memory was free when it began.
     """
-    records = records_of(partial / PRUNE_JOURNAL)
-    chunk = records[0].get("chunk_tokens") if records else None
-    return chunk if isinstance(chunk, int) and chunk > 0 else None
+    first = next(iter(records_of(partial / PRUNE_JOURNAL)), {})
+    chunk, judged = first.get("chunk_tokens"), first.get("judged")
+    return chunk if isinstance(chunk, int) and chunk > 0 else None, judged if isinstance(judged, bool) else None
 
 
 def describe(setup: Setup) -> dict[str, Any]:
@@ -220,5 +221,4 @@ def identity_of(setup: Setup, run: dict[str, Any]) -> dict[str, Any]:
         **surroundings(setup.device),
         **{f"settings.{name}": value for name, value in run["settings"].items()},
         "chunk_tokens by the memory plan": setup.memory.choice.chunk_tokens,
-        "judging by the memory plan": setup.memory.choice.judged,
     }

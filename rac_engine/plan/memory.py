@@ -81,13 +81,19 @@ class MemoryPlan:
 
 
 def plan_memory(
-    shape: Shape, settings: PruneSettings, tokens: Tokens, machine: Machine, chunk: int | None = None
+    shape: Shape,
+    settings: PruneSettings,
+    tokens: Tokens,
+    machine: Machine,
+    chunk: int | None = None,
+    judged: bool | None = None,
 ) -> MemoryPlan:
     """The best way to go within the machine's limits.
 
     Without a limit the chunks are as the settings say, so that results do not depend on the machine, and activations go
     to disk where the host's spare bytes do not hold them; only a device whose spare bytes are too few makes them
-    smaller. With `chunk`, so many tokens go through a layer together, as when the job was begun. Raises `BadInput`,
+    smaller. With `chunk`, so many tokens go through a layer together, as when the job was begun, and with `judged`
+    matrices are judged or not as they were then. Raises `BadInput`,
     naming the phase, where nothing fits.
     """
     best: MemoryPlan | None = None
@@ -98,6 +104,8 @@ def plan_memory(
     if free and device_room is not None:
         choices = itertools.chain(choices, _choices(shape, settings, tokens, machine.on_gpu, fixed=False))
     for choice in choices:
+        if judged is not None and choice.judged != judged:
+            continue
         planner = PhasePlanner(
             shape, settings, tokens, choice if chunk is None else replace(choice, chunk_tokens=chunk), machine
         )
