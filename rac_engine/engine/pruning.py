@@ -111,7 +111,12 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
             PRUNE_JOURNAL,
             identity,
             restart=request.restart,
-            beside={"chunk_tokens": chunk, "activations": REPLAY, **dating.record()},
+            beside={
+                "chunk_tokens": chunk,
+                "judged": setup.memory.choice.judged,
+                "activations": REPLAY,
+                **dating.record(),
+            },
             stopped=lambda: f"stopped with {min(job.done, model.layers)} of {model.layers} layers done",
             worthwhile=lambda: bool(job.done) or (partial / ALLOCATION).exists(),  # that of a first pass
         )
