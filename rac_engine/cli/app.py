@@ -33,7 +33,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST = 2000  # characters of an error
 _LONG = ("run", "trace", "prune", "eval")
-"""Commands of jobs that publish OUT, and go on when they are called again."""
+"""Commands of jobs that go on when they are called again."""
+_PUBLISHING = (*_LONG, "mask")
+"""Commands that are done once OUT is published, whatever comes then."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -85,7 +87,7 @@ def _dispatch(words: Sequence[str], last: bool) -> int:
         give_back_freed()
     else:
         give_back_large()
-    with _terminable(args.out if args.command in _LONG else None, last):
+    with _terminable(args.out if args.command in _PUBLISHING else None, last):
         return COMMANDS[args.command].run(args)
 
 
@@ -97,14 +99,14 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
-def _is_long(words: Sequence[str]) -> bool:
-    """Whether a command line is that of a job that goes on when it is called again."""
-    return next((word for word in words if word in COMMANDS), None) in _LONG
+def _is_one_of(words: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a command line is that of one of these commands."""
+    return next((word for word in words if word in COMMANDS), None) in names
 
 
 def _unheard(words: Sequence[str], lost: OutputLost) -> int:
-    """Exit where the result could not be printed: a long job is done all the same, any other had nothing else to do."""
-    if _is_long(words) and "--dry-run" not in words:
+    """Exit where the result could not be printed: a job is done all the same, any other had nothing else to do."""
+    if _is_one_of(words, _PUBLISHING) and "--dry-run" not in words:
         if lost.reason:
             complain(f"rac: done, but the result could not be printed: standard output: {lost.reason}")
         return 0
@@ -112,7 +114,7 @@ def _unheard(words: Sequence[str], lost: OutputLost) -> int:
 
 
 def _stopped(words: Sequence[str], error: BaseException) -> int:
-    if not _is_long(words):
+    if not _is_one_of(words, _LONG):
         return _fail(1, "stopped")
     command = shlex.join(["rac", *(word for word in words if word != "--restart")])
     return _fail(75, f"{error if str(error) else 'stopped'}; to go on: {command}")

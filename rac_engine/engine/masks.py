@@ -16,6 +16,7 @@ from rac_engine.base.files import copy_file, disk_errors, write_file
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, inside, origin_of
 from rac_engine.engine.metrics import Metrics, load_metrics
 from rac_engine.engine.verify import verify
+from rac_engine.jobs.claim import refuse_place
 from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import CARD, METRICS, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.jobs.publish import write_manifest
@@ -60,7 +61,8 @@ def apply_masks(
     another shape there, and where `target` has matrices that `source` says nothing of.
     """
     source, target, out = Path(source), Path(target), Path(out)
-    with FolderJob(out) as job:
+    refuse_place(out, source)
+    with FolderJob(out, model=target) as job:
         pruned, metrics = Checkpoint.open(source), load_metrics(source / RAC)
         trained = Checkpoint.open(target)
         names = _masked_tensors(pruned, trained, metrics)

@@ -21,7 +21,8 @@ def _mask(args: argparse.Namespace) -> int:
     from rac_engine.base.sizes import percent
     from rac_engine.engine import apply_masks
 
-    made = apply_masks(args.source, args.target, args.out, restart=args.restart, progress=console_of(args).progress)
+    with console_of(args) as console:
+        made = apply_masks(args.source, args.target, args.out, restart=args.restart, progress=console.progress)
     share = percent(made.zeros / made.weights, 2)
     emit(f"{made.out}: {share} zeros in {made.matrices} matrices, {made.lost:,} of them put back")
     return 0
