@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rac_engine.recipe import Recipe
-from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModuleName, PatternText, Source
+from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModelPath, ModuleName, PatternText, Source
 from rac_engine.solve import method_names
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -74,6 +74,7 @@ SECTIONS = {
 NAMES: list[tuple[Any, str]] = [
     (FilePath, "path"),
     (Source, "path or `text:FILE`, or a list"),
+    (ModelPath, "path or name on the hub"),
     (PatternText, "`N:M`"),
     (ModuleName, "regular expression"),
     (JobName, "name"),

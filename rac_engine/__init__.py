@@ -36,10 +36,10 @@ def trace(
     restart: bool = False,
     progress: Callable[[Any], None] = _silent,
 ) -> TraceReport:
-    """Sample traces of the checkpoint in the folder `model` into the new folder `out`.
+    """Sample traces of the checkpoint `model` into the new folder `out`.
 
     Args:
-        model: Folder of a Hugging Face checkpoint.
+        model: Folder of a Hugging Face checkpoint, or `org/name[@revision]` on the hub.
         settings: Prompts, token budget and sampling: `rac_engine.recipe.TraceSettings(prompts="P.jsonl", tokens=...)`.
         out: Folder for Parquet files (a row a trace, token ids and text) and the summary traces.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
@@ -67,10 +67,10 @@ def prune(
     host_memory: int | None = None,
     progress: Callable[[str], None] = _silent,
 ) -> PruneReport:
-    """Prune the checkpoint in the folder `model` into the new folder `out`, with a report beside the weights.
+    """Prune the checkpoint `model` into the new folder `out`, with a report beside the weights.
 
     Args:
-        model: Folder of a Hugging Face checkpoint.
+        model: Folder of a Hugging Face checkpoint, or `org/name[@revision]` on the hub.
         out: Folder for the pruned checkpoint; it appears when it is whole. `out`/rac/report.html is the report.
         recipe: A recipe or the path of one, of which `calibration` and `prune` count, or pruning settings alone.
         calibration: Sequences to calibrate on, instead of what the recipe names.
@@ -113,10 +113,10 @@ def evaluate(
     restart: bool = False,
     progress: Callable[[Any], None] = _silent,
 ) -> EvalResult:
-    """Let the model in the folder `model` answer problems, and write the results to the new JSON file `out`.
+    """Let `model` answer problems, and write the results to the new JSON file `out`.
 
     Args:
-        model: Folder of a Hugging Face checkpoint, dense or pruned.
+        model: Folder of a Hugging Face checkpoint, dense or pruned, or `org/name[@revision]` on the hub.
         settings: Problems and sampling: `rac_engine.recipe.EvalSettings(problems="Q.jsonl", ...)`.
         out: File for accuracy, decode lengths and every answer.
         baseline: Results of another model on the same problems, to be compared with problem by problem.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rac_engine.checkpoint.formats import READ, find_format, unread_format
 from rac_engine.checkpoint.header import TensorInfo, read_config
+from rac_engine.checkpoint.hub import is_fetched, local_folder
 from rac_engine.checkpoint.origin import origin_of
 from rac_engine.checkpoint.reader import INDEX, SINGLE, Checkpoint, inside, other_files
 from rac_engine.checkpoint.tensors import bytes_of, is_finite
@@ -24,7 +25,9 @@ __all__ = [
     "bytes_of",
     "find_format",
     "inside",
+    "is_fetched",
     "is_finite",
+    "local_folder",
     "origin_of",
     "other_files",
     "read_config",

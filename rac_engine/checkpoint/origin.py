@@ -9,6 +9,7 @@ import yaml
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import read_small
+from rac_engine.base.hubnames import cached_name
 from rac_engine.checkpoint.reader import inside
 from rac_engine.jobs.layout import CARD
 
@@ -35,10 +36,8 @@ class Origin:
 def origin_of(folder: Path) -> Origin:
     """Name, revision and declarations of the checkpoint in `folder`. A card that cannot be read declares nothing."""
     declared = _declared(folder)
-    for place in (folder.absolute(), folder.resolve()):
-        repository, snapshots = place.parent.parent.name, place.parent.name
-        if snapshots == "snapshots" and repository.startswith("models--"):
-            return Origin(repository.removeprefix("models--").replace("--", "/", 1), place.name, declared)
+    if (cached := cached_name(folder)) is not None:
+        return Origin(cached.name, cached.revision, declared)
     return Origin(folder.resolve().name or "model", None, declared)
 
 

@@ -83,6 +83,7 @@ def _dispatch(words: Sequence[str], last: bool) -> int:
     if args.verbosity <= 0:  # transformers' own bars and advice would stand between our lines
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if getattr(args, "host_memory", None) is not None:
         give_back_freed()
     else:

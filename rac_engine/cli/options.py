@@ -125,6 +125,7 @@ def settings_of(args: argparse.Namespace, model: type[M], base: dict[str, Any] |
 
 def add_model(parser: Parser, what: str = "folder of a Hugging Face checkpoint") -> None:
     """Add the positional argument MODEL."""
+    what += ", or org/name[@revision] on the hub"
     parser.add_argument("model", type=Path, metavar="MODEL", help=what)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from rac_engine.base.errors import Damaged
 from rac_engine.base.process import peak_memory
-from rac_engine.checkpoint import CheckpointWriter
+from rac_engine.checkpoint import CheckpointWriter, local_folder
 from rac_engine.engine.closing import PruneReport, close_job
 from rac_engine.engine.context import Context
 from rac_engine.engine.layer_files import LayerFiles
@@ -53,10 +53,10 @@ def prune(
     note: Callable[[str], None] = lambda _: None,
     finish: Callable[[Path], object] = lambda _: None,
 ) -> PruneReport:
-    """Prune the checkpoint in the folder `model` into the new folder `out`.
+    """Prune the checkpoint `model` into the new folder `out`.
 
     Args:
-        model: Folder of a Hugging Face checkpoint.
+        model: Folder of a Hugging Face checkpoint, or `org/name[@revision]` on the hub.
         out: Folder for the pruned checkpoint; it appears when it is whole.
         recipe: A recipe or its file, of which the sections `calibration` and `prune` count, or the settings alone.
         calibration: Sequences to calibrate on, instead of what the recipe names.
@@ -74,21 +74,21 @@ def prune(
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out, recipe = Path(out), _recipe(Path(model), recipe)
-    request = PruneRequest(
-        out=out,
-        recipe=recipe,
-        calibration=calibration,
-        device=device,
-        restart=restart,
-        hessians=hessians,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        progress=progress,
-        note=note,
-        finish=finish,
-    )
     claim = FolderJob(out, model=recipe.model)
     with allocator_restored(), claim as job:  # before anything is read: a second process is refused at once
+        request = PruneRequest(
+            out=out,
+            recipe=recipe.model_copy(update={"model": local_folder(model, progress)}),
+            calibration=calibration,
+            device=device,
+            restart=restart,
+            hessians=hessians,
+            device_memory=device_memory,
+            host_memory=host_memory,
+            progress=progress,
+            note=note,
+            finish=finish,
+        )
         report = _prune(request, job)
         job.publish()
     return report

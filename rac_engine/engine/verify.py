@@ -17,7 +17,7 @@ from rac_engine.base.errors import BadInput, one_line
 from rac_engine.base.files import sha256_files
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import percent
-from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, other_files
+from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, local_folder, other_files
 from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
@@ -96,8 +96,9 @@ def verify(
     Every tensor must be what the job's journal says it wrote, every matrix of the model must have been pruned or left
     dense as the recipe says, and the tensors must be those that transformers builds from the config.
 
-    With `source`, the checkpoint that it was made from, what was not pruned must be bit-equal to it. `progress` is told
-    what is being read. Raises `BadInput` where `out` is no output of the engine or `source` no checkpoint.
+    With `source`, the checkpoint that it was made from (a folder, or one on the hub), what was not pruned must be
+    bit-equal to it. `progress` is told what is being read. Raises `BadInput` where `out` is no output of the engine or
+    `source` no checkpoint.
     """
     out = Path(out)
     metrics = load_metrics(out / RAC)
@@ -112,7 +113,7 @@ def verify(
     _check_recipe(checkpoint, metrics, result)
     _check_tensors(checkpoint, metrics, result, progress)
     if source is not None:
-        given = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        given = source if isinstance(source, Checkpoint) else Checkpoint.open(local_folder(source, progress))
         _check_source(checkpoint, given, metrics, result, progress)
     return result
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import disk_errors, require_space
+from rac_engine.base.hubnames import shown_model
+from rac_engine.checkpoint import local_folder
 from rac_engine.evaluation.extract import extract_answer
 from rac_engine.evaluation.judge import Judge
 from rac_engine.evaluation.problems import Problem, load_problems, problems_sha256
@@ -66,7 +68,7 @@ def evaluate(
     restart: bool = False,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> EvalResult:
-    """Let the model in the folder `model` answer the problems, and write the results to the JSON file `out`.
+    """Let `model`, a folder or `org/name[@revision]` on the hub, answer the problems into the JSON file `out`.
 
     An evaluation found unfinished in OUT.partial goes on, unless `restart`. `baseline` names the results of another
     model on the same problems, to be compared with problem by problem.
@@ -78,7 +80,8 @@ def evaluate(
         problems = load_problems(settings.problems, settings.column)[: settings.limit]
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
-        decoder = Decoder(str(model), device)
+        folder = local_folder(model, progress)
+        decoder = Decoder(folder, device)
         # Where a model is compared, a date in its prompts is that of the answers it is compared with.
         moment = read_moment(earlier or {}) or moment_of(job.partial, restart)
         with dated(moment) as dating:
@@ -116,7 +119,7 @@ def evaluate(
             "notes": notes,
             "settings": settings.model_dump(mode="json"),
         }
-        result |= {"model": str(model), "problems_sha256": digest, _PROMPTS: prompts}
+        result |= {"model": shown_model(folder), "problems_sha256": digest, _PROMPTS: prompts}
         result |= {**dating.record(), "rows": rows}
         job.publish((json.dumps(result, indent=1) + "\n").encode())
     return EvalResult(out, summary, rows, comparison, [*job.notes, *decoder.notes, *notes])

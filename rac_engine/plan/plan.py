@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rac_engine.calibrate import statistic_bytes
-from rac_engine.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo, other_files, read_config
+from rac_engine.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorInfo,
+    is_fetched,
+    local_folder,
+    other_files,
+    read_config,
+)
 from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
 from rac_engine.plan.phases import Machine, Tokens
@@ -83,7 +92,7 @@ def make_plan(
     machine: Machine = Machine(),  # noqa: B008 - it is frozen
     peaks: Peaks | None = None,
 ) -> Plan:
-    """Plan a job on the checkpoint in folder `model`; config.json alone is enough, the weights need not be there.
+    """Plan a job on the checkpoint `model`, a folder or `org/name[@revision]` on the hub; config.json alone is enough.
 
     `length` is the mean length of a calibration sequence (attention's share depends on it), `max_length` the longest.
     `machine` says whether a GPU computes, and the limits in bytes; `peaks` of the device that computes (see
@@ -91,7 +100,7 @@ def make_plan(
     settings that do not fit the model, and limits that nothing fits in.
     """
     settings = settings or PruneSettings()
-    opened = _open(Path(model))
+    opened = _open(model)
     left_dense = skipped_matrices(opened, settings)
     layers = [opened.matrices(layer) for layer in range(opened.layers)]
     around = [opened.matrices(part) for part in opened.parts(settings.also) if not 0 <= part < opened.layers]
@@ -137,7 +146,10 @@ def make_plan(
     )
 
 
-def _open(path: Path) -> Model:
+def _open(model: str | Path) -> Model:
+    path = local_folder(model, weights=False)
+    if path != Path(model) and not is_fetched(path):
+        return Model.of_config(path, read_config(path / "config.json"))
     if not path.is_dir() or (path / INDEX).exists() or (path / SINGLE).exists():
         return Model.open(Checkpoint.open(path))
     return Model.of_config(path, read_config(path / "config.json"))

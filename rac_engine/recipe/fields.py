@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import is_utf8
+from rac_engine.base.hubnames import hub_name, shown_model
 from rac_engine.base.sizes import parse_size
 from rac_engine.solve import why_unknown
 
@@ -69,6 +71,13 @@ def _sources(value: Any, info: ValidationInfo) -> str | list[str]:
         raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE, or a list of such")
     made = [_source(each, info) for each in given]
     return made if len(made) > 1 else made[0]
+
+
+def _model(value: Any, info: ValidationInfo) -> Any:
+    """A folder's path, or a model's name on the hub as it is, unless it is also a path from the recipe's folder."""
+    path = _path(value, info)
+    named = isinstance(value, str) and hub_name(value) is not None and not os.path.lexists(path)
+    return Path(value) if named else path
 
 
 def _source(value: str, info: ValidationInfo) -> str:
@@ -171,6 +180,8 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
 
 Source = Annotated[str | list[str], BeforeValidator(_sources)]
+
+ModelPath = Annotated[Path, BeforeValidator(_model), PlainSerializer(shown_model, return_type=str)]
 
 PatternText = Annotated[str, AfterValidator(_pattern)]
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rac_engine.base.errors import BadInput
+from rac_engine.base.hubnames import hub_name
 from rac_engine.recipe.fields import TEXT_PREFIX, Settings
 from rac_engine.recipe.settings import CalibrationSettings, Recipe
 
@@ -101,7 +102,7 @@ def absolute(recipe: Recipe) -> Recipe:
         return value.absolute() if isinstance(value, Path) else value
 
     made: Recipe = resolved(recipe)
-    return made
+    return made if hub_name(recipe.model) is None else made.model_copy(update={"model": recipe.model})
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -18,6 +18,7 @@ from rac_engine.recipe.fields import (
     FilePath,
     JobName,
     MethodName,
+    ModelPath,
     ModuleName,
     PatternText,
     Seed,
@@ -351,7 +352,9 @@ class Variant(Settings):
 class Recipe(Settings):
     """A whole job: trace → prune → evaluate, and what to compare with."""
 
-    model: FilePath = Field(description="folder of a Hugging Face checkpoint")
+    model: ModelPath = Field(
+        description="folder of a Hugging Face checkpoint, or `org/name` or `org/name@revision` on the hub"
+    )
     name: JobName = Field(default="pruned", description="what tables call the pruned model")
     trace: TraceSettings | None = Field(default=None, description="how traces are sampled; none: there are some")
     calibration: CalibrationSettings = Field(default=CalibrationSettings(), description="what pruning decides on")

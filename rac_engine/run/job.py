@@ -19,7 +19,7 @@ import yaml
 from rac_engine.base.console import Console
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import disk_errors, require_space, sha256_files
-from rac_engine.checkpoint import Checkpoint
+from rac_engine.checkpoint import Checkpoint, local_folder
 from rac_engine.engine import calibration_of, require_memory, verify
 from rac_engine.evaluation import load_problems
 from rac_engine.jobs.job import FolderJob
@@ -66,6 +66,7 @@ def run(
         folder = job.partial
         for note in job.notes:
             console.say(f"note: {note}")
+        recipe = recipe.model_copy(update={"model": local_folder(recipe.model, console.progress)})
         moment = moment_of(folder / RUN_JOURNAL, restart)
         with dated(moment) as dating:
             checked = _check(recipe, limits)

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from rac_engine.base import faults
 from rac_engine.base.errors import BadInput
 from rac_engine.base.files import disk_errors, replace_file, require_space, sha256_files, write_file
+from rac_engine.base.hubnames import shown_model
 from rac_engine.base.sizes import format_count
+from rac_engine.checkpoint import local_folder
 from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.jobs.surroundings import surroundings
@@ -121,7 +123,9 @@ def generate(
     restart: bool = False,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> TraceReport:
-    """Sample traces of the model in the folder `model` into the folder `out`, as Parquet files and a summary.
+    """Sample traces of `model` into the folder `out`, as Parquet files and a summary.
+
+    The model is a folder, or `org/name[@revision]` on the hub.
 
     All work happens in OUT.partial; a sampling found unfinished there goes on behind its last whole batches, to the
     same traces, unless `restart`.
@@ -133,7 +137,8 @@ def generate(
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
     with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
         prompts = load_prompts(settings.prompts, settings.column)
-        decoder = Decoder(str(model), device)
+        folder = local_folder(model, progress)
+        decoder = Decoder(folder, device)
         identity = _identity(decoder, prompts, settings, device)
         counts = _Counts(settings.tokens)
         moment = moment_of(job.partial / TRACES_JOURNAL, restart)
@@ -152,7 +157,7 @@ def generate(
         _keep_whole_files(job, counts)
         with disk_errors(job.partial):
             require_space(job.partial, TRACE_TOKEN_BYTES * max(counts.left, 0))
-        common = _common_columns(str(model), settings, identity)
+        common = _common_columns(shown_model(folder), settings, identity)
         with dated(moment):
             _sample_all(job, decoder, prompts, settings, common, counts, progress)
         notes = _repeat_notes(prompts)

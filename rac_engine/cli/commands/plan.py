@@ -11,7 +11,7 @@ from rac_engine.cli.output import emit
 
 
 def _add_options(parser: Parser) -> None:
-    add_model(parser, "folder of a checkpoint; config.json alone is enough")
+    add_model(parser, "folder of a checkpoint, of which config.json is enough")
     group = parser.add_argument_group("calibration")
     group.add_argument("--tokens", type=size, default=1_000_000, metavar="N", help="calibration tokens (default: 1M)")
     group.add_argument(

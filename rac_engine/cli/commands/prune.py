@@ -121,6 +121,7 @@ def _errors(metrics: Metrics) -> str:
 
 def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
     """Print the recipe and the plan of the job; nothing is written."""
+    from rac_engine.checkpoint import local_folder
     from rac_engine.engine import calibration_of
     from rac_engine.plan import Machine, make_plan, render
     from rac_engine.recipe import dump
@@ -132,7 +133,8 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
     if find_method(recipe.prune.method).needs == "nothing":
         plan = make_plan(recipe.model, recipe.prune, machine=machine)
     else:
-        calibration = calibration_of(recipe)
+        folder = local_folder(recipe.model, weights=False)
+        calibration = calibration_of(recipe.model_copy(update={"model": folder}))
         lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
         plan = make_plan(
             recipe.model,
