@@ -323,8 +323,9 @@ def test_traces_and_answers_from_the_command_line(rac, tmp_path):
     assert rac(*asked, "--out", "a.json").code == 0
     outcome = rac(*asked, "--out", "b.json", "--baseline", "a.json")
     assert outcome.code == 0, outcome.err
-    first, against, results = outcome.out.splitlines()
+    first, against, why, results = outcome.out.splitlines()
     assert "0% of 2 right [0%, 65.8%]" in first and "100% cut off" in first
+    assert why.startswith("note     all 2 answers were cut off")
     assert against.startswith("against a.json: 0 lost, 0 gained (McNemar p = 1), 1.00 × as long")
     assert results == "results  b.json" and (tmp_path / "b.json").is_file()
 
