@@ -176,7 +176,7 @@ def test_an_option_that_only_the_full_page_shows_is_taken(rac, checkpoint):
         (["completion", ""], {"bash", "zsh", "fish"}),
         (["run", "rec"], {"recipe.yaml"}),
     ],
-    ids=lambda value: " ".join(value),
+    ids=lambda value: " ".join(sorted(value)),
 )
 def test_bash_completes_commands_options_values_and_files(rac, tmp_path, words, offered):
     (tmp_path / "rac.bash").write_text(rac("completion", "bash").out)
