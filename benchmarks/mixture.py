@@ -35,7 +35,7 @@ from torch import Tensor
 
 from rac_engine import prune
 from rac_engine.base.sizes import parse_size
-from rac_engine.calibrate import DenseOutputs, DenseReference, Statistic, Stream
+from rac_engine.calibrate import DenseOutputs, DenseReference, Drift, Statistic, Stream
 from rac_engine.calibrate.observers import recording
 from rac_engine.engine import experts, stages
 from rac_engine.engine.layer import Layer
@@ -48,12 +48,19 @@ WAYS = ("none", "dense router", "pruned router")
 
 
 def at_the_dense_routers_tokens(
-    self: Stream, block: Block, statistics: Mapping[str, Statistic], beside: DenseReference
+    self: Stream,
+    block: Block,
+    statistics: Mapping[str, Statistic],
+    beside: DenseReference,
+    drift: Drift | None = None,
 ) -> None:
     """`Stream.observe_experts` with the dense block going first, and the pruned one asked for the same tokens."""
     for (chunk, hidden), (_, original) in zip(self.chunks(), beside.stream.chunks(), strict=True):
         weights, x, of_all = self._weights(chunk), block.norm(hidden), dict[str, Tensor]()
-        block.observe(x, chunk, recording(of_all, [name for name in statistics if not block.is_routed(name)]))
+        counted = self._own(statistics, chunk)
+        if drift is not None:
+            drift.add(chunk, hidden, original, weights)
+        block.observe(x, chunk, recording(of_all, [name for name in counted if not block.is_routed(name)]))
 
         def add(
             name: str,
@@ -62,14 +69,15 @@ def at_the_dense_routers_tokens(
             x: Tensor = x,
             weights: Tensor | None = weights,
             of_all: dict[str, Tensor] = of_all,
+            counted: Mapping[str, Statistic] = counted,
         ) -> None:
             given = of_all[name] if tokens is None else block.expert_input(name, x[tokens])
             own = weights if weights is None or tokens is None else weights[tokens]
-            by_outputs = isinstance(statistics[name].match, DenseOutputs)
+            by_outputs = isinstance(counted[name].match, DenseOutputs)
             others = [beside.block.expert_output(name, theirs)] * 2 if by_outputs else [theirs]
-            statistics[name].add_matched(given, others, own)
+            counted[name].add_matched(given, others, own)
 
-        observers = {name: functools.partial(add, name) for name in statistics}
+        observers = {name: functools.partial(add, name) for name in counted}
         beside.block.observe(beside.block.norm(original), chunk, observers)
 
 

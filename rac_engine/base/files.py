@@ -117,15 +117,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def is_utf8(path: str | Path) -> bool:
-    """Whether a path can stand in a file of text: one with other bytes cannot be read back from there."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 @contextmanager
 def opened(file: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     """A file descriptor of `file`, closed at the end; waits for no writer of a pipe.

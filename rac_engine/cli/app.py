@@ -22,8 +22,8 @@ from types import FrameType
 
 from rac_engine import __version__
 from rac_engine.base.errors import BadInput, Interrupted, one_line
-from rac_engine.base.files import is_utf8
 from rac_engine.base.linux import require_linux
+from rac_engine.base.names import is_utf8
 from rac_engine.base.process import give_back_freed, give_back_large, prepare_process
 from rac_engine.cli.commands import COMMANDS
 from rac_engine.cli.options import Command, Parser, add_help, add_verbosity

@@ -89,7 +89,7 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     chunk, judged = (None, None) if request.restart else _begun_with(partial)
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
     tokens = Tokens(sum(lengths), max(lengths, default=0), weighted, bool(calibration.held_out))
-    memory = plan_memory(shape, settings, tokens, machine, chunk, judged if calibration.held_out else None)
+    memory = plan_memory(shape, settings, tokens, machine, chunk=chunk, judged=judged if calibration.held_out else None)
     if calibration.held_out and not memory.choice.judged:
         remarks.append("matrices are not judged by the tokens held out, for want of memory")
     packing = Packing.of(calibration, memory.choice.chunk_tokens)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.files import disk_errors, is_utf8
+from rac_engine.base.files import disk_errors
+from rac_engine.base.names import is_utf8
 from rac_engine.jobs.layout import EVAL, RAC, partial_of
 
 # Of a file system without locks, or with locks for files that are open for writing alone, which a folder never is.

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo
 
 from rac_engine.base.errors import BadInput
-from rac_engine.base.files import is_utf8
 from rac_engine.base.hubnames import hub_name, shown_model
+from rac_engine.base.names import is_utf8
 from rac_engine.base.sizes import parse_size
 from rac_engine.solve import why_unknown
 

@@ -299,7 +299,7 @@ def test_kimi_k2_thinking_is_pruned_and_sampled_as_the_bf16_that_it_stands_for(t
     assert out.keys() == wanted.keys() and all(torch.equal(out[name], tensor) for name, tensor in wanted.items())
     made = tmp_path / "int4-out"
     assert json.loads((made / "config.json").read_text()) == config
-    assert "int4 with a scale for each 16 columns of a row" in load_metrics(made / "rac").end["notes"][0]
+    assert "int4 with a scale for each 16 columns of a row" in load_metrics(made / "rac").end["notes"][1]
     assert verify(made, thinking).problems == []
     # K2.5 is the same within a model that also sees images.
     parts = {f"language_model.{name}": tensor for name, tensor in packed.items()} | {"vision_tower.a": numbers(2)}

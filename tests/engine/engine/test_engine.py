@@ -334,7 +334,11 @@ def test_tokens_go_no_further_than_the_last_layer_that_is_pruned(
     ("changes", "inner", "hidden"),
     [
         ({"method": "sparsegpt"}, 2, 1 + 5 + 3),  # embeddings; all blocks but the last; every attention's kept input
-        ({"method": "admm", "reconstruct": "residual"}, 2, (1 + 5) * 2 + 3),  # the dense model's beside
+        (
+            {"method": "admm", "reconstruct": "residual"},
+            3,
+            (1 + 6) * 2 + 3,
+        ),  # and the dense model's, to the end
         ({"method": "sparsegpt", "order": "layer"}, 0, 1 + 4),
         ({"method": "sparsegpt", "allocation": "error"}, 2 * 2, (1 + 5 + 3) * 2),
     ],
@@ -861,7 +865,7 @@ def test_a_job_goes_on_with_the_chunks_it_began_with_whatever_memory_it_is_given
 
     def smaller(*args: Any, **options: Any) -> Any:
         plan = planned(*args, **options)
-        if options["chunk"] is None:
+        if options.get("chunk") is None:
             plan = replace(plan, choice=replace(plan.choice, chunk_tokens=chunks.pop()))
         return plan
 
