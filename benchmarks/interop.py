@@ -290,7 +290,9 @@ class Checks:
             if done.returncode:
                 raise Skipped(f"no {CONVERTER}: {_last_line(done.stderr)}")
             with tarfile.open(next(archive.glob("*.tar.gz"))) as tar:
-                tar.extractall(archive, filter="data")
+                if hasattr(tarfile, "data_filter"):  # not in Python 3.11.3 and before
+                    tar.extraction_filter = tarfile.data_filter
+                tar.extractall(archive)
             next(archive.glob("*/vendor/llama.cpp")).rename(folder)
             shutil.rmtree(archive)
         return folder

@@ -46,7 +46,8 @@ def cut_off_notes(tokenizer: Any, stops: frozenset[int], reasons: Mapping[str, i
     count, cut = sum(counted.values()), sum(counted.values()) - counted.get("stop", 0)
     if 2 * cut <= count:
         return []
-    begin = f"{'all' if cut == count else f'{cut:,} of'} {count:,} answers were cut off, at {limit:,} tokens or before"
+    some = f"{cut:,} of {count:,} answers were" if cut < count else f"all {count:,} answers were"
+    begin = f"{'the only answer was' if count == 1 else some} cut off, at {limit:,} tokens or before"
     if not stops:
         return [f"{begin}: no file of the model names a token that ends one (eos_token_id)"]
     ends = ", ".join(_shown(tokenizer, token) for token in sorted(stops)[:_SHOWN])

@@ -106,4 +106,5 @@ def test_traces_and_answers_that_do_not_end_are_noted(tmp_path: Path, monkeypatc
     answers = evaluate(model, EvalSettings(problems=problems, max_new_tokens=2), tmp_path / "answers.json")
     for count, notes, file in ((2, report.notes, "traces/traces.json"), (1, answers.notes, "answers.json")):
         assert notes == json.loads((tmp_path / file).read_text())["notes"]
-        assert notes[0].startswith(f"all {count} answers were cut off, at 2 tokens or before")
+        who = "the only answer was" if count == 1 else f"all {count} answers were"
+        assert notes[0].startswith(f"{who} cut off, at 2 tokens or before")
