@@ -15,6 +15,9 @@ _MMAP_THRESHOLD = -3  # of glibc's mallopt
 GPU_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 """The variable of torch's settings for the memory of a GPU."""
 
+SPINS = "GOMP_SPINCOUNT"
+"""The variable of libgomp's for how often a waiting thread looks before it sleeps."""
+
 _ENVIRONMENT = {
     # oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert
     # has another number of tokens in every chunk, memory would grow by a hundred megabytes.
@@ -22,10 +25,6 @@ _ENVIRONMENT = {
     # Where freed memory is given back at once, what is asked for anew comes in pages of 2 MiB: a fifth less time for
     # the whole job than with those of 4 KiB.
     "THP_MEM_ALLOC_ENABLE": "1",
-    # Threads that wait for one another sleep. By default libgomp's spin for a while, which on a machine with other work
-    # to do takes the time from the thread that is waited for: sampling from SmolLM2-135M with two threads on two busy
-    # cores took 200 ms of processor time a token, and takes 17 ms.
-    "OMP_WAIT_POLICY": "PASSIVE",
     # numpy brings threads of its own for linear algebra, which is torch's work here.
     "OPENBLAS_NUM_THREADS": "1",
 }
@@ -39,6 +38,11 @@ def prepare_process() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # By default threads that wait for one another look for milliseconds, which on a machine with other work to do takes
+    # the time from the thread that is waited for: sampling from SmolLM2-135M with two threads on two busy cores took
+    # 200 ms of processor time a token, and takes 17. Where they sleep at once, waking them costs pruning a tenth.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(SPINS, "1000")
     set_gpu_allocator()
     import_lean()
 

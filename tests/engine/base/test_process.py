@@ -82,10 +82,13 @@ def test_the_program_sets_what_the_user_has_not(monkeypatch: pytest.MonkeyPatch)
     assert os.environ == {
         "THP_MEM_ALLOC_ENABLE": "0",
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
+    monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
+    prepare_process()
+    assert "GOMP_SPINCOUNT" not in os.environ
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setattr(os, "environ", {name: "mine"})
         prepare_process()
