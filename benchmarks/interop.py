@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine
-from real import put_into
+from real import show
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -420,10 +420,7 @@ def _public(text: str) -> str:
 def main() -> None:
     args = _arguments()
     if args.table:
-        printed = table(json.loads(args.table.read_text()))
-        print(printed)
-        if args.into:
-            put_into(args.into, printed, BEGIN, END)
+        show(table(json.loads(args.table.read_text())), args.into, BEGIN, END)
         return
     torch.set_num_threads(1)
     checks = Checks(args)

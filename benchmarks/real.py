@@ -91,10 +91,7 @@ class Usage:
 def main() -> None:
     args = _arguments()
     if args.table:
-        printed = table(json.loads(args.table.read_text()))
-        print(printed)
-        if args.into:
-            put_into(args.into, printed, BEGIN, END)
+        show(table(json.loads(args.table.read_text())), args.into, BEGIN, END)
         return
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
@@ -107,6 +104,13 @@ def main() -> None:
         print(what, flush=True)
     print(table(json.loads(args.out.read_text())))
     print(f"record: {args.out}")
+
+
+def show(printed: str, page: Path | None, begin: str, end: str) -> None:
+    """Print a table and, where there is a page, put it there between its marks."""
+    print(printed)
+    if page is not None:
+        put_into(page, printed, begin, end)
 
 
 def put_into(page: Path, printed: str, begin: str, end: str) -> None:

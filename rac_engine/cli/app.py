@@ -180,7 +180,7 @@ def _parser(words: Sequence[str]) -> Parser:
 
     For `completion` all commands have all of theirs, and the parser itself stands in the namespace as `whole`.
     """
-    every = next((word for word in words if word in COMMANDS), None) == "completion"
+    every = _is_one_of(words, ["completion"])
     parser = Parser(
         prog="rac",
         description="Prune reasoning language models, calibrated on their own chains of thought.",

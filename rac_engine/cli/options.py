@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=BaseModel)
 
 
+SAMPLING = ("samples", "max_new_tokens", "temperature", "top_p", "instruction", "template_arguments")
+"""Fields of sampling that the short help of a command has."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with mistakes as one line, and options that only the full help page shows."""
 

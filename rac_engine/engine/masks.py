@@ -14,7 +14,7 @@ import rac_engine
 from rac_engine.base.errors import BadInput, Damaged
 from rac_engine.base.files import copy_file, disk_errors, write_file
 from rac_engine.checkpoint import Checkpoint, CheckpointWriter, inside, origin_of
-from rac_engine.engine.metrics import Metrics, load_metrics
+from rac_engine.engine.metrics import Metrics, load_metrics, tensor_of
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.claim import refuse_place
 from rac_engine.jobs.job import FolderJob
@@ -25,8 +25,10 @@ from rac_engine.models import EMBEDDINGS, Model
 from rac_engine.recipe import load_recipe
 from rac_kernels import count_zeros
 
-_KEPT = ("type", "layer", "module", "name", "rows", "columns", "target", "expert", "tensor", "transposed")
-_SKIPPED = ("skipped", "skipped_code")
+_KEPT = (
+    *("type", "layer", "module", "name", "rows", "columns", "target", "expert", "tensor", "transposed"),
+    *("skipped", "skipped_code", "zeros", "sparsity"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,18 @@ def apply_masks(
         )
         job.journal.cut(1)
         writer, digests = CheckpointWriter(trained, job.partial), dict[str, str]()
+        rows = [_row(row) for row in metrics.matrices]
+        inside_of: dict[str, list[dict[str, Any]]] = {}
+        for row in Metrics(run, rows).pruned:
+            inside_of.setdefault(tensor_of(row), []).append(row)
         for name, masked_by in names.items():
             progress(name)
-            digests[name] = writer.write(name, _masked(trained.read(name), pruned.read(masked_by)))
+            given = trained.read(name)
+            masked = _masked(given, pruned.read(masked_by))
+            digests[name] = writer.write(name, masked)
+            for row in inside_of.get(name, ()):
+                row |= _counts(row, given, masked)
         job.journal.append({"tensors": digests | writer.finish(), "matrices": []})
-        rows = [_row(row, pruned, trained) for row in metrics.matrices]
         _write_beside(job.partial, pruned, trained, run, rows)
         if problems := verify(job.partial, trained, progress).problems:
             raise Damaged(f"{job.partial}: the finished output is damaged: {problems[0]}")
@@ -94,7 +103,7 @@ def _masked_tensors(pruned: Checkpoint, trained: Checkpoint, metrics: Metrics) -
     """The tensors of `trained` that get zeros, each with the tensor of `pruned` that has them."""
     names = {}
     for row in metrics.pruned:
-        name = str(row.get("tensor", row["name"]))
+        name = tensor_of(row)
         if name not in pruned.tensors:
             raise BadInput(f"{pruned.path}: {name}, pruned by its {METRICS}, is not there; the checkpoint is damaged")
         if name not in trained.tensors:
@@ -153,26 +162,21 @@ def _run(metrics: Metrics, pruned: Checkpoint, trained: Checkpoint) -> dict[str,
     }
 
 
-def _row(row: dict[str, Any], pruned: Checkpoint, trained: Checkpoint) -> dict[str, Any]:
-    """The row of a matrix, with its zeros as they are now, and those that had been lost."""
-    kept = {name: row[name] for name in (*_KEPT, *_SKIPPED) if name in row}
-    kept |= {
-        "zeros": row["zeros"],
-        "zeros_before": row.get("zeros_before", 0),
-        "sparsity": row["sparsity"],
-        "notes": [],
-    }
-    if row.get("skipped"):
-        return kept
-    name = str(row.get("tensor", row["name"]))
-    span = None if "tensor" not in row else (int(row["expert"]), int(row["expert"]) + 1)
-    before = trained.read(name, span)
-    found, zeros = count_zeros(before), count_zeros(_masked(before, pruned.read(name, span)))
-    return kept | {
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """What a matrix's row of the pruned checkpoint says of the result too."""
+    kept = {name: row[name] for name in _KEPT if name in row}
+    return kept | {"zeros_before": row.get("zeros_before", 0), "notes": []}
+
+
+def _counts(row: dict[str, Any], given: Tensor, masked: Tensor) -> dict[str, Any]:
+    """The zeros of a row's matrix in the tensor that has it, before and after, and those that had been lost."""
+    span = slice(row["expert"], row["expert"] + 1) if "tensor" in row else slice(None)
+    before, zeros = count_zeros(given[span]), count_zeros(masked[span])
+    return {
         "zeros": zeros,
-        "zeros_before": found,
+        "zeros_before": before,
         "sparsity": zeros / (row["rows"] * row["columns"]),
-        "lost": zeros - found,
+        "lost": zeros - before,
     }
 
 

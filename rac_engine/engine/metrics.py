@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ def rule_text(settings: dict[str, Any]) -> str:
         rule += f", allocated by {settings['allocation']}"
     count = len(settings.get("overrides") or ())
     return rule + (f", {count} override{'s' if count > 1 else ''}" if count else "")
+
+
+def tensor_of(row: Mapping[str, Any]) -> str:
+    """The name of the tensor that has a matrix, by the matrix's row: its own, or that of all experts."""
+    return str(row.get("tensor", row["name"]))
 
 
 @dataclass(frozen=True)

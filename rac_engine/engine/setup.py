@@ -16,14 +16,23 @@ from rac_engine.base.process import resident
 from rac_engine.calibrate import Packing
 from rac_engine.checkpoint import Checkpoint, origin_of
 from rac_engine.engine.limits import device_name, machine_limits
-from rac_engine.jobs.journal import records_of
+from rac_engine.jobs.journal import first_record
 from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
 from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe
 from rac_engine.solve import Reason, find_method
-from rac_engine.traces import Calibration, Weighting, hold_out, load_calibration, load_tokenizer, mixed, with_share
+from rac_engine.traces import (
+    Calibration,
+    Weighting,
+    hold_out,
+    load_calibration,
+    load_tokenizer,
+    mixed,
+    require_embedding,
+    with_share,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         memory = plan_memory(shape, settings, Tokens(0, 0), machine)
         return Setup(model, settings, skipped, device, None, None, memory, begun)
     calibration = request.calibration or calibration_of(request.recipe)
-    _require_embeddings(model, calibration)
+    highest = max((int(sequence.token_ids.max()) for sequence in calibration.sequences), default=0)
+    embedded = model.checkpoint.tensors[model.family.embedding].shape[0]
+    require_embedding(highest, embedded, f"calibration {calibration.source}")
     remarks = calibration_remarks(request.recipe, calibration, model.checkpoint)
     if find_method(settings.method).needs == "hessian":  # without one no error is measured
         held = hold_out(calibration, request.recipe.calibration.held_out)
@@ -94,17 +105,6 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
         remarks.append("matrices are not judged by the tokens held out, for want of memory")
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
-
-
-def _require_embeddings(model: Model, calibration: Calibration) -> None:
-    """`BadInput` for a token that the model has no embedding of, though its tokenizer may have it."""
-    rows = model.checkpoint.tensors[model.family.embedding].shape[0]
-    highest = max((int(sequence.token_ids.max()) for sequence in calibration.sequences), default=0)
-    if highest >= rows:
-        raise BadInput(
-            f"calibration {calibration.source}: has token {highest}, but the model has embeddings of {rows:,} alone; "
-            "its tokenizer is another model's: copy the right one into its folder"
-        )
 
 
 def calibration_of(recipe: Recipe) -> Calibration:
@@ -151,7 +151,7 @@ def _begun_with(partial: Path) -> tuple[int | None, bool | None]:
     Tokens that go through a layer together, and whether matrices are judged by those held out: both decide the result,
     and follow from what memory was free when it began.
     """
-    first = next(iter(records_of(partial / PRUNE_JOURNAL)), {})
+    first = first_record(partial / PRUNE_JOURNAL)
     chunk, judged = first.get("chunk_tokens"), first.get("judged")
     return chunk if isinstance(chunk, int) and chunk > 0 else None, judged if isinstance(judged, bool) else None
 

@@ -18,7 +18,7 @@ from rac_engine.base.files import sha256_files
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import percent
 from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, local_folder, other_files
-from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text
+from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text, tensor_of
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
 from rac_engine.models import EMBEDDINGS, Matrix, Model
@@ -257,7 +257,7 @@ def _check_tensors(
     result.rule = rule_text(settings)
     pruned: dict[str, list[dict[str, Any]]] = {}
     for matrix in metrics.pruned:
-        pruned.setdefault(matrix.get("tensor", matrix["name"]), []).append(matrix)
+        pruned.setdefault(tensor_of(matrix), []).append(matrix)
     written = {
         name: digest
         for record in records_of(checkpoint.path / PRUNE_JOURNAL)
@@ -405,7 +405,7 @@ def _check_source(
     progress(f"checksum of {source.path}")
     if sha256 and source.sha256() != sha256:
         result.problems.append(f"{source.path}: not the checkpoint that this one was made from (its SHA-256 differs)")
-    pruned = {matrix.get("tensor", matrix["name"]) for matrix in metrics.pruned}
+    pruned = set(map(tensor_of, metrics.pruned))
     if any(matrix["layer"] == EMBEDDINGS for matrix in metrics.pruned):
         copies = Model.open(source).tied_copies
         pruned.update(copies)

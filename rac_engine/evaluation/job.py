@@ -197,8 +197,7 @@ def _answer_all(
         with disk_errors(job.partial):
             require_space(job.partial.parent, 0)
         job.journal.append({"rows": rows, "seconds": seconds})
-        if decoder.snapshots is not None:
-            decoder.snapshots.remove()
+        decoder.forget_batch()
 
 
 def _row(problem: Problem, text: str, tokens: int, finish: str | None, judge: Judge) -> dict[str, Any]:

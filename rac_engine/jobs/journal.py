@@ -175,6 +175,15 @@ def records_of(path: Path) -> list[dict[str, Any]]:
     return list(itertools.takewhile(lambda record: record is not None, map(_parse, lines)))  # type: ignore[arg-type]
 
 
+def first_record(path: Path) -> dict[str, Any]:
+    """The record that a journal begins with; empty where there is none that is whole. Reads no more than that."""
+    try:
+        with path.open("rb") as file:
+            return _parse(file.readline()) or {}
+    except OSError:
+        return {}
+
+
 def _clear(folder: Path, keep: Path) -> None:
     """Remove everything in `folder` but the file `keep`."""
     for entry in folder.iterdir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.conversation import Messages, instructed
-from rac_engine.traces.decoder import Decoder, load_tokenizer
+from rac_engine.traces.decoder import Decoder, load_tokenizer, require_embedding
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
@@ -52,6 +52,7 @@ __all__ = [
     "read_moment",
     "read_records",
     "request_key",
+    "require_embedding",
     "stop_rendering",
     "with_share",
 ]

@@ -41,7 +41,7 @@ from transformers import (
 from rac_engine.base.errors import BadInput
 from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.checkpoint import Checkpoint, bytes_of, find_format, read_config
-from rac_engine.jobs.journal import records_of
+from rac_engine.jobs.journal import first_record
 from rac_engine.models import Model, States, loading_config, run_on, run_packed, scoring_of, working_dtype
 from rac_engine.traces.conversation import Messages
 from rac_engine.traces.endings import stop_tokens
@@ -343,9 +343,8 @@ class Decoder:
         model = _load(source, dtype or source.dtype)
         stored = source.checkpoint.tensors
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
-            info = stored.get(name) or stored.get(
-                name.partition(".")[2]
-            )  # of a checkpoint without `model.` before them
+            bare = name.partition(".")[2]  # in a checkpoint without `model.` before its names
+            info = stored.get(name) or stored.get(bare)
             if info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape):
                 source.checkpoint.check_unchanged(info.name, bytes_of(tensor))
         self.model = model.eval().to(self.device)
@@ -369,11 +368,7 @@ class Decoder:
         a prompt that leaves no room in the model's context.
         """
         ids = render(self.tokenizer, messages, where, arguments)
-        if max(ids) >= self._embedded:
-            raise BadInput(
-                f"{where}: has token {max(ids)}, but the model has embeddings of {self._embedded:,} alone; its "
-                "tokenizer is another model's: copy the right one into its folder"
-            )
+        require_embedding(max(ids), self._embedded, where)
         if fit and self.context is not None and len(ids) >= self.context:
             raise BadInput(
                 f"{where}: has {len(ids):,} tokens, and the model's context {self.context:,} (max_position_embeddings "
@@ -391,7 +386,7 @@ class Decoder:
         measured on a GPU, for a small model or where there is but one thread.
         """
         most = self._most
-        known = {} if restart else next(iter(records_of(journal)), {})
+        known = {} if restart else first_record(journal)
         if type(count := known.get(_THREADS)) is int and 1 <= count <= most:
             self.threads = count
         else:
@@ -467,6 +462,11 @@ class Decoder:
                 progress(batch.progress())
         return [batch.completions[index] for index in range(len(requests))]
 
+    def forget_batch(self) -> None:
+        """Remove the snapshot of a batch that is in the journal."""
+        if self.snapshots is not None:
+            self.snapshots.remove()
+
     def _retire(self, cache: _Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Take out the sequences that have ended; the last row takes the place that becomes free."""
         row = 0
@@ -510,6 +510,15 @@ class Decoder:
         chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
         for sequence, token in zip(flying, chosen, strict=True):
             sequence.tokens.append(token)
+
+
+def require_embedding(highest: int, rows: int, where: str) -> None:
+    """`BadInput` for a token that the model, with embeddings of `rows` tokens, has none of; its tokenizer may."""
+    if highest >= rows:
+        raise BadInput(
+            f"{where}: has token {highest}, but the model has embeddings of {rows:,} alone; its tokenizer is another "
+            "model's: copy the right one into its folder"
+        )
 
 
 def _batch_key(requests: Sequence[Request], sampling: Sampling, rows: int) -> str:

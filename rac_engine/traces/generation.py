@@ -233,14 +233,8 @@ def _sample_all(
             require_space(job.partial, len(data))
             replace_file(job.partial / file, data)
         job.journal.append({"file": file, "sha256": hashlib.sha256(data).hexdigest(), "counts": counts.last})
-        _forget_batch(decoder)
-    _forget_batch(decoder)  # of one that was entered in the journal by a process that then was killed
-
-
-def _forget_batch(decoder: Decoder) -> None:
-    """Remove the snapshot of a batch that is in the journal."""
-    if decoder.snapshots is not None:
-        decoder.snapshots.remove()
+        decoder.forget_batch()
+    decoder.forget_batch()  # of one that was entered in the journal by a process that then was killed
 
 
 def _batch_size(settings: TraceSettings, counts: _Counts) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rac_engine.base.errors import BadInput
-from rac_engine.jobs.journal import records_of
+from rac_engine.jobs.journal import first_record
 from rac_engine.traces.conversation import Messages
 from rac_engine.traces.rendering import Unrendered, renderer_of
 
@@ -62,8 +62,7 @@ def has_date(tokenizer: Any) -> bool:
 
 def moment_of(journal: Path, restart: bool = False) -> datetime:
     """The moment at which a job's prompts are rendered: its journal's if it was begun, else that of `dated`, or now."""
-    records = [] if restart else records_of(journal)
-    if (begun := read_moment(records[0] if records else {})) is not None:
+    if (begun := read_moment({} if restart else first_record(journal))) is not None:
         return begun
     dating = _DATING.get()
     return datetime.now().replace(microsecond=0) if dating is None else dating.moment

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rac_engine.cli.options import (
+    SAMPLING,
     Command,
     Parser,
     add_device,
@@ -18,16 +19,7 @@ from rac_engine.cli.options import (
 )
 from rac_engine.cli.output import emit
 
-_COMMON = (
-    "prompts",
-    "tokens",
-    "samples",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "instruction",
-    "template_arguments",
-)
+_COMMON = ("prompts", "tokens", *SAMPLING)
 
 
 def _add_options(parser: Parser) -> None:

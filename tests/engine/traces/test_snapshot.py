@@ -36,17 +36,22 @@ def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "fsync", lambda _: None)  # behind every step, a disk would be waited for
 
 
+class Steps:
+    """Counts steps, by what is called for progress, and stops behind one of them by an exception."""
+
+    def __init__(self, stop: int | None, error: type[BaseException]) -> None:
+        self.taken, self._stop, self._error = 0, stop, error
+
+    def __call__(self, _: object) -> None:
+        self.taken += 1
+        if self.taken == self._stop:
+            raise self._error
+
+
 def steps(decoder: Decoder, asked: list[Request], stop: int | None = None) -> tuple[list[Any], int]:
     """Completions, and the steps that were taken; stops behind a step by an exception."""
-    taken = 0
-
-    def count(_: Progress) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == stop:
-            raise Stop
-
-    return decoder.decode(asked, HOT, 3, count), taken
+    count = Steps(stop, Stop)
+    return decoder.decode(asked, HOT, 3, count), count.taken
 
 
 # One with a sliding window, one with experts, and two with recurrent mixers.
@@ -121,16 +126,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
-def interrupt(after: int) -> Any:
-    taken = 0
-
-    def count(_: object) -> None:
-        nonlocal taken
-        taken += 1
-        if taken == after:
-            raise KeyboardInterrupt
-
-    return count
+def interrupt(after: int) -> Steps:
+    return Steps(after, KeyboardInterrupt)
 
 
 def test_traces_go_on_within_their_batch(tmp_path: Path) -> None:
