@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting, load_calibration
 from rac_engine.traces.conversation import Messages, instructed
-from rac_engine.traces.decoder import Decoder, load_tokenizer, require_embedding
+from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
@@ -17,9 +17,11 @@ from rac_engine.traces.layouts import answer_of, id_of, question_of
 from rac_engine.traces.mixture import mixed, with_share
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
+from rac_engine.traces.sampler import Sampler, require_embedding
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import dated, has_date, moment_of, read_moment
+from rac_engine.traces.tokenizer import load_tokenizer
 
 __all__ = [
     "FEWEST",
@@ -29,6 +31,7 @@ __all__ = [
     "HoldingOut",
     "Messages",
     "Request",
+    "Sampler",
     "Sampling",
     "Snapshots",
     "TokenSequence",

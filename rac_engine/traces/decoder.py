@@ -13,41 +13,32 @@ a step follows from the requests.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
 )
 
-from rac_engine.base.errors import BadInput
-from rac_engine.base.jsonfiles import read_json_object
-from rac_engine.checkpoint import Checkpoint, bytes_of, find_format, read_config
+from rac_engine.checkpoint import Checkpoint, bytes_of
 from rac_engine.jobs.journal import first_record
-from rac_engine.models import Model, States, loading_config, run_on, run_packed, scoring_of, working_dtype
-from rac_engine.traces.conversation import Messages
-from rac_engine.traces.endings import stop_tokens
+from rac_engine.jobs.surroundings import surroundings
+from rac_engine.models import Model, States, run_on, run_packed, scoring_of, working_dtype
+from rac_engine.traces.cache import Cache
+from rac_engine.traces.loading import load_causal_lm, refuse_generation_config
+from rac_engine.traces.sampler import Sampler
 from rac_engine.traces.sampling import Completion, FinishReason, Progress, Request, Sampling, choose, uniforms
 from rac_engine.traces.snapshot import Snapshots
-from rac_engine.traces.template import render
 from rac_kernels import Scoring, decode_attention, packed_attention
 
 DECODE_ATTENTION = "rac_decode"
@@ -64,8 +55,6 @@ _PROBE_SECONDS = 1.5  # in which one number of threads is tried, unless a few st
 
 _WORTH = 0.9  # of the time: less is not gained by more threads
 
-_MAX_TEMPLATE_FILE = _MAX_GENERATION_CONFIG = 4 << 20  # bytes
-
 
 @dataclass(eq=False)
 class _InFlight:
@@ -77,99 +66,12 @@ class _InFlight:
     tokens: list[int]
 
 
-class _Cache:
-    """Keys and values of the sequences in flight, a row each: [rows, capacity, heads, d] in every layer.
-
-    Of recurrent mixers, their states, a row each for those that have been in a step.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows, self.capacity = rows, 0
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.states: dict[int, States] = {}
-
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` tokens."""
-        if length > self.capacity:
-            self.capacity = max(length, self.capacity * 3 // 2)
-            for layer, tensors in self.layers.items():
-                self.layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))
-
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put key and value [tokens, heads, d] at their slots [tokens] = row * capacity + position."""
-        if layer not in self.layers:
-            self.layers[layer] = (self._empty(key), self._empty(value))
-        held = self.layers[layer]
-        for buffer, new in zip(held, (key, value), strict=True):
-            buffer.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
-        return held
-
-    def drop(self, row: int, last: int, length: int) -> None:
-        """Let row `row` hold what the `last` one, of `length` tokens, holds, which goes."""
-        for tensor in itertools.chain(*self.layers.values()) if row < last else ():
-            tensor[row, :length] = tensor[last, :length]
-        for states in self.states.values():
-            states.drop(row)
-
-    def kept(self, lengths: Sequence[int]) -> Iterator[Tensor]:
-        """All that is held of sequences, a row each, of which so many tokens have been in a step."""
-        for layer in sorted(self.layers):
-            for tensor in self.layers[layer]:
-                yield from (tensor[row, :length] for row, length in enumerate(lengths))
-        for layer in sorted(self.states):
-            for held in (self.states[layer].convolution, self.states[layer].recurrent):
-                yield from (held[number] for number in sorted(held))
-
-    def describe(self) -> dict[str, Any]:
-        """What has to be known of the tensors to make them again, as JSON."""
-        return {
-            "capacity": self.capacity,
-            "layers": {layer: _form(tensors[0][0, 0]) for layer, tensors in self.layers.items()},
-            "states": {
-                layer: [{number: _form(tensor) for number, tensor in held.items()} for held in _parts(states)]
-                for layer, states in self.states.items()
-            },
-        }
-
-    def restore(self, described: dict[str, Any], device: torch.device) -> None:
-        """Make the tensors that `describe` has described, with zeros in them."""
-        self.capacity = described["capacity"]
-        for layer, form in described["layers"].items():
-            like = _made(form, device)[None]
-            self.layers[int(layer)] = (self._empty(like), self._empty(like))
-        for layer, parts in described["states"].items():
-            states = self.states.setdefault(int(layer), States())
-            for held, forms in zip(_parts(states), parts, strict=True):
-                held.update({int(number): _made(form, device) for number, form in forms.items()})
-
-    def _empty(self, like: Tensor) -> Tensor:
-        # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
-        return like.new_zeros(self.rows, self.capacity, *like.shape[1:])
-
-    def _grown(self, tensor: Tensor) -> Tensor:
-        grown = self._empty(tensor[0])
-        grown[:, : tensor.shape[1]] = tensor
-        return grown
-
-
-def _parts(states: States) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    return states.convolution, states.recurrent
-
-
-def _form(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
-
-
-def _made(form: list[Any], device: torch.device) -> Tensor:
-    return torch.zeros(form[1:], dtype=getattr(torch, form[0]), device=device)
-
-
 class _Batch:
     """The requests of a call: those that wait, those in flight with what is cached of them, and those completed."""
 
     def __init__(self, requests: Sequence[Request], rows: int) -> None:
         self.requests = requests
-        self.cache = _Cache(min(rows, len(requests)))
+        self.cache = Cache(min(rows, len(requests)))
         self.waiting = deque(enumerate(requests))
         self.flying: list[_InFlight] = []
         self.completions: dict[int, Completion] = {}
@@ -223,7 +125,7 @@ class _Batch:
 class _DecodeStep:
     """One forward pass: rows below `old` get one token each, those behind them a whole prompt of `lengths` tokens."""
 
-    def __init__(self, cache: _Cache, sequences: list[_InFlight], old: int, device: torch.device, threads: int) -> None:
+    def __init__(self, cache: Cache, sequences: list[_InFlight], old: int, device: torch.device, threads: int) -> None:
         self.cache, self.old, self.device, self.threads = cache, old, device, threads
         self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
         ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
@@ -318,7 +220,7 @@ def _take_mixers(model: Any, source: Model) -> None:
                 layer.set_submodule(plan.module, _RecurrentMixer(number, layer.get_submodule(plan.module)))
 
 
-class Decoder:
+class Decoder(Sampler):
     """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
 
     `dtype` defaults to the checkpoint's own, or fp32 where a processor is quicker with it. Raises `BadInput` for a
@@ -328,19 +230,12 @@ class Decoder:
 
     def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
         source = Model.open(Checkpoint.open(path))
-        self.sha256 = source.checkpoint.sha256()
-        """SHA-256 of the checkpoint."""
+        super().__init__(source)
         self.device = torch.device(device)
         self.threads = torch.get_num_threads()
         """Threads that a CPU samples with (see `choose_threads`); attention has all that there are."""
-        self.notes: list[str] = []
-        self.snapshots: Snapshots | None = None
-        """Where the batch at work is written now and then."""
-        self.tokenizer = load_tokenizer(path)
-        self.context = _context(source.config)
-        """Tokens that a prompt and its answer may have together; None where the config says nothing."""
-        _refuse_generation_config(source.checkpoint.path)
-        model = _load(source, dtype or source.dtype)
+        refuse_generation_config(source.checkpoint.path)
+        model = load_causal_lm(source, dtype or source.dtype, DECODE_ATTENTION)
         stored = source.checkpoint.tensors
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             bare = name.partition(".")[2]  # in a checkpoint without `model.` before its names
@@ -351,30 +246,13 @@ class Decoder:
         _take_mixers(self.model, source)
         if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
             self.model.to(quicker)
-        self.stops = stop_tokens(source.checkpoint.path, self.tokenizer)
-        # An embedding may be padded beyond the tokenizer's tokens: those rows are never sampled.
-        self.vocabulary = len(self.tokenizer)
         if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
             self.threads = 1  # its steps are too short for threads that wait for each other
         self._most = self.threads
-        self._embedded = int(self.model.get_input_embeddings().weight.shape[0])
+        self.embedded = int(self.model.get_input_embeddings().weight.shape[0])
 
-    def prompt(
-        self, messages: Messages, where: str, arguments: Mapping[str, Any] | None = None, fit: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation that the model can answer.
-
-        Raises `BadInput` as `render` does, for a token that the model has no embedding of and, if it has to `fit`, for
-        a prompt that leaves no room in the model's context.
-        """
-        ids = render(self.tokenizer, messages, where, arguments)
-        require_embedding(max(ids), self._embedded, where)
-        if fit and self.context is not None and len(ids) >= self.context:
-            raise BadInput(
-                f"{where}: has {len(ids):,} tokens, and the model's context {self.context:,} (max_position_embeddings "
-                "in its config.json); remove or shorten it"
-            )
-        return ids
+    def identity(self) -> dict[str, Any]:
+        return surroundings(str(self.device))
 
     @torch.inference_mode()
     def choose_threads(self, journal: Path, rows: int, restart: bool = False) -> dict[str, Any]:
@@ -408,7 +286,7 @@ class Decoder:
 
     def _step_seconds(self, rows: int, threads: int) -> float:
         """The shortest of some steps' times, after one that takes in the prompts and one that is not counted."""
-        prompt = [min(self.vocabulary, self._embedded) - 1] * _PROBE
+        prompt = [min(self.vocabulary, self.embedded) - 1] * _PROBE
         batch = _Batch([Request(prompt, row) for row in range(rows)], rows)
         sampling = Sampling(_PROBE)
         with self._with_threads(threads):
@@ -462,12 +340,7 @@ class Decoder:
                 progress(batch.progress())
         return [batch.completions[index] for index in range(len(requests))]
 
-    def forget_batch(self) -> None:
-        """Remove the snapshot of a batch that is in the journal."""
-        if self.snapshots is not None:
-            self.snapshots.remove()
-
-    def _retire(self, cache: _Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+    def _retire(self, cache: Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Take out the sequences that have ended; the last row takes the place that becomes free."""
         row = 0
         while row < len(flying):
@@ -490,7 +363,7 @@ class Decoder:
             return "length"
         return "context" if self.context is not None and len(sequence.tokens) >= self.context else None
 
-    def _extend(self, cache: _Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
+    def _extend(self, cache: Cache, flying: list[_InFlight], old: int, sampling: Sampling) -> None:
         """Sample a token for every sequence; those from `old` on have not been in the cache before."""
         cache.reserve(max(len(sequence.tokens) for sequence in flying))
         step = _DecodeStep(cache, flying, old, self.device, self._most)
@@ -512,15 +385,6 @@ class Decoder:
             sequence.tokens.append(token)
 
 
-def require_embedding(highest: int, rows: int, where: str) -> None:
-    """`BadInput` for a token that the model, with embeddings of `rows` tokens, has none of; its tokenizer may."""
-    if highest >= rows:
-        raise BadInput(
-            f"{where}: has token {highest}, but the model has embeddings of {rows:,} alone; its tokenizer is another "
-            "model's: copy the right one into its folder"
-        )
-
-
 def _batch_key(requests: Sequence[Request], sampling: Sampling, rows: int) -> str:
     """SHA-256 of all that is asked for."""
     asked = [[request.key, [int(token) for token in request.prompt]] for request in requests]
@@ -537,123 +401,3 @@ def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: in
         room -= len(request.prompt)
         flying.append(_InFlight(index, request.key, len(request.prompt), list(request.prompt)))
         waiting.popleft()
-
-
-def _context(config: Any) -> int | None:
-    """The longest sequence that a model's config allows, positions stretched by rope scaling included."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 1:
-        return None
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, Mapping) or not isinstance(factor := rope.get("factor"), int | float):
-        return longest  # those of several kinds of layers have a longest that counts them in
-    kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
-    if kind == "yarn" and isinstance(original, int):
-        return max(longest, int(original * factor))
-    return int(longest * factor) if kind in ("linear", "dynamic", "yarn") and original is None else longest
-
-
-def _refuse_generation_config(folder: Path) -> None:
-    """`BadInput` for a generation_config.json that transformers would fail at."""
-    file, mend = folder / "generation_config.json", "mend it, or remove it"
-    if not file.exists():
-        return
-    read_json_object(file, _MAX_GENERATION_CONFIG, mend, mend)
-    try:
-        GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers has no one exception for this
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{file}: transformers refuses it ({reason}); {mend}") from None
-
-
-def _load(source: Model, dtype: torch.dtype) -> Any:
-    """The causal LM of a checkpoint; quantized weights as what they stand for, on every device, as they are pruned.
-
-    Raises `BadInput` where transformers does not find all of its weights: it would go on with random ones.
-    """
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": DECODE_ATTENTION,
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # told of below, in one line
-    }
-    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    checkpoint, config = source.checkpoint, loading_config(source.checkpoint.config)
-    path = checkpoint.path
-    if config is None:
-        config = AutoConfig.from_pretrained(path, **local)
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    pair: Any
-    if find_format(checkpoint.config) is None:
-        auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        pair = auto.from_pretrained(path, config=config, use_safetensors=True, **local, **options)
-    else:
-        for part in (config, config.get_text_config()):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config
-        tensors = {name: _Lazy(checkpoint, name) for name in checkpoint.tensors}
-        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        made = cast(Any, mapping[type(config)])
-        if made.config_class is not type(config):  # the language model of one that also takes images
-            config = config.get_text_config()
-        pair = made.from_pretrained(None, config=config, state_dict=tensors, **options)
-        if (path / "generation_config.json").exists():
-            pair[0].generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    model, found = pair
-    if lost := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
-        raise BadInput(
-            f"{path}: transformers finds no weights that fit {lost[0]!r}, one of {len(lost)} such tensors; sample with "
-            "another engine"
-        )
-    _put_fp32_back(model, source)
-    return model
-
-
-def _put_fp32_back(model: Any, source: Model) -> None:
-    """Give what is stored in fp32 and is to be used so (`Family.fp32`) as it is: transformers rounds some of it."""
-    family = source.family
-    for number in range(source.layers if family.fp32 else 0):
-        layer = model.get_decoder().layers[number]
-        for name in source.tensor_names(number):
-            inside = family.in_module(name.removeprefix(f"{family.layers}{number}."))
-            stored = source.checkpoint.tensors[name].dtype
-            if stored == torch.float32 and any(part in inside for part in family.fp32):
-                home, _, part = inside.rpartition(".")
-                getattr(layer.get_submodule(home), part).data = source.checkpoint.read(name)
-
-
-@dataclass(frozen=True)
-class _Lazy:
-    """A tensor of a checkpoint that is read when transformers' loader asks for `[...]` of it."""
-
-    checkpoint: Checkpoint
-    name: str
-
-    def __getitem__(self, _: Any) -> Tensor:
-        return self.checkpoint.read(self.name)
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a local folder. Raises `BadInput` if there is none that transformers can load."""
-    try:
-        file = Path(path) / "config.json"
-        config = loading_config(read_config(file)) if file.exists() else None
-        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers has no one exception for this
-        if "contains custom code" in str(error):
-            raise BadInput(
-                f"{path}: its tokenizer is code that was published with it, which is never run; put a tokenizer in its "
-                "place that transformers loads without (a tokenizer.json), or import traces of another engine"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path}: no tokenizer that transformers can load ({reason})") from None
-    # Where its files are missing, transformers makes up a tokenizer that knows special tokens only.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise BadInput(f"{path}: no tokenizer; copy the model's tokenizer files into the folder")
-    # Models that also take images may have the template there, where transformers' processors look for it alone.
-    file = Path(path) / "chat_template.json"
-    if not tokenizer.chat_template and file.exists():
-        found = read_json_object(file, _MAX_TEMPLATE_FILE, "give the checkpoint's folder", "fetch the checkpoint again")
-        if isinstance(template := found.get("chat_template"), str):
-            tokenizer.chat_template = template
-    return tokenizer

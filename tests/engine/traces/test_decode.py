@@ -187,7 +187,7 @@ def test_weights_that_transformers_does_not_find_are_not_made_up(
     config = AutoConfig.from_pretrained(folder)
     for key, value in change.items():
         setattr(config, key, value)
-    monkeypatch.setattr("rac_engine.traces.decoder.loading_config", lambda _: config)
+    monkeypatch.setattr("rac_engine.traces.loading.loading_config", lambda _: config)
     with pytest.raises(BadInput, match=f"finds no weights that fit {lost}"):
         Decoder(folder)
 

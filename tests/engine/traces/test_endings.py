@@ -11,10 +11,11 @@ import pytest
 from rac_engine.base.errors import BadInput
 from rac_engine.evaluation.job import evaluate
 from rac_engine.recipe.settings import EvalSettings, TraceSettings
-from rac_engine.traces.decoder import Decoder, load_tokenizer
+from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes, stop_tokens
 from rac_engine.traces.generation import generate
 from rac_engine.traces.sampling import Completion
+from rac_engine.traces.tokenizer import load_tokenizer
 from tests import tiny
 
 WITH_AN_END = (

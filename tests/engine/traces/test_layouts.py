@@ -12,9 +12,9 @@ from rac_engine.base.errors import BadInput
 from rac_engine.evaluation.problems import load_problems
 from rac_engine.traces import generation
 from rac_engine.traces.calibration import Calibration, load_calibration
-from rac_engine.traces.decoder import load_tokenizer
 from rac_engine.traces.generation import load_prompts
 from rac_engine.traces.layouts import COLUMNS, answer_of, exchange_of, question_of
+from rac_engine.traces.tokenizer import load_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
 TEMPLATES = Path(__file__).parents[2] / "hub/templates"

@@ -13,9 +13,9 @@ import pytest
 
 from rac_engine.base.errors import BadInput
 from rac_engine.traces import rendering
-from rac_engine.traces.decoder import load_tokenizer
 from rac_engine.traces.rendering import renderer_of, stop_rendering
 from rac_engine.traces.template import dated, moment_of, render
+from rac_engine.traces.tokenizer import load_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
 ASKED = [{"role": "user", "content": "1 + 1"}]

@@ -21,9 +21,10 @@ from rac_engine.recipe.settings import TraceSettings
 from rac_engine.traces import tables
 from rac_engine.traces.calibration import Weighting, load_calibration
 from rac_engine.traces.conversation import instructed
-from rac_engine.traces.decoder import Decoder, load_tokenizer
+from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.generation import generate, load_prompts
 from rac_engine.traces.template import render
+from rac_engine.traces.tokenizer import load_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
 PROMPTS = ABACUS.parent / "problems/calibration.jsonl"

@@ -17,8 +17,9 @@ from rac_engine.engine.pruning import prune
 from rac_engine.evaluation.job import evaluate
 from rac_engine.recipe.settings import CalibrationSettings, EvalSettings, Recipe, TraceSettings
 from rac_engine.traces import template
-from rac_engine.traces.decoder import Decoder, _context
+from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.generation import generate
+from rac_engine.traces.sampler import context_of
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
 TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
@@ -88,7 +89,7 @@ def test_the_context_that_a_config_allows(config: dict[str, Any], context: int |
     if isinstance(rope, tuple):
         names = ("rope_type", "factor", "original_max_position_embeddings")
         config = {**config, "rope_parameters": {name: value for name, value in zip(names, rope, strict=True) if value}}
-    assert _context(SimpleNamespace(**config)) == context
+    assert context_of(SimpleNamespace(**config)) == context
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": 1, "eos_token_id": 2}'])
