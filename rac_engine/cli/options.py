@@ -102,7 +102,11 @@ def add_fields(
         if get_origin(field.annotation) is dict:
             options |= {"action": "append", "metavar": "NAME=VALUE"}
         elif get_origin(field.annotation) is list:
-            options |= {"action": "append"} if "choices" in options else {"action": "append", "metavar": "NAME"}
+            options |= (
+                {"action": "append"}
+                if "choices" in options
+                else {"action": "append", "metavar": "URL" if name == "server" else "NAME"}
+            )
         shown = field.description or ""
         if field.is_required():
             options["required"] = True

@@ -25,11 +25,10 @@ from rac_engine.evaluation.results import load_evaluation
 from rac_engine.evaluation.statistics import compare, summarize
 from rac_engine.jobs.job import FileJob
 from rac_engine.jobs.journal import Journal
-from rac_engine.jobs.surroundings import surroundings
-from rac_engine.recipe import EvalSettings
+from rac_engine.recipe import SERVING, EvalSettings
 from rac_engine.traces import (
-    Decoder,
     Request,
+    Sampler,
     Sampling,
     Snapshots,
     at_a_time,
@@ -37,6 +36,7 @@ from rac_engine.traces import (
     dated,
     instructed,
     moment_of,
+    open_sampler,
     read_moment,
     request_key,
     stop_rendering,
@@ -81,7 +81,7 @@ def evaluate(
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
         folder = local_folder(model, progress)
-        decoder = Decoder(folder, device)
+        decoder = open_sampler(folder, device, settings)
         # Where a model is compared, a date in its prompts is that of the answers it is compared with.
         moment = read_moment(earlier or {}) or moment_of(job.partial, restart)
         with dated(moment) as dating:
@@ -95,7 +95,7 @@ def evaluate(
         judge = Judge()
         with disk_errors(out):
             require_space(out.parent, ANSWER_BYTES * len(questions))
-        identity = _identity(decoder, judge, questions, settings, device)
+        identity = _identity(decoder, judge, questions, settings)
         together = min(at_a_time(settings.batch_size), len(questions))
         threads = decoder.choose_threads(job.partial, together, restart)
         decoder.snapshots = snapshots = Snapshots(job.under_way, identity)
@@ -117,7 +117,8 @@ def evaluate(
             "summary": summary,
             "comparison": comparison,
             "notes": notes,
-            "settings": settings.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json", exclude=set(SERVING)),
+            **decoder.record(),
         }
         result |= {"model": shown_model(folder), "problems_sha256": digest, _PROMPTS: prompts}
         result |= {**dating.record(), "rows": rows}
@@ -133,7 +134,7 @@ class _Question:
     request: Request
 
 
-def _questions(problems: list[Problem], settings: EvalSettings, decoder: Decoder) -> list[_Question]:
+def _questions(problems: list[Problem], settings: EvalSettings, decoder: Sampler) -> list[_Question]:
     """Every problem as often as there are samples, rendered by the model's chat template."""
     questions = []
     for problem in problems:
@@ -153,17 +154,15 @@ def _prompts_sha256(questions: list[_Question]) -> str:
     return hashlib.sha256(json.dumps([list(each.request.prompt) for each in questions]).encode()).hexdigest()
 
 
-def _identity(
-    decoder: Decoder, judge: Judge, questions: list[_Question], settings: EvalSettings, device: str
-) -> dict[str, Any]:
+def _identity(decoder: Sampler, judge: Judge, questions: list[_Question], settings: EvalSettings) -> dict[str, Any]:
     """The identity of an evaluation: one that was stopped goes on only with the same."""
     given = [(each.problem.id, each.problem.answer, list(each.request.prompt)) for each in questions]
     return {
         "model": decoder.sha256,
         "answers": judge.how,
         "problems": hashlib.sha256(json.dumps(given).encode()).hexdigest(),
-        **settings.model_dump(mode="json", exclude={"problems"}),
-        **surroundings(device),
+        **settings.model_dump(mode="json", exclude={"problems", *SERVING}),
+        **decoder.identity(),
     }
 
 
@@ -174,7 +173,7 @@ def _rows(journal: Journal) -> list[dict[str, Any]]:
 
 def _answer_all(
     job: FileJob,
-    decoder: Decoder,
+    decoder: Sampler,
     questions: list[_Question],
     settings: EvalSettings,
     judge: Judge,

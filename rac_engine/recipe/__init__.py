@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from rac_engine.recipe.fields import TEXT_PREFIX, names_matrix, pruning_pattern
 from rac_engine.recipe.files import absolute, build, dump, load_recipe
-from rac_engine.recipe.settings import CalibrationSettings, EvalSettings, PruneSettings, Recipe, TraceSettings, Variant
+from rac_engine.recipe.settings import (
+    SERVING,
+    CalibrationSettings,
+    EvalSettings,
+    PruneSettings,
+    Recipe,
+    TraceSettings,
+    Variant,
+)
 
 __all__ = [
+    "SERVING",
     "TEXT_PREFIX",
     "CalibrationSettings",
     "EvalSettings",

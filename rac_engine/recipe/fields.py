@@ -10,6 +10,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo
 
@@ -85,6 +86,22 @@ def _source(value: str, info: ValidationInfo) -> str:
     if not path or "\0" in path:
         raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE")
     return prefix + str(_resolve(path, info))
+
+
+def _server(value: str) -> str:
+    """Check the URL of a server, and take off what its API adds to it."""
+    try:
+        parts = urlsplit(value)
+        named = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        named = None
+    if not named or parts.scheme not in ("http", "https"):
+        raise ValueError(f"{value!r} is no server's URL; write for example http://localhost:8000")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a server's URL holds no key, since it stands in records; put it into RAC_API_KEY")
+    if parts.query or parts.fragment:
+        raise ValueError(f"{value!r} has more than a host and a path")
+    return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _pattern(value: str) -> str:
@@ -192,6 +209,8 @@ ModuleName = Annotated[str, AfterValidator(_module)]
 TemplateArguments = Annotated[dict[str, Any], BeforeValidator(_arguments)]
 
 Columns = Annotated[dict[str, str], BeforeValidator(_columns)]
+
+ServerURL = Annotated[str, AfterValidator(_server)]
 
 JobName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,63}$")]
 

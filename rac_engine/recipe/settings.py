@@ -22,6 +22,7 @@ from rac_engine.recipe.fields import (
     ModuleName,
     PatternText,
     Seed,
+    ServerURL,
     Settings,
     Source,
     TemplateArguments,
@@ -41,7 +42,20 @@ RECORDS = "JSONL, JSON, CSV (.gz, .zst), Parquet, or a folder of `datasets`"
 
 COLUMN = "column with the problem, or ROLE=NAME, where a file calls it otherwise: problem=Frage, answer=Antwort"
 
+SERVER = (
+    "URL of a vLLM, SGLang or llama.cpp server that runs this model, to sample there; may be repeated, for several "
+    "that share the work. A key that they ask for stands in RAC_API_KEY of the environment"
+)
+
+IN_FLIGHT = "for servers: requests at a time to each"
+
+REQUEST_SECONDS = "for servers: seconds that one request may take"
+
 KEEPS_LITTLE = 0.3  # share of weights that a pattern keeps: with more there is little to gain by tuning for the time
+
+
+SERVING = frozenset({"server", "in_flight", "request_seconds"})
+"""Fields that say where to sample: another server goes on with what one has begun."""
 
 
 class TraceSettings(Settings):
@@ -65,6 +79,9 @@ class TraceSettings(Settings):
         default=128,
         description="traces sampled before they are kept, half of them at a time. Fewer where the budget needs no more",
     )
+    server: list[ServerURL] = Field(default=[], description=SERVER)
+    in_flight: Count = Field(default=64, le=4096, description=IN_FLIGHT)
+    request_seconds: float = Field(default=3600, gt=0, le=1e6, description=REQUEST_SECONDS)
 
 
 class CalibrationSettings(Settings):
@@ -329,6 +346,9 @@ class EvalSettings(Settings):
         default=128,
         description="answers sampled before they are kept, half of them at a time",
     )
+    server: list[ServerURL] = Field(default=[], description=SERVER)
+    in_flight: Count = Field(default=64, le=4096, description=IN_FLIGHT)
+    request_seconds: float = Field(default=3600, gt=0, le=1e6, description=REQUEST_SECONDS)
 
 
 class Variant(Settings):
@@ -361,6 +381,14 @@ class Recipe(Settings):
     prune: PruneSettings = Field(default=PruneSettings(), description="what is pruned, how much, and how")
     evaluate: EvalSettings | None = Field(default=None, description="which problems are asked; none: no evaluation")
     compare: list[Variant] = Field(default=[], description="models to compare with")
+
+    @model_validator(mode="after")
+    def _no_server_answers_for_all(self) -> Recipe:
+        if self.evaluate is not None and self.evaluate.server:
+            raise ValueError(
+                "evaluate.server: one server runs one model, and here several are compared; use rac eval for each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

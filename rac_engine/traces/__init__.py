@@ -19,6 +19,7 @@ from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampler import Sampler, require_embedding
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
+from rac_engine.traces.served import open_sampler
 from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import dated, has_date, moment_of, read_moment
 from rac_engine.traces.tokenizer import load_tokenizer
@@ -51,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "mixed",
     "moment_of",
+    "open_sampler",
     "question_of",
     "read_moment",
     "read_records",

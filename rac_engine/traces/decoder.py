@@ -12,8 +12,6 @@ a step follows from the requests.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +35,16 @@ from rac_engine.models import Model, States, run_on, run_packed, scoring_of, wor
 from rac_engine.traces.cache import Cache
 from rac_engine.traces.loading import load_causal_lm, refuse_generation_config
 from rac_engine.traces.sampler import Sampler
-from rac_engine.traces.sampling import Completion, FinishReason, Progress, Request, Sampling, choose, uniforms
+from rac_engine.traces.sampling import (
+    Completion,
+    FinishReason,
+    Progress,
+    Request,
+    Sampling,
+    batch_key,
+    choose,
+    uniforms,
+)
 from rac_engine.traces.snapshot import Snapshots
 from rac_kernels import Scoring, decode_attention, packed_attention
 
@@ -325,7 +332,7 @@ class Decoder(Sampler):
         then, and one that is found there goes on, to the same tokens.
         """
         batch, snapshots = _Batch(requests, rows), self.snapshots
-        key = "" if snapshots is None else _batch_key(requests, sampling, rows)
+        key = "" if snapshots is None else batch_key(requests, sampling, rows)
         if snapshots is not None:
             batch.take_up(snapshots, key, self.device)
         with self._with_threads(self.threads):
@@ -383,12 +390,6 @@ class Decoder(Sampler):
         chosen = choose(logits, draws, sampling.temperature, sampling.top_p).tolist()
         for sequence, token in zip(flying, chosen, strict=True):
             sequence.tokens.append(token)
-
-
-def _batch_key(requests: Sequence[Request], sampling: Sampling, rows: int) -> str:
-    """SHA-256 of all that is asked for."""
-    asked = [[request.key, [int(token) for token in request.prompt]] for request in requests]
-    return hashlib.sha256(json.dumps([asked, vars(sampling), rows]).encode()).hexdigest()
 
 
 def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: int) -> None:

@@ -21,15 +21,15 @@ from rac_engine.base.sizes import format_count
 from rac_engine.checkpoint import local_folder
 from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
-from rac_engine.jobs.surroundings import surroundings
-from rac_engine.recipe import TraceSettings
+from rac_engine.recipe import SERVING, TraceSettings
 from rac_engine.traces.conversation import Messages, instructed
-from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.layouts import id_of, question_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
+from rac_engine.traces.sampler import Sampler
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
+from rac_engine.traces.served import open_sampler
 from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import Dating, dated, has_date, moment_of, template_sha256, tokenizer_sha256
 
@@ -138,8 +138,8 @@ def generate(
     with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
         prompts = load_prompts(settings.prompts, settings.column)
         folder = local_folder(model, progress)
-        decoder = Decoder(folder, device)
-        identity = _identity(decoder, prompts, settings, device)
+        decoder = open_sampler(folder, device, settings)
+        identity = _identity(decoder, prompts, settings)
         counts = _Counts(settings.tokens)
         moment = moment_of(job.partial / TRACES_JOURNAL, restart)
         threads = decoder.choose_threads(job.partial / TRACES_JOURNAL, at_a_time(settings.batch_size), restart)
@@ -172,12 +172,12 @@ def generate(
             counts.budget,
             [*job.notes, *decoder.notes, *notes],
         )
-        _summarize(job, report, settings, identity, notes)
+        _summarize(job, report, settings, identity | decoder.record(), notes)
         job.publish()
     return report
 
 
-def _identity(decoder: Decoder, prompts: list[Prompt], settings: TraceSettings, device: str) -> dict[str, Any]:
+def _identity(decoder: Sampler, prompts: list[Prompt], settings: TraceSettings) -> dict[str, Any]:
     """The identity of a sampling: one that was stopped goes on only with the same."""
     asked = json.dumps([[prompt.id, prompt.messages] for prompt in prompts])
     return {
@@ -185,16 +185,19 @@ def _identity(decoder: Decoder, prompts: list[Prompt], settings: TraceSettings, 
         "template": template_sha256(decoder.tokenizer),
         "tokenizer": tokenizer_sha256(decoder.tokenizer),
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
-        **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts"}).items()},
-        **surroundings(device),
+        **{f"settings.{name}": value for name, value in settings.model_dump(exclude={"prompts", *SERVING}).items()},
+        **decoder.identity(),
     }
 
 
 def _common_columns(model: str, settings: TraceSettings, identity: dict[str, Any]) -> dict[str, Any]:
     """Columns that are the same in every row."""
+    sampling: dict[str, Any] = settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})
+    if "engine" in identity:
+        sampling["engine"] = identity["engine"]
     return {
         "seed": settings.seed,
-        "sampling": json.dumps(settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "samples"})),
+        "sampling": json.dumps(sampling),
         "model": model,
         "model_sha256": identity["model"],
         "template_sha256": identity["template"],
@@ -213,7 +216,7 @@ def _keep_whole_files(job: FolderJob, counts: _Counts) -> None:
 
 def _sample_all(
     job: FolderJob,
-    decoder: Decoder,
+    decoder: Sampler,
     prompts: list[Prompt],
     settings: TraceSettings,
     common: dict[str, Any],
@@ -252,7 +255,7 @@ def _summarize(
 ) -> None:
     """Write the summary beside the files of the journal, and remove any others."""
     files = {record["file"]: record["sha256"] for record in job.journal.records[1:]}
-    summary = {
+    summary: dict[str, Any] = {
         "traces": report.traces,
         "tokens": report.tokens,
         "prompt_tokens": report.prompt_tokens,
@@ -262,9 +265,10 @@ def _summarize(
         "prompts_file": str(settings.prompts),
         "model_sha256": identity["model"],
         "template_sha256": identity["template"],
-        "settings": settings.model_dump(mode="json", exclude={"prompts"}),
+        "settings": settings.model_dump(mode="json", exclude={"prompts", *SERVING}),
         "files": files,
     }
+    summary |= {name: identity[name] for name in ("engine", "servers") if name in identity}
     with disk_errors(job.partial):
         for stray in job.partial.glob("*.parquet"):
             if stray.name not in files:
@@ -309,7 +313,7 @@ class _Counts:
 
 
 def _sample(
-    decoder: Decoder,
+    decoder: Sampler,
     part: list[tuple[Prompt, int]],
     settings: TraceSettings,
     counts: _Counts,
@@ -350,7 +354,7 @@ def _sample(
 
 
 def _requests(
-    decoder: Decoder, part: list[tuple[Prompt, int]], settings: TraceSettings
+    decoder: Sampler, part: list[tuple[Prompt, int]], settings: TraceSettings
 ) -> tuple[list[tuple[Prompt, int]], list[Request]]:
     """Those of `part` that leave room in the model's context for an answer, and what is asked of the decoder."""
     asked, requests = [], []
@@ -365,7 +369,7 @@ def _requests(
     return asked, requests
 
 
-def _notes(decoder: Decoder, counts: _Counts) -> list[str]:
+def _notes(decoder: Sampler, counts: _Counts) -> list[str]:
     """Notes on what the model's context cut off or left out."""
     context, cut = f"the model's context of {decoder.context or 0:,} tokens", counts.reasons.get("context", 0)
     notes = [f"{cut:,} traces ended where {context} was full"] if cut else []

@@ -58,6 +58,10 @@ class Sampler(ABC):
     def identity(self) -> dict[str, Any]:
         """What of this way to sample decides the tokens: a job that was stopped goes on only with the same."""
 
+    def record(self) -> dict[str, Any]:
+        """What results tell of another engine than the project's own."""
+        return {}
+
     @abstractmethod
     def choose_threads(self, journal: Path, rows: int, restart: bool = False) -> dict[str, Any]:
         """Choose the threads to sample with, for `rows` sequences at a time; what is to be entered in the journal."""

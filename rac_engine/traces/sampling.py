@@ -7,6 +7,7 @@ and token ids come out.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,6 +76,12 @@ class Progress:
 def request_key(seed: int, name: str, sample: int) -> int:
     """The key of a request's random numbers, 64 bits of a hash."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{sample}/{name}".encode()).digest()[:8], "little")
+
+
+def batch_key(requests: Sequence[Request], sampling: Sampling, rows: int) -> str:
+    """SHA-256 of all that is asked for."""
+    asked = [[request.key, [int(token) for token in request.prompt]] for request in requests]
+    return hashlib.sha256(json.dumps([asked, vars(sampling), rows]).encode()).hexdigest()
 
 
 def uniforms(keys: Sequence[int], positions: Sequence[int]) -> np.ndarray:
