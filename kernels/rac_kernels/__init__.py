@@ -20,6 +20,7 @@ from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error, squared_outputs
+from rac_kernels.ops.packed import Packed, PackedLayout, Values, join_rows, pack, packed_group, packed_size, unpack
 from rac_kernels.ops.profile import ScoreProfile, score_profile
 from rac_kernels.ops.residual import add_residual, residual_gap
 from rac_kernels.ops.routing import add_expert_, slots_by_expert
@@ -41,10 +42,13 @@ __all__ = [
     "Factor",
     "FactorError",
     "MaskedAdam",
+    "Packed",
+    "PackedLayout",
     "RefineResult",
     "ScoreProfile",
     "Scoring",
     "Tuning",
+    "Values",
     "add_expert_",
     "add_residual",
     "admm_",
@@ -62,13 +66,17 @@ __all__ = [
     "finite_tokens",
     "hessian_accumulate_",
     "inverse_",
+    "join_rows",
     "kth_smallest",
     "mask_by_score",
     "matched_target",
     "native",
     "objective",
     "output_cross",
+    "pack",
     "packed_attention",
+    "packed_group",
+    "packed_size",
     "pattern_order",
     "powers_of_two",
     "reconstruction_error",
@@ -87,4 +95,5 @@ __all__ = [
     "squared_outputs",
     "sweep",
     "symmetrize_",
+    "unpack",
 ]
