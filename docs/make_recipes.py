@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from rac_engine.recipe import Recipe
 from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModelPath, ModuleName, PatternText, Source
+from rac_engine.recipe.settings import PromptFiles
 from rac_engine.solve import method_names
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -63,6 +64,7 @@ rac run recipe.yaml OUT
 
 SECTIONS = {
     "trace": "Leave the section out if there are traces already, and name them in `calibration: {source: …}`.",
+    "trace.prompts[]": "An entry may also be text: `FILE`, or `FILE:SHARE`.",
     "calibration": "",
     "prune": "",
     "prune.experts": "See [families](families.md#mixtures-of-experts).",
@@ -73,6 +75,7 @@ SECTIONS = {
 }
 NAMES: list[tuple[Any, str]] = [
     (FilePath, "path"),
+    (PromptFiles, "path, or a list"),
     (Source, "path or `text:FILE`, or a list"),
     (ModelPath, "path or name on the hub"),
     (PatternText, "`N:M`"),

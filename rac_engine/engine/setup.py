@@ -21,7 +21,7 @@ from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
-from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe
+from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe, with_share
 from rac_engine.solve import Reason, find_method
 from rac_engine.traces import (
     Calibration,
@@ -31,7 +31,6 @@ from rac_engine.traces import (
     load_tokenizer,
     mixed,
     require_embedding,
-    with_share,
 )
 
 

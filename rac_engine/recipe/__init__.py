@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from rac_engine.recipe.fields import TEXT_PREFIX, names_matrix, pruning_pattern
+from rac_engine.recipe.fields import TEXT_PREFIX, names_matrix, pruning_pattern, with_share
 from rac_engine.recipe.files import absolute, build, dump, load_recipe
 from rac_engine.recipe.settings import (
     SERVING,
     CalibrationSettings,
     EvalSettings,
+    PromptSource,
     PruneSettings,
     Recipe,
     TraceSettings,
@@ -19,6 +20,7 @@ __all__ = [
     "TEXT_PREFIX",
     "CalibrationSettings",
     "EvalSettings",
+    "PromptSource",
     "PruneSettings",
     "Recipe",
     "TraceSettings",
@@ -29,4 +31,5 @@ __all__ = [
     "load_recipe",
     "names_matrix",
     "pruning_pattern",
+    "with_share",
 ]

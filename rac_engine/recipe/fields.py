@@ -24,6 +24,8 @@ TEXT_PREFIX = "text:"
 
 MOST_SOURCES = 100
 
+_SHARE = re.compile(r"(.+):((?:0?\.[0-9]+|1(?:\.0*)?|0\.[0-9]*))", re.DOTALL)
+
 _GLOB = re.compile(r"[\w.*?\[\]!-]+")  # that no regular expression needs to be
 
 COLUMN_ROLES = ("problem", "answer", "completion", "reasoning_content", "text", "id", "kind")
@@ -102,6 +104,18 @@ def _server(value: str) -> str:
     if parts.query or parts.fragment:
         raise ValueError(f"{value!r} has more than a host and a path")
     return value.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def with_share(text: str) -> tuple[str, float | None]:
+    """A source as it is given, without its share, and the share: `TRACES:0.8` is ("TRACES", 0.8).
+
+    A path may hold colons: what exists under the whole name has no share.
+    """
+    match = _SHARE.fullmatch(text)
+    if match is None or Path(text.removeprefix(TEXT_PREFIX)).exists():
+        return text, None
+    share = float(match[2])
+    return (match[1], share) if 0 < share <= 1 else (text, None)
 
 
 def _pattern(value: str) -> str:

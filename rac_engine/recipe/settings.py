@@ -7,12 +7,22 @@ mistake is one line that names the file, the line and column, and the field. Rel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    model_validator,
+)
 
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe.fields import (
+    MOST_SOURCES,
     Columns,
     Count,
     FilePath,
@@ -28,6 +38,7 @@ from rac_engine.recipe.fields import (
     TemplateArguments,
     names_matrix,
     pruning_pattern,
+    with_share,
 )
 from rac_engine.solve import DEFAULT_METHOD, find_method, method_names
 
@@ -58,10 +69,60 @@ SERVING = frozenset({"server", "in_flight", "request_seconds"})
 """Fields that say where to sample: another server goes on with what one has begun."""
 
 
+class PromptSource(Settings):
+    """One of several files of prompts."""
+
+    file: FilePath = Field(description=f"file with `prompt`, `problem` or `messages` a record: {RECORDS}")
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="part of the prompts that it gives (by default an equal part of the rest)"
+    )
+    column: Columns = Field(default={}, description=COLUMN)
+
+
+def _prompt_files(value: Any, info: ValidationInfo) -> Any:
+    """Turn what is given into a list of sources; one file without a share stays a path."""
+    given = value if isinstance(value, list) else [value]
+    if not 0 < len(given) <= MOST_SOURCES:
+        raise ValueError(f"should be a file, or a list of at most {MOST_SOURCES}")
+    made = [_prompt_source(each, info) for each in given]
+    alone = len(made) == 1 and made[0].share is None and not made[0].column
+    return made[0].file if alone else made
+
+
+def _prompt_source(given: Any, info: ValidationInfo) -> PromptSource:
+    if isinstance(given, str):
+        base = (info.context or {}).get("base")
+        there = base is not None and (Path(base) / given).exists()
+        name, share = (given, None) if there else with_share(given)
+        given = {"file": name, "share": share}
+    elif isinstance(given, Path):
+        given = {"file": given}
+    try:
+        return PromptSource.model_validate(given, context=info.context)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "a source"
+        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _shown_prompts(value: Path | list[PromptSource]) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [each.model_dump(mode="json", exclude_defaults=True) for each in value]
+
+
+PromptFiles = Annotated[
+    Path | list[PromptSource], BeforeValidator(_prompt_files), PlainSerializer(_shown_prompts, return_type=Any)
+]
+
+
 class TraceSettings(Settings):
     """Sampling of the model's own chains of thought."""
 
-    prompts: FilePath = Field(description=f"file with `prompt`, `problem` or `messages` a record: {RECORDS}")
+    prompts: PromptFiles = Field(
+        description=f"file with `prompt`, `problem` or `messages` a record: {RECORDS}; or a list of several, each with "
+        ":SHARE of the prompts behind it"
+    )
     column: Columns = Field(default={}, description=COLUMN)
     tokens: Count = Field(default=1_000_000, description="token budget over prompts and completions")
     samples: Count = Field(default=2, description="traces a prompt")
@@ -82,6 +143,13 @@ class TraceSettings(Settings):
     server: list[ServerURL] = Field(default=[], description=SERVER)
     in_flight: Count = Field(default=64, le=4096, description=IN_FLIGHT)
     request_seconds: float = Field(default=3600, gt=0, le=1e6, description=REQUEST_SECONDS)
+
+    @property
+    def sources(self) -> list[PromptSource]:
+        """The files of prompts."""
+        if isinstance(self.prompts, Path):
+            return [PromptSource(file=self.prompts, column=self.column)]
+        return [each if each.column else each.model_copy(update={"column": self.column}) for each in self.prompts]
 
 
 class CalibrationSettings(Settings):

@@ -31,7 +31,7 @@ from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
-from rac_engine.traces import TRACE_TOKEN_BYTES, dated, has_date, load_prompts, load_tokenizer, moment_of
+from rac_engine.traces import TRACE_TOKEN_BYTES, dated, has_date, load_tokenizer, moment_of, prompts_of
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             known = calibration_of(recipe.model_copy(update={"calibration": calibration}))
             digests[f"calibration of {label}"] = known.sha256
     if recipe.trace:
-        load_prompts(recipe.trace.prompts, recipe.trace.column)
-        digests["prompts"] = _sha256(recipe.trace.prompts)
+        prompts_of(recipe.trace)
+        for source in recipe.trace.sources:
+            digests[f"prompts {source.file}"] = _sha256(source.file)
     if recipe.evaluate:
         load_problems(recipe.evaluate.problems, recipe.evaluate.column)
         digests["problems"] = _sha256(recipe.evaluate.problems)

@@ -11,10 +11,11 @@ from rac_engine.traces.calibration import Calibration, TokenSequence, Weighting,
 from rac_engine.traces.conversation import Messages, instructed
 from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
-from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate, load_prompts
+from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
 from rac_engine.traces.layouts import answer_of, id_of, question_of
-from rac_engine.traces.mixture import mixed, with_share
+from rac_engine.traces.mixture import mixed
+from rac_engine.traces.prompts import prompts_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampler import Sampler, require_embedding
@@ -48,16 +49,15 @@ __all__ = [
     "id_of",
     "instructed",
     "load_calibration",
-    "load_prompts",
     "load_tokenizer",
     "mixed",
     "moment_of",
     "open_sampler",
+    "prompts_of",
     "question_of",
     "read_moment",
     "read_records",
     "request_key",
     "require_embedding",
     "stop_rendering",
-    "with_share",
 ]

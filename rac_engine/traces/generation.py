@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from rac_engine.checkpoint import local_folder
 from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.recipe import SERVING, TraceSettings
-from rac_engine.traces.conversation import Messages, instructed
+from rac_engine.traces.conversation import instructed
 from rac_engine.traces.endings import cut_off_notes
-from rac_engine.traces.layouts import id_of, question_of
-from rac_engine.traces.records import read_records
+from rac_engine.traces.prompts import Prompt, notes_on, prompts_of
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampler import Sampler
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
@@ -47,17 +46,9 @@ SCHEMA = pa.schema(
         ("model", pa.string()),
         ("model_sha256", pa.string()),
         ("template_sha256", pa.string()),
+        ("source", pa.string()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt of a file. `id` decides the random numbers of its samples; `rows` of the file ask it."""
-
-    id: str
-    messages: Messages
-    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,39 +70,6 @@ class TraceReport:
         return (
             f"{self.traces:,} traces, {self.tokens:,} tokens ({self.prompt_tokens:,} of prompts), ended {ends}{short}"
         )
-
-
-def load_prompts(path: Path, columns: Mapping[str, str] | None = None) -> list[Prompt]:
-    """Prompts of a file or folder in any layout that is known (see `question_of`), with an `id` if they have one.
-
-    `columns` says which column plays a role. A record that repeats id and question of an earlier one is asked once, as
-    data sets with a row an answer have them. Raises `BadInput` that names the first broken line, and for an id that
-    stands for two questions.
-    """
-    prompts: dict[str, Prompt] = {}
-    number = 0
-    for where, record in read_records(path, columns):
-        asked = question_of(record, where)
-        name, own = id_of(record)
-        name = str(number) if name is None else name
-        earlier = prompts.get(name)
-        if earlier is not None and earlier.messages == asked and (own or name != str(number)):
-            prompts[name] = replace(earlier, rows=earlier.rows + 1)
-            continue
-        if earlier is not None and own:
-            raise BadInput(f"{where}: id {name!r} is there twice")
-        if earlier is not None:  # a name that is no `id` need not be its record's alone
-            name = f"{name}#{number}"
-        prompts[name] = Prompt(name, asked)
-        number += 1
-    if not prompts:
-        raise BadInput(f"{path}: holds no prompt")
-    return list(prompts.values())
-
-
-def _repeat_notes(prompts: list[Prompt]) -> list[str]:
-    repeated = sum(prompt.rows - 1 for prompt in prompts)
-    return [f"{repeated:,} records repeat id and question of another; each question was asked once"] if repeated else []
 
 
 def generate(
@@ -136,7 +94,7 @@ def generate(
     if (out / TRACES_SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
     with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
-        prompts = load_prompts(settings.prompts, settings.column)
+        prompts = prompts_of(settings)
         folder = local_folder(model, progress)
         decoder = open_sampler(folder, device, settings)
         identity = _identity(decoder, prompts, settings)
@@ -160,7 +118,7 @@ def generate(
         common = _common_columns(shown_model(folder), settings, identity)
         with dated(moment):
             _sample_all(job, decoder, prompts, settings, common, counts, progress)
-        notes = _repeat_notes(prompts)
+        notes = notes_on(prompts)
         notes += cut_off_notes(decoder.tokenizer, decoder.stops, counts.reasons, settings.max_new_tokens)
         notes += _notes(decoder, counts)
         report = TraceReport(
@@ -262,7 +220,7 @@ def _summarize(
         "budget": report.budget,
         "finish_reasons": report.finish_reasons,
         "notes": notes,
-        "prompts_file": str(settings.prompts),
+        "prompts_file": ", ".join(str(source.file) for source in settings.sources),
         "model_sha256": identity["model"],
         "template_sha256": identity["template"],
         "settings": settings.model_dump(mode="json", exclude={"prompts", *SERVING}),
@@ -342,6 +300,7 @@ def _sample(
                 "completion_token_ids": said,
                 "text": decoder.tokenizer.decode(ids + said, skip_special_tokens=False),
                 "finish_reason": reason,
+                "source": prompt.source,
             }
         )
         reasons[reason] = reasons.get(reason, 0) + 1
@@ -359,7 +318,7 @@ def _requests(
     """Those of `part` that leave room in the model's context for an answer, and what is asked of the decoder."""
     asked, requests = [], []
     for prompt, sample in part:
-        where = f"{settings.prompts}: prompt {prompt.id}"
+        where = f"{prompt.source}: prompt {prompt.name}"
         messages = instructed(prompt.messages, settings.instruction, where)
         ids = decoder.prompt(messages, where, settings.template_arguments, fit=False)
         if decoder.context is None or len(ids) < decoder.context:

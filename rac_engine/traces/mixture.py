@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from rac_engine.base.errors import BadInput
-from rac_engine.recipe import TEXT_PREFIX
+from rac_engine.recipe import with_share
 from rac_engine.traces.calibration import Calibration
-
-_SHARE = re.compile(r"(.+):((?:0?\.[0-9]+|1(?:\.0*)?|0\.[0-9]*))", re.DOTALL)
-
-
-def with_share(text: str) -> tuple[str, float | None]:
-    """A source as it is given, without its share, and the share: `TRACES:0.8` is ("TRACES", 0.8).
-
-    A path may hold colons: what exists under the whole name has no share.
-    """
-    match = _SHARE.fullmatch(text)
-    if match is None or _exists(text):
-        return text, None
-    share = float(match[2])
-    return (match[1], share) if 0 < share <= 1 else (text, None)
 
 
 def mixed(sources: Sequence[str], tokens: int | None, load: Callable[[str, int | None], Calibration]) -> Calibration:
@@ -36,7 +20,7 @@ def mixed(sources: Sequence[str], tokens: int | None, load: Callable[[str, int |
     """
     parted = [with_share(source) for source in sources]
     told = any(share is not None for _, share in parted)
-    shares = _shares(parted)
+    shares = shares_of([share for _, share in parted], "calibration")
     if tokens is None:
         parts = [load(source, None) for source, _ in parted]
         if told:
@@ -68,16 +52,15 @@ def mixed(sources: Sequence[str], tokens: int | None, load: Callable[[str, int |
     )
 
 
-def _shares(parted: Sequence[tuple[str, float | None]]) -> list[float]:
-    """The share of each source; `BadInput` where they do not sum to 1."""
-    given = [share for _, share in parted if share is not None]
-    left, others = 1 - math.fsum(given), len(parted) - len(given)
+def shares_of(told: Sequence[float | None], what: str) -> list[float]:
+    """The share of each of some sources; those without one get equal parts of what the others leave.
+
+    Raises `BadInput`, about `what`, where they do not sum to 1.
+    """
+    given = [share for share in told if share is not None]
+    left, others = 1 - math.fsum(given), len(told) - len(given)
     if (abs(left) > 1e-6) if not others else (left <= 1e-6):
         listed = " and ".join(f"{share:g}" for share in given)
         wanted = "they should sum to 1" if not others else "they leave nothing to the sources without one"
-        raise BadInput(f"calibration: the shares {listed} sum to {math.fsum(given):g}; {wanted}")
-    return [left / others if share is None else share for _, share in parted]
-
-
-def _exists(source: str) -> bool:
-    return Path(source.removeprefix(TEXT_PREFIX)).exists()
+        raise BadInput(f"{what}: the shares {listed} sum to {math.fsum(given):g}; {wanted}")
+    return [left / others if share is None else share for share in told]

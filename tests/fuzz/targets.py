@@ -38,7 +38,7 @@ from rac_engine.recipe.files import load_recipe
 from rac_engine.recipe.settings import PruneSettings
 from rac_engine.report.page import render
 from rac_engine.traces.calibration import load_calibration
-from rac_engine.traces.generation import load_prompts
+from rac_engine.traces.prompts import load_prompts
 from rac_engine.traces.tokenizer import load_tokenizer
 from tests import tiny
 from tests.engine.outputs import evaluation

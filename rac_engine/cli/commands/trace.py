@@ -19,7 +19,7 @@ from rac_engine.cli.options import (
 )
 from rac_engine.cli.output import emit
 
-_COMMON = ("prompts", "tokens", *SAMPLING)
+_COMMON = ("tokens", *SAMPLING)
 
 
 def _add_options(parser: Parser) -> None:
@@ -27,7 +27,15 @@ def _add_options(parser: Parser) -> None:
 
     add_model(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="TRACES", help="new folder for the traces")
-    add_fields(parser, "sampling", TraceSettings, list(TraceSettings.model_fields), _COMMON)
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        required=True,
+        metavar="FILE[:SHARE]",
+        help=f"{TraceSettings.model_fields['prompts'].description}; without shares in equal parts",
+    )
+    names = [name for name in TraceSettings.model_fields if name != "prompts"]
+    add_fields(parser, "sampling", TraceSettings, names, _COMMON)
     add_device(parser)
     add_restart(parser, "sampling")
 

@@ -10,10 +10,9 @@ import pytest
 
 from rac_engine.base.errors import BadInput
 from rac_engine.evaluation.problems import load_problems
-from rac_engine.traces import generation
 from rac_engine.traces.calibration import Calibration, load_calibration
-from rac_engine.traces.generation import load_prompts
 from rac_engine.traces.layouts import COLUMNS, answer_of, exchange_of, question_of
+from rac_engine.traces.prompts import load_prompts, notes_on
 from rac_engine.traces.tokenizer import load_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
@@ -384,7 +383,7 @@ def test_ids(tmp_path: Path) -> None:
     found = load_prompts(file)
     assert [prompt.id for prompt in found] == ["0", "1", "u", "u#3", "x"]
     assert [prompt.rows for prompt in found] == [1, 1, 1, 1, 2]
-    assert generation._repeat_notes(found)[0].startswith("1 records repeat") and not generation._repeat_notes(found[:4])
+    assert notes_on(found)[0].startswith("1 records repeat") and not notes_on(found[:4])
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:

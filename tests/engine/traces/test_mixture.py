@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rac_engine.base.errors import BadInput
+from rac_engine.recipe.fields import with_share
 from rac_engine.recipe.files import absolute, dump, load_recipe
 from rac_engine.recipe.settings import CalibrationSettings, Recipe
 from rac_engine.traces.calibration import Calibration, TokenSequence
-from rac_engine.traces.mixture import mixed, with_share
+from rac_engine.traces.mixture import mixed
 
 HAS = {"A": 1000, "B": 300}
 

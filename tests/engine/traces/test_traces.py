@@ -17,12 +17,14 @@ from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.base.process import peak_memory
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.jobs.layout import TRACES_SUMMARY
+from rac_engine.recipe import load_recipe
 from rac_engine.recipe.settings import TraceSettings
 from rac_engine.traces import tables
 from rac_engine.traces.calibration import Weighting, load_calibration
 from rac_engine.traces.conversation import instructed
 from rac_engine.traces.decoder import Decoder
-from rac_engine.traces.generation import generate, load_prompts
+from rac_engine.traces.generation import generate
+from rac_engine.traces.prompts import load_prompts, prompts_of
 from rac_engine.traces.template import render
 from rac_engine.traces.tokenizer import load_tokenizer
 
@@ -83,6 +85,46 @@ def test_an_instruction_goes_around_the_last_question() -> None:
     assert [each["content"] for each in instructed(talk, "Say {}", "here")] == ["s", "a\nSay {}", "b"]
     with pytest.raises(BadInput, match="here: no message is the user's"):
         instructed(talk[:1], "Say so", "here")
+
+
+def test_several_files_are_asked_in_proportion(prompts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "q.jsonl"
+    questions = [json.loads(line)["problem"] for line in PROMPTS.read_text().splitlines()[20:24]]
+    other.write_text("".join(json.dumps({"Frage": text, "id": f"q{at}"}) + "\n" for at, text in enumerate(questions)))
+    given: Any = [{"file": str(prompts), "share": 0.75}, {"file": str(other), "column": {"problem": "Frage"}}]
+    wanted = settings(given, tokens=300, samples=1, max_new_tokens=4)
+    asked = prompts_of(wanted)
+    assert len(asked) == 16 and sorted({each.source for each in asked}) == sorted({str(prompts), str(other)})
+    for many in (4, 8, 12, 16):
+        assert [each.source for each in asked[:many]].count(str(other)) == many // 4
+    assert next(each.id for each in asked if each.source == str(other)) == "q.jsonl:q0"
+    report = generate(ABACUS, wanted, tmp_path / "t")
+    found = rows(tmp_path / "t")
+    assert report.traces == len(found) and {row["source"] for row in found} == {str(prompts), str(other)}
+    # Alone, a file's prompts keep their ids, and with them their random numbers.
+    assert [each.id for each in prompts_of(settings(prompts))] == [each.id for each in load_prompts(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["P:0.5", "Q:0.2"], "prompts: the shares 0.5 and 0.2 sum to 0.7; they should sum to 1"),
+        (["P", "P"], "is given twice"),
+        ([{"file": "P", "part": 1}], "part: Extra inputs"),
+        ([], "should be a file, or a list"),
+        ([3], "a source: should be a mapping of fields"),
+    ],
+)
+def test_wrong_lists_of_prompts_are_one_line(given: list[Any], said: str, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "P").write_text(prompts.read_text())
+    (tmp_path / "Q").write_text(prompts.read_text())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"model": str(ABACUS), "trace": {"prompts": given}}))
+    with pytest.raises(BadInput) as error:
+        loaded = load_recipe(recipe)
+        assert loaded.trace is not None
+        prompts_of(loaded.trace)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_prompts_that_run_out_are_said(prompts: Path, tmp_path: Path) -> None:
@@ -298,6 +340,7 @@ def test_the_columns_of_a_trace(prompts: Path, tmp_path: Path) -> None:
         "model",
         "model_sha256",
         "template_sha256",
+        "source",
     ]
     (first, *_) = rows(tmp_path / "t")
     assert first["model_sha256"] == Checkpoint.open(ABACUS).sha256() and first["seed"] == 0
