@@ -34,6 +34,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefe
 BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": BF16, "amx": AMX}
+# What a file needs beyond its instruction set, which bindings.cpp asks the processor for before it calls that version.
+FURTHER = {"packed": {isa: ["-mavx512vbmi", "-mavx512vbmi2"] for isa in ("avx512bf16", "amx")}}
 # Not for speed alone: without -ftz the hardware's reciprocal roots are wrapped in code for denormal numbers.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CAPABILITIES = (80, 90, 100)  # with code of their own; later devices compile the PTX of the last
@@ -151,9 +153,8 @@ def write_ninja(folder: Path, target: Path, cuda: Cuda | str) -> None:
     )
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         for isa, flags in isas.items():
-            compile_(
-                source, f"{source.stem}.{isa}", ["-fno-exceptions", *flags, f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"]
-            )
+            own = [*flags, *FURTHER.get(source.stem, {}).get(isa, []), f"-DRAC_ISA={isa}", f"-I{ROOT / 'csrc'}"]
+            compile_(source, f"{source.stem}.{isa}", ["-fno-exceptions", *own])
     if isinstance(cuda, Cuda):
         lines.append(
             f"rule cuda\n  command = {words(cuda.command)} $flags -MMD -MF $out.d -c $in -o $out\n"

@@ -125,12 +125,20 @@ struct Versions {
     F of[kIsaCount];
 };
 
-// The chosen instruction set's version of an operation.
-#define RAC_OP(op)                                                                                               \
+// An instruction set's version of an operation; the chosen one's.
+#define RAC_OP_OF(op, isa)                                                                                       \
     (Versions<decltype(&rac::baseline::op)>{{&rac::baseline::op, RAC_AVX2(&rac::avx2::op),                       \
                                              RAC_AVX512(&rac::avx512::op), RAC_AVX512BF16(&rac::avx512bf16::op), \
                                              RAC_AMX(&rac::amx::op)}}                                            \
-         .of[chosen_isa])
+         .of[isa])
+#define RAC_OP(op) RAC_OP_OF(op, chosen_isa)
+
+// The instruction set for packed matrices, whose version with bf16 needs VBMI2 as well: Cooper Lake has none.
+int expanding_isa() {
+    static const bool expands =
+        RAC_AVX512BF16(__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2"));
+    return expands || chosen_isa < 3 ? chosen_isa : 2;
+}
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -141,6 +149,14 @@ T* pointer(std::uintptr_t address) {
 int status(rac::Status ended) {
     if (ended == rac::Status::no_memory) throw std::bad_alloc();
     return static_cast<int>(ended);
+}
+
+// `parts`: where index, mask, scales and values of the first row, and of the values the first of all, lie.
+rac::PackedRows packed_rows(const std::vector<std::uintptr_t>& parts, int dtype, int values, int64_t rows,
+                            int64_t columns, int64_t group) {
+    return {pointer<const uint32_t>(parts[0]), pointer<const uint64_t>(parts[1]), pointer<const uint16_t>(parts[2]),
+            pointer<const uint8_t>(parts[3]),  static_cast<rac::DType>(dtype),    static_cast<rac::Values>(values),
+            rows, columns, group};
 }
 
 #if defined(RAC_CUDA)
@@ -285,6 +301,28 @@ PYBIND11_MODULE(_native, m) {
             if (!RAC_OP(attention)(pointer<void>(out), pointer<const void>(q), pointer<const void>(k),
                                    pointer<const void>(v), sizes, starts.data(),
                                    static_cast<int64_t>(starts.size()) - 1, threads))
+                throw std::bad_alloc();
+        },
+        NoGil());
+    m.def(
+        "packed_matmul",
+        [](Address Y, int64_t y_stride, Address X, int dtype, int64_t tokens, int64_t x_stride,
+           const std::vector<Address>& parts, int w_dtype, int values, int64_t rows, int64_t columns, int64_t group,
+           Address bias, int threads) {
+            if (!RAC_OP_OF(packed_matmul, expanding_isa())(
+                    pointer<void>(Y), y_stride, pointer<const void>(X), static_cast<rac::DType>(dtype), tokens,
+                    x_stride, packed_rows(parts, w_dtype, values, rows, columns, group), pointer<const float>(bias),
+                    threads))
+                throw std::bad_alloc();
+        },
+        NoGil());
+    m.def(
+        "packed_expand",
+        [](Address out, int dtype, const std::vector<Address>& parts, int w_dtype, int values, int64_t rows,
+           int64_t columns, int64_t group, int threads) {
+            if (!RAC_OP_OF(packed_expand, expanding_isa())(
+                    pointer<void>(out), static_cast<rac::DType>(dtype),
+                    packed_rows(parts, w_dtype, values, rows, columns, group), threads))
                 throw std::bad_alloc();
         },
         NoGil());

@@ -84,3 +84,11 @@ bool admm_step(float* T, float* V, uint8_t* kept, const float* goal, int32_t* pa
 // heads / key_heads heads share a key. All of them are bf16.
 bool attention(void* out, const void* q, const void* k, const void* v, const AttentionSizes& sizes,
                const int64_t* starts, int64_t sequences, int threads);
+
+// Y [tokens, rows] = X W^T + bias, X [tokens, columns] with columns side by side, both of x_dtype; bias [rows] or null.
+// For a few tokens: W is expanded in registers once for each eight of them.
+bool packed_matmul(void* Y, int64_t y_stride, const void* X, DType x_dtype, int64_t tokens, int64_t x_stride,
+                   const PackedRows& W, const float* bias, int threads);
+
+// out [rows, columns] of `dtype`, which is W's own or fp32, = W in full, rounded to W's own.
+bool packed_expand(void* out, DType dtype, const PackedRows& W, int threads);

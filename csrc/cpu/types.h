@@ -20,4 +20,18 @@ struct AttentionSizes {
     float scale;
 };
 
+// Rows of a packed matrix (rac_kernels/ops/packed.py), beside one another: where each one's values begin, in units of 4
+// bytes from `values`; the mask, ceil(columns / 64) words a row; the scales in bf16, ceil(columns / group) a row, null
+// for values that are numbers of `dtype` themselves. At least 64 bytes may be read beyond the last value.
+enum class Values : int { same = 0, int8 = 1, int4 = 2 };
+struct PackedRows {
+    const uint32_t* index;
+    const uint64_t* mask;
+    const uint16_t* scales;
+    const uint8_t* values;
+    DType dtype;
+    Values kind;
+    int64_t rows, columns, group;
+};
+
 }  // namespace rac

@@ -21,6 +21,7 @@ from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error, squared_outputs
 from rac_kernels.ops.packed import Packed, PackedLayout, Values, join_rows, pack, packed_group, packed_size, unpack
+from rac_kernels.ops.packed_matmul import packed_matmul
 from rac_kernels.ops.profile import ScoreProfile, score_profile
 from rac_kernels.ops.residual import add_residual, residual_gap
 from rac_kernels.ops.routing import add_expert_, slots_by_expert
@@ -76,6 +77,7 @@ __all__ = [
     "pack",
     "packed_attention",
     "packed_group",
+    "packed_matmul",
     "packed_size",
     "pattern_order",
     "powers_of_two",

@@ -22,6 +22,11 @@ def tokens(n: int = N) -> Tensor:
     return torch.randn(TOKENS, n)
 
 
+def packed() -> Tensor:
+    """The bytes of a matrix of int4 values."""
+    return rac_kernels.pack(torch.randn(2 * ROWS, N).bfloat16(), "int4").data
+
+
 def mask() -> Tensor:
     return torch.rand(ROWS, N) < 0.5
 
@@ -43,6 +48,10 @@ CASES: dict[str, list[Callable[[], tuple[object, ...]]]] = {
             *(torch.randn(h, TOKENS, 8).bfloat16() for h in (4, 2, 2)),
             *SPLIT,
         )
+    ],
+    "packed_matmul": [
+        lambda: (tokens().bfloat16(), packed(), torch.rand(4), 2 * ROWS, N, 3, 4, 0, 2, 64),
+        lambda: (tokens().bfloat16()[:2, None], packed(), None, 2 * ROWS, N, 0, 2 * ROWS, 0, 2, 64),
     ],
     "symmetrize_": [lambda: (gram("plain", N),)],
     "factor_": [lambda: (torch.stack([gram("plain", N), gram("dead", N)]), 0.01, 1.0, True)],

@@ -1,0 +1,842 @@
+// Products with packed matrices (rac_kernels/ops/packed.py): a mask of a bit a weight, and the kept values alone.
+//
+// For a few tokens the product is bound by what it reads, so W is never written out: a row's values are expanded in
+// registers, a word of the mask (64 columns) at a time, and multiplied at once. A prepared copy of X, in the order in
+// which it is used, stays in the cache. Three ways:
+// - bf16 weights and bf16 tokens with AVX-512: VPEXPANDW, then VDPBF16PS.
+// - int8 and int4 values: each run of columns of X becomes 16-bit integers with a scale of its own, which keeps all of a
+//   bf16's bits next to the run's largest and is exact to 2^-16 of it. With AVX-512 they are two bytes, high and low,
+//   each multiplied by VPDPBUSD, which wants its left operand unsigned: weights get a bias, and what it adds up to is a
+//   constant of X and the sums begin with its negative. Without it weights are widened for VPMADDWD.
+// - else in fp32.
+// VPEXPAND only from register to register: the form that reads memory is microcoded on Zen 4.
+#include "cpu/tile.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"        // in the headers of GCC 12 themselves
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define RAC_EXPAND 1
+#else
+#define RAC_EXPAND 0
+#endif
+
+namespace {
+
+using rac::PackedRows;
+using rac::Values;
+
+constexpr int64_t kWord = 64;        // columns of a word
+constexpr int64_t kRunWords = 4;     // words of X, at most, that share a scale where X becomes integers
+constexpr int64_t kAhead = 1024;     // bytes of values that are fetched ahead
+constexpr int64_t kParallel = 1 << 16;     // elements of X that are prepared by more than one thread
+constexpr int64_t kPartBytes = 1 << 17;    // that are worth a thread's while
+
+// The sum of a vector's numbers, by halves.
+template <class V>
+inline float sum_of(V v) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[sizeof v / sizeof(Four)];
+    memcpy(parts, &v, sizeof v);
+    for (size_t i = 1; i < sizeof v / sizeof(Four); ++i) parts[0] += parts[i];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+}
+
+// To bf16 or fp16, to the nearest, ties to even.
+inline uint16_t bf16_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    return static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t fp16_bits(float x) {
+#if defined(__F16C__)
+    return static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+    if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or beyond
+    if (rest < 0x38800000) {  // below 2^-14: what is added leaves the subnormal's bits at the end
+        const float shifted = from_bits(rest) + 0.5f;
+        memcpy(&bits, &shifted, sizeof bits);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000));
+    }
+    return static_cast<uint16_t>(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+#endif
+}
+
+inline void put(float* to, float x) { *to = x; }
+inline void put(bf16* to, float x) { to->bits = bf16_bits(x); }
+inline void put(fp16* to, float x) { to->bits = fp16_bits(x); }
+
+struct int8 { int8_t code; };
+inline float to_float(int8 x) { return x.code; }
+
+// Where the kept of eight columns come from: byte j is the place of column j's value among them, 0x80 if it has none;
+// the same for pairs of bytes.
+struct Places {
+    uint8_t bytes[256][8], pairs[256][16];
+    constexpr Places() : bytes(), pairs() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int column = 0, place = 0; column < 8; ++column) {
+                const bool kept = mask >> column & 1;
+                bytes[mask][column] = static_cast<uint8_t>(kept ? place : 0x80);
+                pairs[mask][2 * column] = static_cast<uint8_t>(kept ? 2 * place : 0x80);
+                pairs[mask][2 * column + 1] = static_cast<uint8_t>(kept ? 2 * place + 1 : 0x80);
+                place += kept;
+            }
+    }
+};
+alignas(kCacheLine) constexpr Places kPlaces;
+
+inline int64_t count_of(uint64_t mask) { return __builtin_popcountll(mask); }
+
+// A row: its mask, and the bytes that its values begin at.
+struct Row {
+    const uint64_t* mask;
+    const uint8_t* values;
+    const uint16_t* scales;
+};
+
+struct Shape {
+    int64_t words, groups;
+    explicit Shape(const PackedRows& W)
+        : words(ceil_div(W.columns, kWord)), groups(W.scales ? ceil_div(W.columns, W.group) : 0) {}
+};
+
+inline Row row_of(const PackedRows& W, const Shape& shape, int64_t row) {
+    return {W.mask + row * shape.words, W.values + 4 * static_cast<int64_t>(W.index[row]),
+            W.scales ? W.scales + row * shape.groups : nullptr};
+}
+
+// Nibbles to bytes: `count` codes, and up to 63 beyond them, are written.
+inline void unpack_codes(int8_t* to, const uint8_t* from, int64_t count) {
+#if defined(__AVX2__)
+    const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(8);
+    for (int64_t i = 0; i < count; i += 32) {
+        const __m256i two = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / 2)));
+        const __m256i one = _mm256_and_si256(_mm256_or_si256(two, _mm256_slli_epi16(two, 4)), nibble);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_sub_epi8(_mm256_xor_si256(one, sign), sign));
+    }
+#else
+    for (int64_t i = 0; i < count; i += 2) {
+        const uint8_t two = from[i / 2];
+        to[i] = static_cast<int8_t>(((two & 15) ^ 8) - 8);
+        to[i + 1] = static_cast<int8_t>(((two >> 4) ^ 8) - 8);
+    }
+#endif
+}
+
+#if defined(__AVX512F__)
+// 64 bytes, in a register: the compiler may not make them an operand in memory of what comes next.
+inline __m512i load(const void* from) {
+    __m512i found = _mm512_loadu_si512(from);
+    asm("" : "+v"(found));
+    return found;
+}
+#endif
+
+// The 64 columns of a word in fp32, zeros for what is not kept; `values` are the kept ones, of which 64 bytes and more
+// may be read.
+template <class T>
+inline void expand_word(float* to, uint64_t mask, const T* values) {
+    memset(to, 0, kWord * sizeof(float));
+    for (; mask; mask &= mask - 1) to[__builtin_ctzll(mask)] = to_float(*values++);
+}
+
+#if defined(__AVX512F__)
+inline void expand_word(float* to, uint64_t mask, const float* values) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, mask >>= 16) {
+        const __mmask16 own = static_cast<__mmask16>(mask);
+        _mm512_storeu_ps(to + 16 * i, _mm512_maskz_expand_ps(own, _mm512_castsi512_ps(load(values))));
+        values += count_of(own);
+    }
+}
+#endif
+
+#if defined(__AVX2__)
+#if !defined(__AVX512F__)
+inline void expand_word(float* to, uint64_t mask, const float* values) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+        const uint8_t own = static_cast<uint8_t>(mask);
+        const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.bytes[own])));
+        const __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), place);
+        _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(place, 31)), found));
+        values += count_of(own);
+    }
+}
+#endif
+
+// Eight columns of 16-bit values.
+inline __m128i expand_pairs(uint8_t mask, const void* values) {
+    return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)),
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces.pairs[mask])));
+}
+
+inline void expand_word(float* to, uint64_t mask, const bf16* values) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+        const uint8_t own = static_cast<uint8_t>(mask);
+        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(expand_pairs(own, values)), 16);
+        _mm256_storeu_ps(to + 8 * i, _mm256_castsi256_ps(wide));
+        values += count_of(own);
+    }
+}
+
+inline void expand_word(float* to, uint64_t mask, const fp16* values) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+        const uint8_t own = static_cast<uint8_t>(mask);
+        _mm256_storeu_ps(to + 8 * i, _mm256_cvtph_ps(expand_pairs(own, values)));
+        values += count_of(own);
+    }
+}
+
+inline void expand_word(float* to, uint64_t mask, const int8* values) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+        const uint8_t own = static_cast<uint8_t>(mask);
+        const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.bytes[own]));
+        const __m128i found = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), place);
+        _mm256_storeu_ps(to + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found)));
+        values += count_of(own);
+    }
+}
+#endif
+
+// A word's columns as they are.
+template <class T>
+inline void spread_word(T* to, uint64_t mask, const T* values) {
+    memset(to, 0, kWord * sizeof(T));
+    for (; mask; mask &= mask - 1) to[__builtin_ctzll(mask)] = *values++;
+}
+
+inline void spread_word(float* to, uint64_t mask, const float* values) { expand_word(to, mask, values); }
+
+#if defined(__AVX2__)
+template <class T>
+inline void spread_pairs(T* to, uint64_t mask, const T* values) {
+#if RAC_EXPAND
+    const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+    _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(low, load(values)));
+    _mm512_storeu_si512(to + 32, _mm512_maskz_expand_epi16(high, load(values + count_of(low))));
+#else
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, mask >>= 8) {
+        const uint8_t own = static_cast<uint8_t>(mask);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * i), expand_pairs(own, values));
+        values += count_of(own);
+    }
+#endif
+}
+
+inline void spread_word(bf16* to, uint64_t mask, const bf16* values) { spread_pairs(to, mask, values); }
+inline void spread_word(fp16* to, uint64_t mask, const fp16* values) { spread_pairs(to, mask, values); }
+#endif
+
+// How many of its columns a row keeps.
+inline int64_t kept_of(const uint64_t* mask, int64_t words) {
+    int64_t kept = 0;
+    for (int64_t w = 0; w < words; ++w) kept += count_of(mask[w]);
+    return kept;
+}
+
+// A few tokens, prepared: words one after the other, in each the tokens' parts; where they are integers, the scales of
+// runs, and what the sums of a run begin with.
+template <class X>
+struct Tokens {
+    const X* x;
+    const float* scales;
+    const int32_t* begin;
+};
+
+// Sizes that all rows of a product share.
+struct Sizes {
+    int64_t words;
+    int64_t run_words, runs;  // of X
+    int64_t group_runs;       // runs to a group of W's scales
+};
+
+// A token's 64 columns of a word, in fp32, zeros beyond the last.
+template <class T>
+inline void load_word(float* to, const T* x, int64_t word, int64_t columns) {
+    const int64_t first = word * kWord, count = min_of(kWord, columns - first);
+    for (int64_t j = 0; j < count; ++j) to[j] = to_float(x[first + j]);
+    for (int64_t j = count; j < kWord; ++j) to[j] = 0;
+}
+
+// The scale that takes a run's largest to 32639 = 127 * 256 + 127, beyond which no high byte is left; NaN for a run
+// that is not finite.
+inline float run_scale(const float* x, int64_t count) {
+    float largest = 0, sum = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        const float size = __builtin_fabsf(x[j]);
+        largest = size > largest ? size : largest;
+        sum += x[j] * 0.0f;
+    }
+    const float scale = largest / 32639.0f;
+    return sum != 0 ? __builtin_nanf("") : scale < 1.2e-38f ? 0 : scale;  // of less there is no reciprocal
+}
+
+inline int32_t nearest(float x) { return static_cast<int32_t>(__builtin_rintf(x)); }
+
+// Ways to multiply. A way has: X, the element of prepared tokens, kWords of them a token and word; kTokens, how many
+// tokens it takes at once; `prepare`, which writes one token's part of a word (of a run, where kRuns); and `product`,
+// sums[t] = a row times each of T tokens.
+
+// Everything in fp32.
+template <class V>
+struct Floats {
+    using X = float;
+    static constexpr int kTokens = 4, kRows = 1;
+    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr int64_t kSize = kWord;
+
+    static void prepare(X* to, const float* x) { memcpy(to, x, kWord * sizeof(float)); }
+
+    template <int R, int T>
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
+        const V* values = reinterpret_cast<const V*>(row->values);
+        const float* x = tokens.x;
+        Vec sum[T] = {};
+        for (int64_t w = 0; w < sizes.words; ++w, x += T * kSize) {
+            const uint64_t mask = row->mask[w];
+            alignas(kCacheLine) float wide[kWord];
+            expand_word(wide, mask, values);
+            values += count_of(mask);
+            for (int64_t j = 0; j < kWord; j += kLanes)
+                for (int t = 0; t < T; ++t) sum[t] += vec(wide + j) * vec(x + t * kSize + j);
+        }
+        for (int t = 0; t < T; ++t) sums[0][t] = sum_of(sum[t]);
+    }
+};
+
+// int8 values and tokens in fp32, with a scale for each group.
+struct FloatCodes : Floats<int8> {
+    static constexpr bool kScaled = true;
+
+    template <int R, int T>
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
+                        const float* factors) {
+        const int8* values = reinterpret_cast<const int8*>(row->values);
+        const float* x = tokens.x;
+        Vec total[T] = {};
+        for (int64_t run = 0, w = 0; run < sizes.runs; ++run) {
+            Vec sum[T] = {};
+            for (const int64_t end = min_of(sizes.words, w + sizes.run_words); w < end; ++w, x += T * kSize) {
+                const uint64_t mask = row->mask[w];
+                alignas(kCacheLine) float wide[kWord];
+                expand_word(wide, mask, values);
+                values += count_of(mask);
+                for (int64_t j = 0; j < kWord; j += kLanes)
+                    for (int t = 0; t < T; ++t) sum[t] += vec(wide + j) * vec(x + t * kSize + j);
+            }
+            for (int t = 0; t < T; ++t) total[t] += sum[t] * factors[run * T + t];
+        }
+        for (int t = 0; t < T; ++t) sums[0][t] = sum_of(total[t]);
+    }
+};
+
+#if RAC_EXPAND
+struct Pairs {
+    using X = bf16;
+    static constexpr int kTokens = 8, kRows = 2;
+    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr int64_t kSize = kWord;
+
+    static void prepare(X* to, const float* x) {
+        for (int64_t j = 0; j < kWord; ++j) put(to + j, x[j]);  // exact: it was bf16 before
+    }
+
+    template <int R, int T>
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
+        constexpr int kSums = R * T <= 4 ? 2 : 1;
+        const uint8_t* values[R];
+        for (int r = 0; r < R; ++r) values[r] = rows[r].values;
+        __m512 sum[R][T][kSums] = {};
+        const bf16* x = tokens.x;
+        for (int64_t w = 0; w < sizes.words; ++w, x += T * kSize) {
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                const uint64_t mask = rows[r].mask[w];
+                const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
+                _mm_prefetch(values[r] + kAhead, _MM_HINT_T0);
+                const __m512i a = _mm512_maskz_expand_epi16(low, load(values[r]));
+                const __m512i b = _mm512_maskz_expand_epi16(high, load(values[r] + 2 * count_of(low)));
+                values[r] += 2 * count_of(mask);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    const __m512i left = _mm512_load_si512(x + t * kSize), right = _mm512_load_si512(x + t * kSize + 32);
+                    sum[r][t][0] = _mm512_dpbf16_ps(sum[r][t][0], (__m512bh)a, (__m512bh)left);
+                    sum[r][t][kSums - 1] = _mm512_dpbf16_ps(sum[r][t][kSums - 1], (__m512bh)b, (__m512bh)right);
+                }
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int t = 0; t < T; ++t)
+                sums[r][t] = sum_of((kSums > 1 ? sum[r][t][0] + sum[r][t][kSums - 1] : sum[r][t][0]));
+    }
+};
+
+// Values in int8 or, a nibble each, in int4.
+template <bool Nibbles>
+struct Codes {
+    using X = int8_t;
+    static constexpr int kTokens = 4, kRows = 2;
+    static constexpr bool kScaled = true, kRuns = true;
+    static constexpr int64_t kSize = 2 * kWord;  // high bytes, then low ones
+    static constexpr int kBias = Nibbles ? 8 : 128;
+
+    // `begin`: minus the bias times what goes to each of 16 sums.
+    static float prepare(X* to, int64_t step, int32_t* begin, const float* x, int64_t words) {
+        const float scale = run_scale(x, words * kWord), inverse = scale > 0 ? 1 / scale : 0;
+        int32_t all[16] = {};
+        for (int64_t w = 0; w < words; ++w, to += step)
+            for (int64_t j = 0; j < kWord; ++j) {
+                const int32_t q = scale == scale ? nearest(x[w * kWord + j] * inverse) : 0;
+                const int32_t high = (q + 128) >> 8;
+                to[j] = static_cast<int8_t>(high);
+                to[kWord + j] = static_cast<int8_t>(q - high * 256);
+                all[j / 4] += q;
+            }
+        for (int i = 0; i < 16; ++i) begin[i] = -kBias * all[i];
+        return scale;
+    }
+
+    // A word's weights, plus the bias, as bytes; from the value that is number `place` of the row.
+    static __m512i expand(uint64_t mask, const uint8_t* values, int64_t place) {
+        if (!Nibbles) {
+            const __m512i found = _mm512_maskz_expand_epi8(mask, load(values + place));
+            return _mm512_xor_si512(found, _mm512_set1_epi8(static_cast<char>(0x80)));
+        }
+        // Each eight bytes get the five that hold their eight nibbles, odd begin or not.
+        alignas(kCacheLine) static constexpr uint8_t kFives[64] = {
+            0,  1,  2,  3,  4,  0, 0, 0, 4,  5,  6,  7,  8,  0, 0, 0, 8,  9,  10, 11, 12, 0, 0, 0, 12, 13, 14, 15, 16, 0, 0, 0,
+            16, 17, 18, 19, 20, 0, 0, 0, 20, 21, 22, 23, 24, 0, 0, 0, 24, 25, 26, 27, 28, 0, 0, 0, 28, 29, 30, 31, 32, 0, 0, 0};
+        const __m512i five =
+            _mm512_permutexvar_epi8(_mm512_load_si512(kFives), _mm512_loadu_si512(values + (place >> 1)));
+        static constexpr int64_t kShifts[2] = {0x1c1814100c080400, 0x201c1814100c0804};
+        const __m512i shifts = _mm512_set1_epi64(kShifts[place & 1]);
+        const __m512i found = _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, five));
+        // (found & 15) ^ 8
+        return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
+    }
+
+    template <int R, int T>
+    struct State {
+        int64_t place[R];
+        __m512 total[R][T];
+    };
+
+    // A run of `words` words from number w on, whose factors are `factors` and, for each row more, `stride` further.
+    template <int R, int T>
+    [[gnu::always_inline]] static void run(State<R, T>& state, const Row* rows, int64_t w, int64_t words, const X* x,
+                                           const int32_t* begin, const float* factors, int64_t stride) {
+        __m512i high[R][T], low[R][T];
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                high[r][t] = _mm512_setzero_si512();
+                low[r][t] = _mm512_load_si512(begin + 16 * t);
+            }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < words; ++i)
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                const uint64_t mask = rows[r].mask[w + i];
+                const int64_t place = state.place[r];
+                _mm_prefetch(rows[r].values + (Nibbles ? place >> 1 : place) + kAhead, _MM_HINT_T0);
+                const __m512i weights = expand(mask, rows[r].values, place);
+                state.place[r] = place + count_of(mask);
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    const X* const own = x + (i * T + t) * kSize;
+                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], weights, _mm512_load_si512(own));
+                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], weights, _mm512_load_si512(own + kWord));
+                }
+            }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) {
+                const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
+                const __m512 factor = _mm512_set1_ps(factors[r * stride + t]);
+                state.total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, state.total[r][t]);
+            }
+    }
+
+    template <int R, int T, int W>
+    [[gnu::noinline]] static void runs(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes,
+                                       const float* factors) {
+        State<R, T> state = {};
+        const int64_t stride = sizes.runs * T, full = sizes.words / W;
+        const X* x = tokens.x;
+        for (int64_t i = 0; i < full; ++i, x += W * T * kSize)
+            run(state, rows, i * W, W, x, tokens.begin + 16 * T * i, factors + i * T, stride);
+        if (full < sizes.runs)
+            run(state, rows, full * W, sizes.words - full * W, x, tokens.begin + 16 * T * full, factors + full * T, stride);
+        for (int r = 0; r < R; ++r)
+            for (int t = 0; t < T; ++t) sums[r][t] = sum_of(state.total[r][t]);
+    }
+
+    template <int R, int T>
+    static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes,
+                        const float* factors) {
+        if (sizes.run_words == 1) runs<R, T, 1>(sums, rows, tokens, sizes, factors);
+        else if (sizes.run_words == 2) runs<R, T, 2>(sums, rows, tokens, sizes, factors);
+        else runs<R, T, 4>(sums, rows, tokens, sizes, factors);
+    }
+};
+#elif defined(__AVX2__)
+// bf16 values widened to fp32: those of even columns apart from those of odd ones.
+struct Pairs {
+    using X = float;
+    static constexpr int kTokens = 4, kRows = 1;
+    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr int64_t kSize = kWord;
+
+    static void prepare(X* to, const float* x) {
+        for (int64_t j = 0; j < kWord; ++j) to[j / 16 * 16 + j % 2 * 8 + j % 16 / 2] = x[j];
+    }
+
+    template <int R, int T>
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
+        const uint8_t* values = row->values;
+        const float* x = tokens.x;
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        __m256 even[T] = {}, odd[T] = {};
+        for (int64_t w = 0; w < sizes.words; ++w, x += T * kSize) {
+            uint64_t mask = row->mask[w];
+            _mm_prefetch(values + kAhead, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i, mask >>= 16) {
+                const uint8_t left = static_cast<uint8_t>(mask), right = static_cast<uint8_t>(mask >> 8);
+                const __m256i wide = _mm256_set_m128i(expand_pairs(right, values + 2 * count_of(left)),
+                                                      expand_pairs(left, values));
+                values += 2 * count_of(mask & 0xffff);
+                const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+                const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(wide, upper));
+#pragma GCC unroll 4
+                for (int t = 0; t < T; ++t) {
+                    even[t] = _mm256_fmadd_ps(low, _mm256_load_ps(x + t * kSize + 16 * i), even[t]);
+                    odd[t] = _mm256_fmadd_ps(high, _mm256_load_ps(x + t * kSize + 16 * i + 8), odd[t]);
+                }
+            }
+        }
+        for (int t = 0; t < T; ++t)
+            sums[0][t] = sum_of(even[t] + odd[t]);
+    }
+};
+
+// int8 values and 16-bit integers.
+template <bool Nibbles>
+struct Codes {
+    using X = int16_t;
+    static constexpr int kTokens = 4, kRows = 1;
+    static constexpr bool kScaled = true, kRuns = true;
+    static constexpr int64_t kSize = kWord;
+
+    static float prepare(X* to, int64_t step, int32_t*, const float* x, int64_t words) {
+        const float scale = run_scale(x, words * kWord), inverse = scale > 0 ? 1 / scale : 0;
+        for (int64_t w = 0; w < words; ++w, to += step)
+            for (int64_t j = 0; j < kWord; ++j)
+                to[j] = static_cast<int16_t>(scale == scale ? nearest(x[w * kWord + j] * inverse) : 0);
+        return scale;
+    }
+
+    template <int R, int T>
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
+                        const float* factors) {
+        const uint8_t* values = row->values;
+        const int16_t* x = tokens.x;
+        __m256 total[T] = {};
+        const __m128i shifted = _mm_set_epi32(0x08080808, 0x08080808, 0, 0);
+        for (int64_t run = 0, w = 0; run < sizes.runs; ++run) {
+            __m256i sum[T] = {};
+            for (const int64_t end = min_of(sizes.words, w + sizes.run_words); w < end; ++w, x += T * kSize) {
+                uint64_t mask = row->mask[w];
+                _mm_prefetch(values + kAhead, _MM_HINT_T0);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i, mask >>= 16) {
+                    const uint8_t left = static_cast<uint8_t>(mask), right = static_cast<uint8_t>(mask >> 8);
+                    const auto eight = [](const void* at) {
+                        return _mm_loadl_epi64(static_cast<const __m128i*>(at));
+                    };
+                    const __m128i place = _mm_or_si128(
+                        _mm_unpacklo_epi64(eight(kPlaces.bytes[left]), eight(kPlaces.bytes[right])), shifted);
+                    const __m128i both = _mm_unpacklo_epi64(eight(values), eight(values + count_of(left)));
+                    values += count_of(mask & 0xffff);
+                    const __m256i wide = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(both, place));
+#pragma GCC unroll 4
+                    for (int t = 0; t < T; ++t) {
+                        const __m256i own =
+                            _mm256_load_si256(reinterpret_cast<const __m256i*>(x + t * kSize + 16 * i));
+                        sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(wide, own));
+                    }
+                }
+            }
+            for (int t = 0; t < T; ++t)
+                total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), _mm256_set1_ps(factors[run * T + t]), total[t]);
+        }
+        for (int t = 0; t < T; ++t)
+            sums[0][t] = sum_of(total[t]);
+    }
+};
+#endif
+
+
+// The rows at which parts of about the same number of bytes begin.
+struct Parts {
+    const PackedRows& W;
+    int64_t row_bytes, total, count;
+
+    Parts(const PackedRows& W, const Shape& shape, int threads)
+        : W(W), row_bytes(8 * shape.words + 2 * shape.groups), total(cost(W.rows)) {
+        count = threads == 1 ? 1 : max_of<int64_t>(1, min_of<int64_t>(total / kPartBytes, 4 * threads));
+    }
+
+    int64_t cost(int64_t row) const { return 4 * static_cast<int64_t>(W.index[row] - W.index[0]) + row * row_bytes; }
+
+    int64_t begin(int64_t part) const {
+        int64_t low = 0, high = W.rows;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (cost(middle) * count < total * part) low = middle + 1;
+            else high = middle;
+        }
+        return part == count ? W.rows : low;
+    }
+};
+
+template <class Way, class T>
+struct Product {
+    using X = typename Way::X;
+    static constexpr int64_t kOnce = Way::kTokens;
+
+    const PackedRows& W;
+    const T* x;
+    const int64_t tokens, x_stride;
+    T* const y;
+    const int64_t y_stride;
+    const float* const bias;
+    const int threads;
+    const bool unpacks;  // int4 codes to bytes, a row at a time
+
+    const Shape shape{W};
+    const int64_t group_words = shape.groups ? W.group / kWord : shape.words;
+    const int64_t run_words = Way::kRuns ? min_of(kRunWords, group_words) : max_of<int64_t>(1, group_words);
+    const Sizes sizes{shape.words, run_words, ceil_div(shape.words, run_words), max_of<int64_t>(1, group_words / run_words)};
+    const int64_t slices = max_of<int64_t>(1, ceil_div(tokens, kOnce));  // of tokens, which are taken together
+
+    int64_t slice(int64_t i) const { return tokens * i / slices; }
+
+    bool run() const {
+        Scratch<X> prepared(tokens * shape.words * Way::kSize);
+        Scratch<float> scales(Way::kRuns ? tokens * sizes.runs : 0);
+        Scratch<int32_t> begins(Way::kRuns ? 16 * tokens * sizes.runs : 0);
+        const int64_t factors = round_up(Way::kScaled ? Way::kRows * sizes.runs * kOnce : 0, 16);
+        const int64_t own = factors + (unpacks ? round_up(W.columns + kWord, kCacheLine) / 4 : 0);
+        Scratch<float> owns(own * threads);
+        if (!prepared.data || !scales.data || !begins.data || !owns.data) return false;
+        for_each_range(sizes.runs, 1, tokens * W.columns < kParallel ? 1 : threads, [&](int64_t begin, int64_t end) {
+            for (int64_t i = 0; i < slices; ++i)
+                for (int64_t run = begin; run < end; ++run)
+                    prepare(slice(i), slice(i + 1), run, prepared.data, scales.data, begins.data);
+        });
+        const Parts parts(W, shape, threads);
+        for_each_dynamic(parts.count, threads, owns.data, own, [&](int64_t part, float* mine) {
+            int8_t* const codes = reinterpret_cast<int8_t*>(mine + factors);
+            const int64_t first = parts.begin(part), count = parts.begin(part + 1) - first;
+            // Rows that are taken together are far apart, so that each of them goes on where the one before ended.
+            const int64_t together = Way::kRows > 1 ? count / Way::kRows : 0;
+            for (int64_t i = 0; i < together; ++i) rows<Way::kRows>(first + i, together, prepared.data, scales.data, begins.data, mine, codes);
+            for (int64_t i = together * Way::kRows; i < count; ++i) rows<1>(first + i, 0, prepared.data, scales.data, begins.data, mine, codes);
+        });
+        return true;
+    }
+
+    template <int R>
+    void rows(int64_t first, int64_t step, const X* prepared, const float* scales, const int32_t* begins, float* factors,
+              int8_t* codes) const {
+        Row some[R];
+        for (int64_t r = 0; r < R; ++r) some[r] = row_of(W, shape, first + r * step);
+        if (unpacks) {
+            unpack_codes(codes, some[0].values, kept_of(some[0].mask, shape.words));
+            some[0].values = reinterpret_cast<const uint8_t*>(codes);
+        }
+        for (int64_t i = 0; i < slices; ++i) {
+            const int64_t t = slice(i);
+            multiply<R, kOnce>(some, first, step, t, slice(i + 1) - t,
+                               {prepared + t * shape.words * Way::kSize, Way::kRuns ? scales + t * sizes.runs : nullptr,
+                                begins + 16 * t * sizes.runs},
+                               factors);
+        }
+    }
+
+    // Run number `run` of the tokens first .. last, which are taken together.
+    void prepare(int64_t first, int64_t last, int64_t run, X* prepared, float* scales, int32_t* begins) const {
+        const int64_t count = last - first, word = run * run_words, words = min_of(run_words, shape.words - word);
+        for (int64_t t = 0; t < count; ++t) {
+            const T* const row = x + (first + t) * x_stride;
+            X* const to = prepared + (first * shape.words + word * count + t) * Way::kSize;
+            if constexpr (Way::kRuns) {
+                float wide[kRunWords * kWord];
+                for (int64_t w = 0; w < words; ++w) load_word(wide + w * kWord, row, word + w, W.columns);
+                const int64_t at = first * sizes.runs + run * count + t;
+                scales[at] = Way::prepare(to, count * Way::kSize, begins + 16 * at, wide, words);
+            } else {
+                for (int64_t w = 0; w < words; ++w) {
+                    float wide[kWord];
+                    load_word(wide, row, word + w, W.columns);
+                    Way::prepare(to + w * count * Way::kSize, wide);
+                }
+            }
+        }
+    }
+
+    // factors [runs, N]: a row's scales times those of N tokens, if they have any.
+    template <int N>
+    void scale(float* factors, const uint16_t* scales, const float* own) const {
+        if (sizes.group_runs == 1) {
+            for (int64_t run = 0; run < sizes.runs; ++run)
+                for (int64_t n = 0; n < N; ++n)
+                    factors[run * N + n] = to_float(bf16{scales[run]}) * (Way::kRuns ? own[run * N + n] : 1.0f);
+            return;
+        }
+        for (int64_t run = 0; run < sizes.runs; ++scales)
+            for (const int64_t end = min_of(sizes.runs, run + sizes.group_runs); run < end; ++run)
+                for (int64_t n = 0; n < N; ++n)
+                    factors[run * N + n] = to_float(bf16{*scales}) * (Way::kRuns ? own[run * N + n] : 1.0f);
+    }
+
+    // R rows times `count` tokens, at most N.
+    template <int R, int N>
+    void multiply(const Row* rows, int64_t row, int64_t step, int64_t t, int64_t count, const Tokens<X>& some,
+                  float* factors) const {
+        if constexpr (N > 1)
+            if (count < N) return multiply<R, N - 1>(rows, row, step, t, count, some, factors);
+        if constexpr (Way::kScaled)
+            for (int64_t r = 0; r < R; ++r) scale<N>(factors + r * sizes.runs * N, rows[r].scales, some.scales);
+        float sums[R][N];
+        Way::template product<R, N>(sums, rows, some, sizes, factors);
+        for (int64_t r = 0; r < R; ++r)
+            for (int64_t n = 0; n < N; ++n)
+                put(y + (t + n) * y_stride + row + r * step, sums[r][n] + (bias ? bias[row + r * step] : 0.0f));
+    }
+};
+
+}  // namespace
+
+bool rac::RAC_ISA::packed_matmul(void* Y, int64_t y_stride, const void* X, DType x_dtype, int64_t tokens,
+                                 int64_t x_stride, const PackedRows& W, const float* bias, int threads) {
+    bool done = false;
+    with_dtype(x_dtype, [&](auto x_zero) {
+        using T = decltype(x_zero);
+        const auto run = [&](auto way, bool unpacks) {
+            done = Product<decltype(way), T>{W, static_cast<const T*>(X), tokens, x_stride, static_cast<T*>(Y), y_stride,
+                                             bias, threads, unpacks}
+                       .run();
+        };
+        if (W.kind == Values::same) {
+            with_dtype(W.dtype, [&](auto w_zero) {
+                using V = decltype(w_zero);
+#if RAC_EXPAND
+                if constexpr (__is_same(V, bf16) && __is_same(T, bf16)) return run(Pairs{}, false);
+#elif defined(__AVX2__)
+                if constexpr (__is_same(V, bf16)) return run(Pairs{}, false);
+#endif
+                run(Floats<V>{}, false);
+            });
+            return;
+        }
+        const bool nibbles = W.kind == Values::int4;
+#if defined(__AVX2__)
+        if constexpr (sizeof(T) == 2) {  // 16 bits are not enough for fp32
+            if (nibbles) run(Codes<true>{}, !RAC_EXPAND);
+            else run(Codes<false>{}, false);
+            return;
+        }
+#endif
+        run(FloatCodes{}, nibbles);
+    });
+    return done;
+}
+
+
+namespace {
+
+// out = W; a word at a time, the last of a row by way of a buffer.
+template <class T, class F>
+bool expand_rows(T* out, const PackedRows& W, const Shape& shape, int threads, const F& word_of) {
+    const int64_t own = W.kind == Values::int4 ? round_up(W.columns + kWord, kCacheLine) / 4 : 0;
+    const Parts parts(W, shape, threads);
+    Scratch<float> codes(own * threads);
+    if (!codes.data) return false;
+    for_each_dynamic(parts.count, threads, codes.data, own, [&](int64_t part, float* mine) {
+        for (int64_t r = parts.begin(part), end = parts.begin(part + 1); r < end; ++r) {
+            const Row row = row_of(W, shape, r);
+            const uint8_t* values = row.values;
+            if (W.kind == Values::int4) {
+                unpack_codes(reinterpret_cast<int8_t*>(mine), values, kept_of(row.mask, shape.words));
+                values = reinterpret_cast<const uint8_t*>(mine);
+            }
+            for (int64_t w = 0; w < shape.words; ++w) {
+                T buffer[kWord], *const to = out + r * W.columns + w * kWord;
+                const int64_t columns = min_of(kWord, W.columns - w * kWord);
+                values = word_of(columns < kWord ? buffer : to, row, w, values);
+                if (columns < kWord) memcpy(to, buffer, columns * sizeof(T));
+            }
+        }
+    });
+    return true;
+}
+
+}  // namespace
+
+bool rac::RAC_ISA::packed_expand(void* out, DType dtype, const PackedRows& W, int threads) {
+    const Shape shape(W);
+    bool done = false;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        T* const to = static_cast<T*>(out);
+        if (W.kind == Values::same && W.dtype == dtype) {
+            done = expand_rows(to, W, shape, threads, [](T* to, const Row& row, int64_t w, const uint8_t* values) {
+                spread_word(to, row.mask[w], reinterpret_cast<const T*>(values));
+                return values + count_of(row.mask[w]) * sizeof(T);
+            });
+        } else if (W.kind == Values::same) {
+            with_dtype(W.dtype, [&](auto own) {
+                using V = decltype(own);
+                done = expand_rows(to, W, shape, threads, [](T* to, const Row& row, int64_t w, const uint8_t* values) {
+                    float wide[kWord];
+                    expand_word(wide, row.mask[w], reinterpret_cast<const V*>(values));
+                    for (int64_t j = 0; j < kWord; ++j) put(to + j, wide[j]);
+                    return values + count_of(row.mask[w]) * sizeof(V);
+                });
+            });
+        } else {
+            with_dtype(W.dtype, [&](auto own) {
+                using V = decltype(own);
+                const int64_t group_words = W.group / kWord;
+                done = expand_rows(to, W, shape, threads, [&](T* to, const Row& row, int64_t w, const uint8_t* values) {
+                    const float scale = to_float(bf16{row.scales[w / group_words]});
+                    float wide[kWord];
+                    V rounded[kWord];
+                    expand_word(wide, row.mask[w], reinterpret_cast<const int8*>(values));
+                    for (int64_t j = 0; j < kWord; ++j) put(rounded + j, wide[j] * scale);
+                    for (int64_t j = 0; j < kWord; ++j) put(to + j, to_float(rounded[j]));
+                    return values + count_of(row.mask[w]);
+                });
+            });
+        }
+    });
+    return done;
+}

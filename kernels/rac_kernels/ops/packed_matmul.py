@@ -1,0 +1,177 @@
+"""The product with a packed matrix, Y = X Wᵀ + bias, W being read as it is stored: mask and kept values.
+
+A few tokens (`FEW`) are bound by the bytes of W: the native kernel (csrc/cpu/packed.cpp) expands W in registers, word
+by word of the mask, and multiplies at once. For more tokens the matrix is expanded a tile at a time, small enough to
+stay in the cache, and torch multiplies the tile. A dense matrix never exists.
+
+int8 and int4 values are multiplied as integers. Each run of at most 256 columns of a bf16 or fp16 X becomes 16-bit
+integers with a scale of its own, which is finer than bf16 and fp16 are next to the largest of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rac_kernels.backends import native
+from rac_kernels.backends.dispatch import choose
+from rac_kernels.ops.limits import PRODUCT_PEAKS, Limit
+from rac_kernels.ops.packed import DTYPES, VALUES, Packed, PackedLayout, unpack
+
+FEW = 16  # tokens, at most, for which W is expanded in registers
+
+TILE_BYTES = 2 << 20  # of W, expanded, for more tokens: a share of the cache
+
+
+def packed_matmul(
+    X: Tensor, packed: Packed, bias: Tensor | None = None, matrix: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """Multiply tokens by a packed matrix: Y = X Wᵀ + bias, [..., rows] in X's dtype.
+
+    X: [..., columns] bf16, fp16 or fp32, on the device of the packed bytes. packed: of a matrix [rows, columns], or of
+    a batch [matrices, rows, columns] with `matrix` saying which one. bias: [rows], or None.
+
+    Sums are in fp32. Without gradients. Raises ValueError if shapes, dtypes or devices do not fit.
+    """
+    layout = packed.layout
+    if X.ndim < 1 or X.shape[-1] != layout.columns or X.dtype not in native.DTYPES:
+        raise ValueError(f"X must be bf16, fp16 or fp32 [..., {layout.columns}], not {X.dtype} {list(X.shape)}")
+    if (matrix is None) != (len(layout.shape) == 2) or not 0 <= (matrix or 0) < (
+        1 if matrix is None else layout.shape[0]
+    ):
+        raise ValueError(f"matrix {matrix} of packed ones {list(layout.shape)}")
+    count = layout.shape[-2]
+    if bias is not None and bias.shape != (count,):
+        raise ValueError(f"bias must be [{count}], not {list(bias.shape)}")
+    if packed.data.device != X.device or (bias is not None and bias.device != X.device):
+        raise ValueError(f"the packed matrix is on {packed.data.device} and X on {X.device}")
+    kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
+    size = layout.rows, layout.columns, (matrix or 0) * count, count
+    return _product(X, packed.data, bias, *size, *kind, choose(backend, X.device))
+
+
+@torch.library.custom_op("rac::packed_matmul", mutates_args=())
+def _product(
+    X: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    all_rows: int,
+    columns: int,
+    first: int,
+    count: int,
+    dtype: int,
+    values: int,
+    group: int,
+    backend: str,
+) -> Tensor:
+    """X times rows first .. first + count of a packed matrix, by one backend, the arguments having been checked."""
+    layout = PackedLayout(DTYPES[dtype], VALUES[values], (all_rows, columns), group, 0, 0)
+    layout = replace(layout, value_bytes=data.numel() - layout.size)  # with what aligns its end
+    flat = X.reshape(-1, columns)
+    if backend == "reference":
+        Y = packed_matmul_reference(flat, Packed(data, layout), bias, first, count)
+    else:
+        Y = _native(flat, data, layout, bias, first, count)
+    return Y.view(*X.shape[:-1], count)
+
+
+@_product.register_fake
+def _(
+    X: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    all_rows: int,
+    columns: int,
+    first: int,
+    count: int,
+    dtype: int,
+    values: int,
+    group: int,
+    backend: str,
+) -> Tensor:
+    return X.new_empty(*X.shape[:-1], count)
+
+
+def packed_matmul_reference(X: Tensor, packed: Packed, bias: Tensor | None, first: int, count: int) -> Tensor:
+    """`packed_matmul` in plain torch, for any device, a block of rows at a time: X [tokens, columns] times `count`
+    rows from `first` on."""
+    layout = packed.layout
+    Y = X.new_empty(len(X), count)
+    dtype = torch.promote_types(X.dtype, layout.dtype)
+    step = max(1, TILE_BYTES // (dtype.itemsize * max(1, layout.columns)))
+    for at in range(0, count, step):
+        to = min(count, at + step)
+        W = unpack(packed.rows(first + at, first + to)).to(dtype)
+        Y[:, at:to] = F.linear(X.to(dtype), W, None if bias is None else bias[at:to].to(dtype))
+    return Y
+
+
+def _native(X: Tensor, data: Tensor, layout: PackedLayout, bias: Tensor | None, first: int, count: int) -> Tensor:
+    Y = X.new_empty(len(X), count)
+    if not Y.numel():
+        return Y
+    library, at = native.library(), data.data_ptr()
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+
+    def rows(begin: int) -> tuple[list[int], int, int]:
+        """Addresses of index, mask and scales of a row, and of all values; dtype and kind of values."""
+        row = first + begin
+        parts = [
+            at + layout.index_at + 4 * row,
+            at + layout.mask_at + 8 * row * layout.words,
+            at + layout.scales_at + 2 * row * layout.groups if layout.groups else 0,
+            at + layout.values_at,
+        ]
+        return parts, native.DTYPES[layout.dtype], VALUES.index(layout.values)
+
+    if len(X) <= FEW:
+        X = X if X.stride(1) == 1 else X.contiguous()
+        library.packed_matmul(
+            Y.data_ptr(),
+            count,
+            X.data_ptr(),
+            native.DTYPES[X.dtype],
+            len(X),
+            X.stride(0),
+            *rows(0),
+            count,
+            layout.columns,
+            layout.group,
+            0 if bias is None else bias.data_ptr(),
+            native.threads(),
+        )
+        return Y
+    dtype = X.dtype if X.dtype == layout.dtype and _multiplies(X.dtype) else torch.float32
+    step = max(1, TILE_BYTES // (dtype.itemsize * layout.columns))
+    tile = torch.empty(min(step, count), layout.columns, dtype=dtype)
+    X = X.to(dtype)
+    for begin in range(0, count, step):
+        end = min(count, begin + step)
+        W = tile[: end - begin]
+        library.packed_expand(
+            W.data_ptr(),
+            native.DTYPES[dtype],
+            *rows(begin),
+            end - begin,
+            layout.columns,
+            layout.group,
+            native.threads(),
+        )
+        Y[:, begin:end] = F.linear(X, W, None if bias is None else bias[begin:end].to(dtype))
+    return Y
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's products of this dtype run at the processor's speed: of bf16 they are emulated without the
+    instructions, of fp16 always."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and native.library().isa() in ("avx512bf16", "amx"))
+
+
+def limit(tokens: int, rows: int, columns: int, packed_bytes: int, dtype: torch.dtype = torch.bfloat16) -> Limit:
+    """A product of X [tokens, columns] and all of W, of which its packed bytes are read; Y is written."""
+    moved = packed_bytes + tokens * (rows + columns) * dtype.itemsize
+    return Limit(2.0 * tokens * rows * columns, float(moved), PRODUCT_PEAKS[dtype])
