@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def close_job(
         *([f"allocation {context.settings.allocation}: {allocation.describe()}"] if allocation else []),
         *_reordering(rows),
         *_tuning(rows, context.settings.epochs),
+        *_dampings(rows),
         *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
     ]
     end = {
@@ -115,3 +117,12 @@ def _tuning(rows: list[dict[str, Any]], epochs: int) -> list[str]:
         f"{len(blocks)} blocks tuned for {epochs} epochs: of the hidden states that they give, "
         f"{before:.3g} of the square was off before and {after:.3g} after, in the mean"
     ]
+
+
+def _dampings(rows: list[dict[str, Any]]) -> list[str]:
+    """A note on the dampings that were chosen."""
+    chosen = sorted(row["damping"] for row in rows if "dampings" in row)
+    if not chosen:
+        return []
+    middle = statistics.median_low(chosen)
+    return [f"damping chosen by held-out error: {chosen[0]:g} to {chosen[-1]:g}, {middle:g} in the median"]

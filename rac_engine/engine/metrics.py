@@ -14,6 +14,7 @@ from rac_engine.base.jsonfiles import loads
 from rac_engine.base.sizes import percent
 from rac_engine.base.stored import Natural, Object, Positive, Stored, Whole, mistake_in
 from rac_engine.jobs.layout import METRICS
+from rac_engine.solve import DAMPING
 
 TIED = "tied: lm_head has the same zeros"
 """Note on a table of embeddings that is the head too."""
@@ -84,6 +85,16 @@ class Metrics:
         judged = [matrix for matrix in self._judged if matrix.get("relative_error") is not None]
         seen = sum(matrix["relative_error"] for matrix in judged)
         return sum(matrix["held_out_error"] for matrix in judged) / seen if seen else None
+
+    @property
+    def dampings(self) -> str:
+        """The damping as text; where it was chosen, what was chosen most often, and from where to where."""
+        if (given := self.run.get("settings", {}).get("damping")) is not None:
+            return f"{given:g}"
+        found = sorted(matrix["damping"] for matrix in self.pruned if matrix.get("damping") is not None)
+        if not found or found[0] == found[-1]:
+            return f"{found[0] if found else DAMPING:g}"
+        return f"{found[0]:g} to {found[-1]:g} by held-out error, {found[len(found) // 2]:g} in the median"
 
     @property
     def last_layer(self) -> dict[str, Any] | None:

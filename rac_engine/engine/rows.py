@@ -56,6 +56,8 @@ def matrix_row(
         row["expert"] = matrix.group.expert
     if matrix.tensor != matrix.name:
         row |= {"tensor": matrix.tensor, "transposed": matrix.transposed}
+    if result.dampings is not None:
+        row["dampings"] = {f"{damping:g}": error for damping, error in result.dampings.items()}
     if result.skipped is not None:
         row |= {"skipped": result.skipped, "skipped_code": result.skipped.code}
     return row

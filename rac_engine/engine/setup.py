@@ -22,7 +22,7 @@ from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, ver
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
 from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe, with_share
-from rac_engine.solve import Reason, find_method
+from rac_engine.solve import DAMPING, Reason, find_method
 from rac_engine.traces import (
     Calibration,
     Weighting,
@@ -102,6 +102,8 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     memory = plan_memory(shape, settings, tokens, machine, chunk=chunk, judged=judged if calibration.held_out else None)
     if calibration.held_out and not memory.choice.judged:
         remarks.append("matrices are not judged by the tokens held out, for want of memory")
+    if settings.solver.damped_by_error and settings.damping is None and not memory.choice.judged:
+        remarks.append(f"damping {DAMPING:g} throughout: no tokens are held out to choose it by")
     packing = Packing.of(calibration, memory.choice.chunk_tokens)
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
 

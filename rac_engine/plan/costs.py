@@ -65,7 +65,9 @@ def observing_bytes(shape: Shape, found: Input, chunk: int, longest: int, tied: 
     return max(own + kept + inside, 4 * own + kept + 12 * chunk * hidden)
 
 
-def pruning_bytes(found: Input, settings: PruneSettings, size: int, tied: bool, on_gpu: bool) -> dict[str, int]:
+def pruning_bytes(
+    found: Input, settings: PruneSettings, size: int, tied: bool, on_gpu: bool, judged: bool
+) -> dict[str, int]:
     """Bytes by purpose of what exists while the matrices of an input are pruned, of `size` bytes a weight on disk."""
     group = GroupShape(
         rows=found.rows,
@@ -77,8 +79,14 @@ def pruning_bytes(found: Input, settings: PruneSettings, size: int, tied: bool, 
         device=device_of(on_gpu),
         matched=tied,
         by_outputs=found.by_outputs,
+        chooses=judged and chooses_damping(settings),
     )
     return solving_bytes(group, settings.solver)
+
+
+def chooses_damping(settings: PruneSettings) -> bool:
+    """Whether a damping is chosen wherever tokens are held out to choose it by."""
+    return settings.damping is None and settings.solver.damped_by_error
 
 
 def tuned_bytes(shape: Shape, stage: Stage, tokens: int, chunk: int, longest: int) -> dict[str, int]:

@@ -198,7 +198,7 @@ class PhasePlanner:
         for found in stage.inputs:
             if found.count > 1 and self.matched and not self.converted:
                 waiting = found.weights * size  # of the other experts, beside the dense ones
-            work = pruning_bytes(found, self.settings, size, self.tied, self.on_gpu)
+            work = pruning_bytes(found, self.settings, size, self.tied, self.on_gpu, self.choice.judged)
             work = {**gathered, "pruned before": waiting, **work}
             yield self._phase(f"solve {found.name}", stage, kept, work, done=found.last, key=found.key)
             if self.at_once and not self.converted:

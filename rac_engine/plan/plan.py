@@ -117,7 +117,7 @@ def make_plan(
     passes = expert_passes(shape, memory)
     mixtures = sum(opened.is_mixture(layer) for layer in range(opened.layers))
     further = mixtures * max(passes - 2, 0)
-    work = job_work(opened, settings, layers, head, left_dense, tokens, length)
+    work = job_work(opened, settings, layers, head, left_dense, tokens, length, memory.choice.judged)
     if further:
         router = 2.0 * opened.hidden_size * max(found.count for found in shape.inputs) * calibrated * further
         work.append(Work("further passes", router, "2 · hidden · experts · tokens: the router's choice again"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rac_engine.base.errors import BadInput
 from rac_engine.models import Matrix, Model
 from rac_engine.recipe import PruneSettings, names_matrix, pruning_pattern
-from rac_engine.solve import Reason, ReasonCode, Target
+from rac_engine.solve import DAMPING, Reason, ReasonCode, Target
 
 
 def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]:
@@ -51,7 +51,8 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]
 def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
     """The target of a matrix by the settings, overrides included."""
     own = settings.of(matrix.path, matrix.module)
-    return Target(own.sparsity, own.pattern, own.damping, own.block_size)
+    damping = DAMPING if own.damping is None else own.damping
+    return Target(own.sparsity, own.pattern, damping, own.block_size, chooses=own.damping is None)
 
 
 def not_finite(model: Model, settings: PruneSettings) -> dict[str, Reason]:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from rac_engine.models import Matrix, Model, working_dtype
+from rac_engine.plan.costs import chooses_damping
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.shapes import Shape
 from rac_engine.recipe import PruneSettings
+from rac_engine.solve import CHOOSING, choosing_flops
 from rac_kernels.measure import roofline
 from rac_kernels.measure.roofline import Peaks
 from rac_kernels.ops import column_norm, factor, hessian
@@ -127,8 +129,9 @@ def job_work(
     left_dense: Mapping[str, str],
     tokens: int,
     length: int,
+    judged: bool = False,
 ) -> list[Work]:
-    """FLOPs of the whole job; those of an operation by its ``limit()``."""
+    """FLOPs of the whole job; those of an operation by its ``limit()``. `judged`: whether tokens are held out."""
     weights = sum(matrix.rows * matrix.columns * matrix.group.share for layer in layers for matrix in layer)
     mixed = sum(_attention_width(model, layer) for layer in layers)
     matched = settings.reconstructs != "layer"
@@ -177,6 +180,9 @@ def job_work(
     if arithmetic is not None:
         solving = sum(arithmetic.flops(rows, n) for n, rows in stages)
         work.append(Work(arithmetic.name, solving, arithmetic.rule))
+        if judged and chooses_damping(settings):
+            trying = sum(choosing_flops(rows, n, arithmetic) for n, rows in stages)
+            work.append(Work("damping", trying, CHOOSING))
     return work
 
 

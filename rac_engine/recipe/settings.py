@@ -239,8 +239,12 @@ class PruneSettings(Settings):
         default=None,
         description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
     )
-    damping: float = Field(
-        default=0.01, gt=0, le=1, description="added to the Hessian's diagonal, relative to its mean"
+    damping: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="added to the Hessian's diagonal, relative to its mean (by default 0.01; the default method "
+        "chooses it for each input by the error on sequences that are held out, if there are any)",
     )
     block_size: Count = Field(default=128, description="columns that share a threshold")
     reconstruct: Literal["auto", "residual", "dense", "layer"] = Field(

@@ -14,6 +14,7 @@ from rac_engine.solve.methods import DEFAULT_METHOD, find_method, method_names, 
 if TYPE_CHECKING:
     from rac_engine.solve.allocation import levelled, settled, zeros_at
     from rac_engine.solve.costs import GroupShape, solving_bytes
+    from rac_engine.solve.damping import CHOOSING, choosing_flops
     from rac_engine.solve.matrices import (
         MatrixResult,
         joined,
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
         run_of_rows,
         split_rows,
     )
-    from rac_engine.solve.method import Gram, LayerProblem, Method, Needs, Solution, Target
+    from rac_engine.solve.method import DAMPING, Gram, LayerProblem, Method, Needs, Solution, Target
     from rac_engine.solve.outputs import HeldOut, Outputs
     from rac_engine.solve.reasons import Reason, ReasonCode
 
 __all__ = [
+    "CHOOSING",
+    "DAMPING",
     "DEFAULT_METHOD",
     "Gram",
     "GroupShape",
@@ -42,6 +45,7 @@ __all__ = [
     "ReasonCode",
     "Solution",
     "Target",
+    "choosing_flops",
     "find_method",
     "joined",
     "left_dense",
@@ -64,7 +68,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """A name of `__all__`, from the module that has it."""
         if name in __all__:
-            for module in ("method", "matrices", "costs", "allocation", "outputs", "reasons"):
+            for module in ("method", "matrices", "costs", "damping", "allocation", "outputs", "reasons"):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

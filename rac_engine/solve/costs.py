@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rac_engine.solve.damping import tried_rows
 from rac_engine.solve.matrices import together
 from rac_engine.solve.method import SOLVING, Method, Stacked
 from rac_kernels.ops import factor, objective, select
@@ -30,6 +31,8 @@ class GroupShape:
     """Whether the dense model's outputs are matched."""
     by_outputs: bool = False
     """Whether these are known as X′ᵀY, of a single matrix, not as X′ᵀX."""
+    chooses: bool = False
+    """Whether the damping is chosen by tokens that are held out."""
 
 
 def solving_bytes(group: GroupShape, method: Method) -> dict[str, int]:
@@ -52,8 +55,19 @@ def solving_bytes(group: GroupShape, method: Method) -> dict[str, int]:
     cross = 4 * largest if shared else 0
     measuring = rows * n * size + cross
     measuring += max(cross, select.workspace(largest, per="matrix"), objective.workspace(group.largest, n))
-    # One after the other: factor, match, solve, round, and measure what was solved.
-    solving = max(exact + stacked, matching_bytes, stacked + goal + solving, goal + one + some * size)
+    trying = _trying(group, method) if group.chooses else 0
+    # One after the other: choose a damping, factor, match, solve, round, and measure what was solved.
+    solving = max(trying, exact + stacked, matching_bytes, stacked + goal + solving, goal + one + some * size)
     joining = 2 * rows * n * size if group.by_runs else 0
     work[SOLVING] = moved + max((rows * n - some) * size + solving, measuring, joining)
     return work
+
+
+def _trying(group: GroupShape, method: Method) -> int:
+    """Bytes of what exists while a damping is chosen for the group."""
+    n, largest = group.columns, tried_rows(group.largest)
+    tried = min(group.rows, -(-group.rows // group.largest) * largest)
+    solving = method.workspace(Stacked(tried * n, n, largest * n, group.sparsity, group.device))[SOLVING]
+    factoring = factor.workspace(n, group.device, exact=method.exact_factor)
+    held = 24 if group.matched else 12  # bytes a weight: the rows, what they are to give, and a copy of each
+    return held * tried * n + max(solving, factoring, objective.workspace(tried, n))

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rac_engine.solve.damping import Trial, choose_damping
 from rac_engine.solve.method import Gram, LayerProblem, Target, stack
 from rac_engine.solve.methods import find_method
-from rac_engine.solve.outputs import HeldOut, Judge, Outputs
+from rac_engine.solve.outputs import FEWEST_TOKENS, HeldOut, Judge, Outputs
 from rac_engine.solve.reasons import Reason, ReasonCode
 from rac_kernels import (
     all_finite,
@@ -61,6 +62,8 @@ class MatrixResult:
     held_out_error: float | None = None
     held_out_power: float | None = None
     """‖X Wᵀ‖² of the tokens that were held out."""
+    dampings: dict[float, float] | None = None
+    """What was tried to choose the damping, as `choose_damping` returns it; None where it was given."""
 
 
 def prune_matrix(
@@ -123,18 +126,25 @@ def prune_matrices(
     targets = [target] * len(weights) if isinstance(target, Target) else list(target)
     gram = Gram(statistic) if statistic is not None and statistic.ndim == 2 else None
     norms = statistic if gram is None else None
-    solve = find_method(method).solve
+    solver = find_method(method)
     found: dict[int, MatrixResult] = {}
     for wanted, group in _batches(weights, targets):
         began = time.monotonic()
-        rows = [len(weights[number]) for number in group]
-        stacked = stack([weights[number] for number in group])
+        parts = [weights[number] for number in group]
+        rows, dampings, unchosen = [len(part) for part in parts], None, list[str]()
+        if solver.damped_by_error and wanted.chooses and gram is not None and held is not None:
+            if held.tells:
+                chosen, dampings = choose_damping(Trial(parts, gram, outputs, held), solver, wanted)
+                wanted = replace(wanted, damping=chosen)
+            else:
+                unchosen = [f"damping {wanted.damping:g}: fewer than {FEWEST_TOKENS} tokens held out to choose it by"]
+        stacked = stack(parts)
         if outputs is not None and gram is not None:
             stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
-        judge = None if held is None else Judge(held, [weights[number] for number in group], group)
-        solution = solve(LayerProblem(stacked, rows, wanted, gram, norms, judge))
+        judge = None if held is None else Judge(held, parts, group)
+        solution = solver.solve(LayerProblem(stacked, rows, wanted, gram, norms, judge))
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
-        remarks = [*notes, *(gram.notes if gram else []), *solution.notes]
+        remarks = [*notes, *unchosen, *(gram.notes if gram else []), *solution.notes]
         seconds = time.monotonic() - began
         for number, pruned in zip(group, solution.weight.split(rows), strict=True):
             # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
@@ -153,6 +163,7 @@ def prune_matrices(
                 ridge=ridge,
                 iterations=solution.iterations,
                 seconds=seconds * len(stored) / sum(rows),
+                dampings=dampings,
             )
         del stacked, solution, pruned  # before the next ones are solved
     results = [found[number] for number in range(len(weights))]

@@ -19,14 +19,20 @@ SOLVING = "fp32 working copies"
 """The name in plans for a solver's bytes that need none of their own."""
 
 
+DAMPING = 0.01
+"""The published damping, where none is given and none is chosen."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The sparsity or pattern asked of a matrix, and the solvers' knobs."""
 
     sparsity: float = 0.5
     pattern: str | None = None
-    damping: float = 0.01
+    damping: float = DAMPING
     block_size: int = 128
+    chooses: bool = False
+    """Whether another damping may be chosen by tokens that are held out (`Method.damped_by_error`)."""
 
 
 class Gram:
@@ -187,6 +193,8 @@ class Method:
     """A clause for the model card that stands behind the title."""
     knobs: tuple[Literal["damping", "block_size"], ...] = ()
     """The fields of a `Target` that it uses, beside sparsity and pattern."""
+    damped_by_error: bool = False
+    """Whether its damping is chosen by the error on tokens that are held out, where none is given."""
     reconstruct: Literal["residual", "dense", "layer"] = "layer"
     """The meaning of `reconstruct: auto`, where the order is staged."""
     epochs: int = 0

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rac_kernels import all_finite, objective, output_cross, reconstruction_error, squared_outputs
 
+FEWEST_TOKENS = 256  # that are held out, with fewer of which nothing can be chosen
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -34,6 +36,10 @@ class Outputs:
         """C [columns, rows] of a dense matrix [rows, columns], the only one unless inputs are known."""
         return output_cross(self.cross, weight) if self.shared else self.cross
 
+    def of_rows(self, weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """C [columns, rows in all] of `rows` of each matrix, of which `weight` is made [rows in all, columns]."""
+        return output_cross(self.cross, weight) if self.shared else self.cross[:, rows[0]]
+
     @property
     def finite(self) -> bool:
         """Whether all that is known is finite."""
@@ -56,6 +62,11 @@ class HeldOut:
         """Whether anything can be judged by them: there are some, and all sums are finite."""
         finite = all_finite(self.gram) and (self.outputs is None or self.outputs.finite)
         return self.tokens > 0 and finite and bool(self.gram.diagonal().any())
+
+    @property
+    def tells(self) -> bool:
+        """Whether there are enough of them to choose by: an expert may have been sent few."""
+        return self.tokens >= FEWEST_TOKENS
 
     def error(self, weight: Tensor, pruned: Tensor, number: int) -> tuple[float, float]:
         """The squared error of a pruned matrix's outputs, and the square of the dense one's.

@@ -58,6 +58,7 @@ METHOD = Method(
         lambda rows, n: 2.0 * rows * n * n * PRODUCTS + n**3 * admm.inversions(STEPS),
     ),
     knobs=("damping",),
+    damped_by_error=True,
     reconstruct="residual",
     epochs=10,
     reorders=True,

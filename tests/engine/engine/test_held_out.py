@@ -55,6 +55,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         ("qwen2", {"method": "sparsegpt", "reconstruct": "residual"}),
         ("qwen2", {"method": "sparsegpt", "order": "layer"}),
         ("mixtral", {"method": "sparsegpt", "reconstruct": "residual"}),
+        ("qwen2", {"damping": 0.01}),
     ],
 )
 def test_it_is_pruned_as_if_there_were_no_more_than_what_is_seen(
@@ -78,6 +79,30 @@ def test_switched_off_nothing_is_held_out_or_judged(checkpoint: Make, tmp_path: 
     report = prune(source, tmp_path / "out", recipe(source, 0), tiny.calibration(LENGTHS))
     assert report.run["calibration"]["held_out"] == {"sequences": 0, "tokens": 0}
     assert {row["held_out_error"] for row in report.matrices} == {None}
+    assert "damping 0.01 throughout: no tokens are held out to choose it by" in report.end["notes"]
+    prune(source, tmp_path / "told", recipe(source, 0, damping=0.01), tiny.calibration(LENGTHS))
+    assert weights(tmp_path / "out") == weights(tmp_path / "told")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_dampings_are_chosen_by_it_and_recorded(checkpoint: Make, tmp_path: Path, family: str) -> None:
+    source, whole = checkpoint(family), tiny.calibration((60, 90, 75, 40) * 10)
+    report = prune(source, tmp_path / "out", recipe(source), whole)
+    chosen = [row for row in report.matrices if "dampings" in row]
+    assert len(chosen) >= 6 if family == "mixtral" else len(chosen) == len(report.matrices)
+    for row in chosen:
+        assert row["dampings"][f"{row['damping']:g}"] == 0 == min(row["dampings"].values())
+        assert row["ridge"] > 0
+    others = [row for row in report.matrices if "dampings" not in row]
+    few = "damping 0.01: fewer than 256 tokens held out to choose it by"
+    assert all(row["damping"] == 0.01 and few in row["notes"] for row in others)
+    (note,) = (note for note in report.end["notes"] if note.startswith("damping chosen by held-out error: "))
+    dampings = sorted(row["damping"] for row in chosen)
+    assert f"{dampings[0]:g} to {dampings[-1]:g}, " in note
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "by held-out error" in card or len({row["damping"] for row in report.matrices}) == 1
+    told = prune(source, tmp_path / "told", recipe(source, damping=0.03), whole)
+    assert all(row["damping"] == 0.03 and "dampings" not in row for row in told.matrices)
 
 
 @torch.inference_mode()
