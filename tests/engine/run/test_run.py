@@ -115,7 +115,10 @@ def test_the_table_has_the_dense_model_the_main_one_and_the_variants(finished):
     short = f"the prompts gave {made['tokens']} tokens of traces, fewer than the 200 asked for"
     assert (short in page) is (made["tokens"] < 200)
     text = load_metrics(finished.out / "rac" / "variants" / "text")
-    assert text.end["notes"] == ["no calibration sequence is held out: there are 2, and 40 are needed"]
+    assert text.end["notes"] == [
+        "no calibration sequence is held out: there are 2, and 40 are needed",
+        "damping 0.01 throughout: no tokens are held out to choose it by",
+    ]
     card = (finished.out / "README.md").read_text()
     assert "| light | – | magnitude | 25% |" in card and "Accuracy over 3 problems" in card
 
