@@ -229,6 +229,17 @@ PYBIND11_MODULE(_native, m) {
                                pointer<const double>(begun), pointer<double>(found), rows, n, threads);
         },
         NoGil());
+    m.def(
+        "grid_walk",
+        [](Address Q, int64_t q_stride, Address pull, int64_t pull_stride, Address mask, int64_t mask_stride,
+           Address scales, int64_t scale_stride, Address H, Address inverse, int64_t largest, int dtype, int64_t rows,
+           int64_t columns, int threads) {
+            RAC_OP(grid_walk)(pointer<float>(Q), q_stride, pointer<float>(pull), pull_stride,
+                              pointer<const uint8_t>(mask), mask_stride, pointer<const float>(scales), scale_stride,
+                              pointer<const float>(H), pointer<const float>(inverse), largest,
+                              static_cast<rac::DType>(dtype), rows, columns, threads);
+        },
+        NoGil());
     m.def("int16_sizes", [](int64_t rows, int64_t n) {
         const rac::Int16Sizes sizes = RAC_OP(int16_sizes)(rows, n);
         return py::make_tuple(sizes.packed, sizes.scales, sizes.matrix);

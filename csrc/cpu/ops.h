@@ -52,6 +52,13 @@ void refine_end(float* Q, const float* start, const float* E, const float* A, co
                 const float* diagonal, const float* inverse, const double* begun, double* found, int64_t rows,
                 int64_t n, int threads);
 
+// Each row of Q [rows, columns] to scale * code, |code| <= largest, where the mask keeps: column by column to what is
+// nearest to q + pull inverse, a step d taking d H from the row's pull. Weights are rounded to dtype. scales [rows] at
+// its stride, 0 for rows of which nothing is kept.
+void grid_walk(float* Q, int64_t q_stride, float* pull, int64_t pull_stride, const uint8_t* mask, int64_t mask_stride,
+               const float* scales, int64_t scale_stride, const float* H, const float* inverse, int64_t largest,
+               DType dtype, int64_t rows, int64_t columns, int threads);
+
 // Products of 16-bit integers, two to a word, laid out by int16_gemm.cpp: the memory they take. Words that stand for no
 // element must be 0 from the start.
 Int16Sizes int16_sizes(int64_t rows, int64_t n);

@@ -33,6 +33,7 @@ from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
 from rac_kernels.solvers.admm import admm_
 from rac_kernels.solvers.alps import alps
+from rac_kernels.solvers.grid import LARGEST, Grid, fit_grid, round_in_order, round_kept
 from rac_kernels.solvers.matching import matched_target, output_cross
 from rac_kernels.solvers.refine import RefineResult, refine
 from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_error
@@ -40,8 +41,10 @@ from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_
 __all__ = [
     "FP4_NUMBERS",
     "INT4_NUMBERS",
+    "LARGEST",
     "Factor",
     "FactorError",
+    "Grid",
     "MaskedAdam",
     "Packed",
     "PackedLayout",
@@ -65,6 +68,7 @@ __all__ = [
     "factor_",
     "factor_batch_",
     "finite_tokens",
+    "fit_grid",
     "hessian_accumulate_",
     "inverse_",
     "join_rows",
@@ -87,6 +91,8 @@ __all__ = [
     "relative_error",
     "residual_gap",
     "roofline",
+    "round_in_order",
+    "round_kept",
     "rounded",
     "score_profile",
     "slots_by_expert",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rac_engine.calibrate.stream import Stream
 from rac_engine.models import Block, Chunk
-from rac_kernels import Tuning, relative_error, rounded, squared_error
+from rac_kernels import Grid, Tuning, relative_error, rounded, squared_error
 
 BATCH = 256  # tokens in a step at least, and
 
@@ -53,13 +53,20 @@ class Tuned:
     """The epochs after which they were best, of those that there were."""
 
 
-def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Tensor], epochs: int) -> Tuned | None:
+def tune(
+    stream: Stream,
+    wanted: Stream,
+    block: Block,
+    weights: Mapping[str, Tensor],
+    epochs: int,
+    grids: Mapping[str, Grid] | None = None,
+) -> Tuned | None:
     """Tune matrices of a block, so that the tokens of `stream` leave it as they stand in `wanted`.
 
     Sequences that are held out make no step: they say after which of the `epochs` the matrices are best, none included.
     `weights` are the pruned matrices, by their names within the layer and in the dtype to be stored. Neither streams
     nor block are changed. An attention's sequences that are longer than a chunk count up to there. None where hidden
-    states hold NaN or Inf, or are beyond fp32 when squared.
+    states hold NaN or Inf, or are beyond fp32 when squared. Matrices with a grid in `grids` stay on it.
     """
     stream.flush()
     wanted.flush()
@@ -81,7 +88,8 @@ def tune(stream: Stream, wanted: Stream, block: Block, weights: Mapping[str, Ten
         found, kept = dict[str, Tensor](), 0
         for weight in tuned:
             weight.requires_grad_(True)
-        tuning = Tuning(tuned, epochs * sum(length for _, length in every))
+        kinds = [None if grids is None else grids.get(name) for name in weights]
+        tuning = Tuning(tuned, epochs * sum(length for _, length in every), kinds)
         order = torch.Generator().manual_seed(0)
         for epoch in range(1, epochs + 1):
             shuffled = [every[at] for at in torch.randperm(len(every), generator=order).tolist()]

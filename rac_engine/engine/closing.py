@@ -13,6 +13,7 @@ import torch
 
 from rac_engine.base.files import disk_errors, write_file
 from rac_engine.base.process import peak_memory
+from rac_engine.base.sizes import percent
 from rac_engine.engine.blocks import layer_rows
 from rac_engine.engine.card import model_card
 from rac_engine.engine.context import Context
@@ -62,6 +63,7 @@ def close_job(
         *_reordering(rows),
         *_tuning(rows, context.settings.epochs),
         *_dampings(rows),
+        *_rounding(rows),
         *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
     ]
     end = {
@@ -105,6 +107,20 @@ def _reordering(rows: list[dict[str, Any]]) -> list[str]:
     """A note on MLPs whose neurons are in another order."""
     moved = {row["layer"] for row in rows if "reordered" in row}
     return [f"{len(moved)} MLPs have their inner neurons in another order, for the pattern"] if moved else []
+
+
+def _rounding(rows: list[dict[str, Any]]) -> list[str]:
+    """A note on kept weights that were put on a grid, with what that cost in the mean."""
+    rounded = [row for row in rows if "values" in row]
+    if not rounded:
+        return []
+    kinds = " and ".join(sorted({row["values"]["kind"] for row in rounded}))
+    weights, lost = sum(row["rows"] * row["columns"] for row in rounded), sum(row["lost"] for row in rounded)
+    note = f"kept weights of {len(rounded)} matrices are {kinds} with scales: {percent(lost / weights)} became zero"
+    added = [row["values"]["added_error"] for row in rounded if "added_error" in row["values"]]
+    if added:
+        note += f"; of their outputs' square {sum(added) / len(added):.3g} is off by rounding, in the mean"
+    return [note]
 
 
 def _tuning(rows: list[dict[str, Any]], epochs: int) -> list[str]:

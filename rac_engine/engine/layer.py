@@ -13,6 +13,7 @@ from rac_engine.engine.context import Context
 from rac_engine.engine.rows import matrix_row
 from rac_engine.models import Block, Matrix
 from rac_engine.solve import MatrixResult, find_method
+from rac_kernels import Grid
 
 
 class Layer:
@@ -33,6 +34,8 @@ class Layer:
         """The residual blocks that the pruned model's tokens go through."""
         self.beside: dict[int, DenseReference] = {}
         """The same blocks of the dense model, by their numbers, until its tokens have gone through them."""
+        self.grids: dict[str, Grid] = {}
+        """The grids that pruned matrices are on, by the matrices' names, where kept weights are rounded."""
         self.reordered = set[str]()
         """Modules whose neurons are in another order than in the checkpoint: dense they must not be written."""
 

@@ -21,8 +21,11 @@ TIED = "tied: lm_head has the same zeros"
 
 
 def rule_text(settings: dict[str, Any]) -> str:
-    """Pattern or sparsity as text, `2:4` or `50% unstructured`, and whether some matrices have another one."""
+    """Pattern or sparsity as text, `2:4` or `50% unstructured`, what kept values are, and whether some matrices have
+    another one."""
     rule = settings.get("pattern") or f"{percent(settings.get('sparsity'))} unstructured"
+    if settings.get("values", "same") != "same":
+        rule += f", kept values {settings['values']}"
     if settings.get("allocation", "uniform") != "uniform":
         rule += f", allocated by {settings['allocation']}"
     count = len(settings.get("overrides") or ())
@@ -165,6 +168,12 @@ class _StoredRun(Stored):
     machine: Object = {}
 
 
+class _StoredValues(Stored):
+    kind: str
+    group: Positive
+    added_error: float | None = None
+
+
 class _StoredTarget(Stored):
     sparsity: float
     pattern: str | None
@@ -185,6 +194,8 @@ class _StoredMatrix(Stored):
     tokens: Natural | None = None
     seconds: float | None = None
     target: _StoredTarget | None = None
+    values: _StoredValues | None = None
+    lost: Whole | None = None
     tensor: str | None = None
     expert: Natural | None = None
     skipped: str | None = None

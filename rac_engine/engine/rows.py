@@ -29,7 +29,7 @@ def matrix_row(
         seconds: Time that solving took.
         tokens: Calibration tokens that reached it; None where none are counted.
     """
-    row = {
+    row: dict[str, Any] = {
         "type": "matrix",
         "layer": matrix.layer,
         "module": matrix.module,
@@ -52,6 +52,11 @@ def matrix_row(
     }
     if result.skipped is None:
         row["target"] = {"sparsity": target.sparsity, "pattern": target.pattern}
+    if (rounding := result.rounding) is not None:
+        row["values"] = {"kind": rounding.values, "group": rounding.grid.group}
+        if rounding.cost is not None and result.power:
+            row["values"]["added_error"] = rounding.cost / result.power
+        row["lost"] = rounding.lost
     if matrix.group.expert is not None:
         row["expert"] = matrix.group.expert
     if matrix.tensor != matrix.name:

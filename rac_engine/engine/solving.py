@@ -62,6 +62,8 @@ def solve_group(
         layer.note(matrix, replace(result, notes=notes), seconds * share, tokens)
         if result.skipped is None:
             layer.replace(matrix, result.weight)
+            if result.rounding is not None:
+                layer.grids[matrix.name] = result.rounding.grid
     if install:
         layer.install([group])
 

@@ -23,7 +23,8 @@ def tune_block(layer: Layer, stream: Stream, block: Block, groups: list[list[Mat
     context.tell(layer.number, f"tuning {block.plan.module}")
     with context.clock("tune"):
         weights = {name: layer.pruned[matrix.tensor] for name, matrix in matrices.items()}
-        tuned = tune(stream, context.dense, block, weights, context.settings.epochs)
+        grids = {name: layer.grids[matrix.name] for name, matrix in matrices.items() if matrix.name in layer.grids}
+        tuned = tune(stream, context.dense, block, weights, context.settings.epochs, grids)
     rows = [row for row in layer.rows if row["module"] in matrices]
     if tuned is None:
         for row in rows:
@@ -34,6 +35,9 @@ def tune_block(layer: Layer, stream: Stream, block: Block, groups: list[list[Mat
     layer.install(groups)
     for row in rows:
         weight = layer.pruned[row["name"]]
-        row["zeros"] = count_zeros(weight)
+        zeros = count_zeros(weight)
+        if "values" in row:
+            row["lost"] += zeros - row["zeros"]
+        row["zeros"] = zeros
         row["sparsity"] = row["zeros"] / weight.numel()
         row["tuned"] = {"before": tuned.before, "after": tuned.after, "epochs": tuned.epochs}

@@ -243,7 +243,7 @@ def _unasked(matrix: Matrix, row: dict[str, Any], settings: PruneSettings, said:
 def _is_given(code: object, own: PruneSettings, nonfinite: str) -> bool:
     """Whether the recipe gives a reason of that code for leaving a matrix dense, other than naming it."""
     if code == ReasonCode.SPARSITY_ZERO:
-        return own.pattern is None and own.sparsity == 0
+        return own.pattern is None and own.sparsity == 0 and own.values == "same"
     if code == ReasonCode.NOT_FINITE:
         return nonfinite == "dense"
     return code in (ReasonCode.NO_TOKEN, ReasonCode.BEYOND_FP32, ReasonCode.FEW_TOKENS)

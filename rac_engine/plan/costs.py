@@ -78,6 +78,7 @@ def pruning_bytes(
         sparsity=settings.sparsity,
         device=device_of(on_gpu),
         matched=tied,
+        rounded=settings.values != "same",
         by_outputs=found.by_outputs,
         chooses=judged and chooses_damping(settings),
     )

@@ -30,7 +30,7 @@ def skipped_matrices(model: Model, settings: PruneSettings) -> dict[str, Reason]
         unfit = [override for override in unfit if not override.names(matrix.path, matrix.module)]
         if found := naming(matrix.path, matrix.module):
             skipped[matrix.name] = Reason(ReasonCode.ASKED_DENSE, f"left dense by {found[0]!r}")
-        elif own.pattern is None and own.sparsity == 0:
+        elif own.pattern is None and own.sparsity == 0 and own.values == "same":
             skipped[matrix.name] = Reason(ReasonCode.SPARSITY_ZERO, "sparsity 0")
         elif own.pattern is not None and matrix.columns % pruning_pattern(own.pattern)[1]:
             raise BadInput(
@@ -52,7 +52,7 @@ def target_of(settings: PruneSettings, matrix: Matrix) -> Target:
     """The target of a matrix by the settings, overrides included."""
     own = settings.of(matrix.path, matrix.module)
     damping = DAMPING if own.damping is None else own.damping
-    return Target(own.sparsity, own.pattern, damping, own.block_size, chooses=own.damping is None)
+    return Target(own.sparsity, own.pattern, damping, own.block_size, values=own.values, chooses=own.damping is None)
 
 
 def not_finite(model: Model, settings: PruneSettings) -> dict[str, Reason]:

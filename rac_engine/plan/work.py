@@ -20,6 +20,7 @@ from rac_engine.solve import CHOOSING, choosing_flops
 from rac_kernels.measure import roofline
 from rac_kernels.measure.roofline import Peaks
 from rac_kernels.ops import column_norm, factor, hessian
+from rac_kernels.solvers import grid
 
 # Of an H200, as measured by `rac_kernels.measure.roofline`: for plans of jobs on a GPU where there is none.
 H200 = {"bf16": 790e12, "fp16": 790e12, "fp32": 67e12, "bytes": 4.3e12}
@@ -183,6 +184,9 @@ def job_work(
         if judged and chooses_damping(settings):
             trying = sum(choosing_flops(rows, n, arithmetic) for n, rows in stages)
             work.append(Work("damping", trying, CHOOSING))
+    if settings.values != "same" and needs == "hessian":
+        rounding = sum(grid.flops(rows, n) for n, rows in stages)
+        work.append(Work("rounding", rounding, f"{grid.PASSES + 2} · 2 · rows · n²"))
     return work
 
 

@@ -239,6 +239,12 @@ class PruneSettings(Settings):
         default=None,
         description="N:M, at most N nonzeros in every M columns; sets the sparsity (unstructured by default)",
     )
+    values: Literal["same", "int8", "int4"] = Field(
+        default="same",
+        description="what kept weights are: numbers of the checkpoint's format (same), or such of them as 8 or 4 bits "
+        "can say with a scale for every 32 or so, chosen so that the others make up for the rounding; `rac pack` then "
+        "stores them so. With sparsity 0 all weights are kept",
+    )
     damping: float | None = Field(
         default=None,
         gt=0,

@@ -10,7 +10,7 @@ from rac_engine.solve.damping import tried_rows
 from rac_engine.solve.matrices import together
 from rac_engine.solve.method import SOLVING, Method, Stacked
 from rac_kernels.ops import factor, objective, select
-from rac_kernels.solvers import matching
+from rac_kernels.solvers import grid, matching
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class GroupShape:
     device: torch.device
     matched: bool = False
     """Whether the dense model's outputs are matched."""
+    rounded: bool = False
+    """Whether kept weights are put on a grid afterwards."""
     by_outputs: bool = False
     """Whether these are known as X′ᵀY, of a single matrix, not as X′ᵀX."""
     chooses: bool = False
@@ -44,6 +46,8 @@ def solving_bytes(group: GroupShape, method: Method) -> dict[str, int]:
     moved = rows * n * size if group.device.type == "cuda" else 0
     work = method.workspace(Stacked(some, n, largest, group.sparsity, group.device))
     solving = work.pop(SOLVING)
+    if group.rounded:  # the method's weights and what it was to prune are there still
+        solving = max(solving, 8 * some + grid.workspace(some // n, n))
     if method.needs != "hessian":
         work[SOLVING] = moved + (rows * n - some) * size + stacked + max(solving, some * (size + 1))
         return work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from rac_engine.solve.damping import Trial, choose_damping
-from rac_engine.solve.method import Gram, LayerProblem, Target, stack
+from rac_engine.solve.method import Gram, LayerProblem, Solution, Target, stack
 from rac_engine.solve.methods import find_method
 from rac_engine.solve.outputs import FEWEST_TOKENS, HeldOut, Judge, Outputs
 from rac_engine.solve.reasons import Reason, ReasonCode
+from rac_engine.solve.rounding import Rounding, round_matrices
 from rac_kernels import (
     all_finite,
     count_zeros,
@@ -64,6 +65,8 @@ class MatrixResult:
     """‖X Wᵀ‖² of the tokens that were held out."""
     dampings: dict[float, float] | None = None
     """What was tried to choose the damping, as `choose_damping` returns it; None where it was given."""
+    rounding: Rounding | None = None
+    """How the kept weights were put on a grid, where the target asks for that."""
 
 
 def prune_matrix(
@@ -74,10 +77,13 @@ def prune_matrix(
     pattern: str | None = None,
     damping: float = 0.01,
     block_size: int = 128,
+    values: str = "same",
 ) -> MatrixResult:
     """Prune one matrix W [rows, columns], with H = XᵀX [columns, columns], full or upper triangle. Neither is modified.
 
     `pattern` is text like "2:4" (2 of every 4 columns stay; `sparsity` is not used) or None for unstructured pruning.
+    `values` says what kept weights are: numbers of W's dtype ("same"), or of those scale · code with codes of "int8" or
+    "int4" and a scale in bf16 for the columns of a block, about 32 kept weights.
     Raises `BadInput` for an unknown method, `ValueError` for settings that do not fit the matrix, and
     `rac_kernels.FactorError` for an H that no damping allowed makes positive definite.
     """
@@ -85,7 +91,7 @@ def prune_matrix(
     statistic = None
     if needs != "nothing":
         statistic = (H if needs == "hessian" else H.diagonal()).to(torch.float32, copy=True).contiguous()
-    (result,) = prune_matrices([W], statistic, method, Target(sparsity, pattern, damping, block_size))
+    (result,) = prune_matrices([W], statistic, method, Target(sparsity, pattern, damping, block_size, values=values))
     if result.objective is None:
         cost, whole = objective(W, result.weight, H), squared_outputs(W, H)
         result = replace(result, objective=cost, relative_error=cost / whole if whole else 0.0)
@@ -132,7 +138,8 @@ def prune_matrices(
         began = time.monotonic()
         parts = [weights[number] for number in group]
         rows, dampings, unchosen = [len(part) for part in parts], None, list[str]()
-        if solver.damped_by_error and wanted.chooses and gram is not None and held is not None:
+        choosing = solver.damped_by_error and wanted.chooses and wanted.prunes
+        if choosing and gram is not None and held is not None:
             if held.tells:
                 chosen, dampings = choose_damping(Trial(parts, gram, outputs, held), solver, wanted)
                 wanted = replace(wanted, damping=chosen)
@@ -142,17 +149,24 @@ def prune_matrices(
         if outputs is not None and gram is not None:
             stacked = matched_target(gram.factor(wanted.damping), outputs.of(stacked), stacked)
         judge = None if held is None else Judge(held, parts, group)
-        solution = solver.solve(LayerProblem(stacked, rows, wanted, gram, norms, judge))
+        solution = _solution(LayerProblem(stacked, rows, wanted, gram, norms, judge), solver.solve)
         ridge = solution.ridge if gram is None or solution.ridge is not None else gram.ridge
         remarks = [*notes, *unchosen, *(gram.notes if gram else []), *solution.notes]
+        made, roundings = solution.weight, list[Rounding | None]([None] * len(group))
+        if wanted.values != "same" and all_finite(made):
+            dtype = parts[0].dtype
+            made, roundings[:] = round_matrices(made, stacked, rows, wanted, gram, norms, dtype)
         seconds = time.monotonic() - began
-        for number, pruned in zip(group, solution.weight.split(rows), strict=True):
+        for number, pruned, rounding in zip(group, made.split(rows), roundings, strict=True):
             # Rounding to the stored dtype can leave −0.0; adding 0 makes it +0.0.
             stored = pruned.to(weights[number].dtype, copy=True).add_(0.0)
             its = remarks
             if not all_finite(stored):
                 stored = _by_magnitude(weights[number], wanted)
                 its = [*remarks, "the solver's result is not finite: pruned by magnitude"]
+                if wanted.values != "same":
+                    plain, (rounding,) = round_matrices(stored, stored, [len(stored)], wanted, None, None, stored.dtype)
+                    stored = plain.to(stored.dtype)
             zeros = count_zeros(stored)
             found[number] = MatrixResult(
                 stored,
@@ -164,8 +178,9 @@ def prune_matrices(
                 iterations=solution.iterations,
                 seconds=seconds * len(stored) / sum(rows),
                 dampings=dampings,
+                rounding=rounding,
             )
-        del stacked, solution, pruned  # before the next ones are solved
+        del stacked, solution, made, pruned  # before the next ones are solved
     results = [found[number] for number in range(len(weights))]
     if gram is None:
         return results
@@ -178,6 +193,17 @@ def prune_matrices(
         return measured
     pairs = enumerate(zip(measured, weights, strict=True))
     return [_judged(result, weight, held, number) for number, (result, weight) in pairs]
+
+
+def _solution(problem: LayerProblem, solve: Callable[[LayerProblem], Solution]) -> Solution:
+    """What the method makes of the matrices: where nothing is to go, what it was given."""
+    target, gram = problem.target, problem.gram
+    if target.values == "same" or target.prunes:
+        return solve(problem)
+    if gram is None:
+        return Solution(problem.weights.float())
+    factor = gram.borrow(target.damping)
+    return Solution(problem.weights.float().masked_fill(factor.dead, 0), factor.damping)
 
 
 def _judged(result: MatrixResult, weight: Tensor, held: HeldOut, number: int) -> MatrixResult:
@@ -236,6 +262,7 @@ def joined(results: Sequence[MatrixResult]) -> MatrixResult:
         zeros=sum(result.zeros for result in results),
         notes=list(dict.fromkeys(note for result in results for note in result.notes)),
         seconds=sum(result.seconds for result in results),
+        rounding=Rounding.joined([result.rounding for result in results]),
     )
     judged = [(r.held_out_error, r.held_out_power) for r in results]
     if (whole := sum(power or 0.0 for _, power in judged)) > 0:

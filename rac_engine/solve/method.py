@@ -33,6 +33,13 @@ class Target:
     block_size: int = 128
     chooses: bool = False
     """Whether another damping may be chosen by tokens that are held out (`Method.damped_by_error`)."""
+    values: str = "same"
+    """What kept weights are stored as: in the matrix's dtype (same), or on a grid of int8, int4 or int3."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any weight is to go."""
+        return self.pattern is not None or self.sparsity > 0
 
 
 class Gram:

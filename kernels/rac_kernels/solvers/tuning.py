@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels.solvers.adam import MaskedAdam
+from rac_kernels.solvers.grid import Grid
 
 RATE = 0.03  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
 
@@ -49,12 +50,19 @@ def rate_at(share: float) -> float:
 class Tuning:
     """Moves `weights`, fp32 matrices that require gradients, in place. What is zero at the start stays +0.0.
 
-    `tokens` are how many will be gone through in all steps together.
+    `tokens` are how many will be gone through in all steps together. A matrix whose `grids` entry is not None stays on
+    that grid: what moves is a copy of it, along the gradient at the grid's points nearest to the copy, which are what
+    the matrix holds (the straight-through estimator, Bengio et al., arXiv 1308.3432).
     """
 
-    def __init__(self, weights: Sequence[Tensor], tokens: int) -> None:
+    def __init__(self, weights: Sequence[Tensor], tokens: int, grids: Sequence[Grid | None] | None = None) -> None:
         self._weights, self._tokens, self._seen = list(weights), tokens, 0
-        self._adam = MaskedAdam([weight.detach() for weight in weights])
+        self._grids = [None] * len(self._weights) if grids is None else list(grids)
+        self._moved = [
+            weight.detach() if grid is None else weight.detach().clone()
+            for weight, grid in zip(self._weights, self._grids, strict=True)
+        ]
+        self._adam = MaskedAdam(self._moved)
 
     def step(self, missed: Tensor, whole: Tensor, tokens: int) -> None:
         """One step down the gradient of missed / whole (see `squared_error`), which came of so many tokens."""
@@ -63,6 +71,9 @@ class Tuning:
         self._seen += tokens
         with torch.no_grad():
             self._adam.step(gradients, rate_at(self._seen / self._tokens))
+            for weight, moved, grid in zip(self._weights, self._moved, self._grids, strict=True):
+                if grid is not None:
+                    weight.copy_(grid.nearest(moved))
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -68,6 +68,12 @@ CASES: dict[str, list[Callable[[], tuple[object, ...]]]] = {
             *("lower", torch.full((N,), 200.0), 3, 1e-3, "gradients"),
         ),
     ],
+    "round_kept": [
+        lambda: (
+            *(torch.randn(ROWS, N), gram("plain", N), torch.randn(ROWS, N), mask(), torch.rand(ROWS, 3)),
+            *(7, 16, 2, False, torch.bfloat16),
+        ),
+    ],
     "kth_smallest": [lambda: (torch.randn(N), 7), lambda: (torch.randn(4, N).half(), 7)],
     "mask_by_score": [
         lambda: (torch.rand(ROWS, N), 9, True, 0, 0),
