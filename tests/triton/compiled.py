@@ -40,6 +40,19 @@ class Compiled:
     shared: int
     """bytes a program"""
     ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+
+    def main_loop(self) -> list[str]:
+        """The machine instructions of the longest loop, without predicates and operands."""
+        found: list[tuple[int, str]] = []
+        for line in _cuobjdump("-sass", self.cubin).splitlines():
+            if match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+                found.append((int(match[1], 16), match[2]))
+        loops: list[list[str]] = [[]]
+        for end, instruction in found:
+            if (match := re.match(r"BRA.* 0x([0-9a-f]+)", instruction)) and int(match[1], 16) < end:
+                loops.append([text.split()[0] for at, text in found if int(match[1], 16) <= at <= end])
+        return max(loops, key=len)
 
     def tensor_cores(self) -> str:
         """The instruction that multiplies on tensor cores; "" for none, "a and b" where there are two kinds."""
@@ -74,7 +87,9 @@ def compile_for(
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(**_usage(found.asm["cubin"]), shared=found.metadata.shared, ptx=found.asm["ptx"])
+    return Compiled(
+        **_usage(found.asm["cubin"]), shared=found.metadata.shared, ptx=found.asm["ptx"], cubin=found.asm["cubin"]
+    )
 
 
 def check_sums(
@@ -129,10 +144,13 @@ def check_parts(capability: int, kernel: Any, constants: dict[str, object], resu
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
+    said = _cuobjdump("-res-usage", cubin)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()  # type: ignore[union-attr]
+    return {"registers": int(registers), "stack": int(stack)}
+
+
+def _cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()  # type: ignore[union-attr]
-    return {"registers": int(registers), "stack": int(stack)}
+        return subprocess.run([str(_CUOBJDUMP), what, file.name], capture_output=True, text=True, check=True).stdout

@@ -26,7 +26,7 @@ if INTERPRETED or "triton" in sys.modules or torch.cuda.device_count():
     with suppress(ImportError):
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
 
-__all__ = ["INTERPRETED", "LOADED", "capturing", "jit", "kept", "processors", "tl"]
+__all__ = ["INTERPRETED", "LOADED", "capability", "capturing", "jit", "kept", "processors", "tl"]
 
 LOADED = triton is not None
 
@@ -47,6 +47,12 @@ def jit(*not_specialized: str) -> Callable[[Any], Any]:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a few for the interpreter, so that it goes all the ways."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, 100 …; of a CPU, where the interpreter runs, 80."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
 
 
 def capturing() -> bool:
