@@ -14,6 +14,7 @@ import common
 import cross
 import factor
 import hessian
+import packed
 import refine
 import selection
 import sweep
@@ -26,6 +27,7 @@ OPS: dict[str, common.Run] = {
     "select": selection.run,
     "sweep": sweep.run,
     "refine": refine.run,
+    "packed": packed.run,
 }
 
 if __name__ == "__main__":

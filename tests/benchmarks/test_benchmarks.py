@@ -21,7 +21,7 @@ from tests import tiny
 from tests.engine.inputs import inputs_of
 
 ROOT = Path(__file__).parents[2]
-OPS = ("hessian", "column_norm", "cross", "factor", "select", "sweep", "refine")
+OPS = ("hessian", "column_norm", "cross", "factor", "select", "sweep", "refine", "packed")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,6 +49,7 @@ def test_all_ops_in_one_record(tmp_path: Path) -> None:
     ours = {op: error for (op, name), error in errors.items() if name == "rac_kernels"}
     assert set(ours) == {"hessian", "column_norm", "cross", "factor", "select"} and max(ours.values()) < 1e-5
     assert errors["cross", "torch, bf16, rounded each call"] > 1e-5
+    assert all(float(row["extra"]["rounded"]) < 1e-2 for row in found["measurements"] if row["op"] == "packed")
     assert ours["select"] == 0 and not any(row["extra"].get("wrong") for row in found["measurements"])
     if "no plot" not in done.stdout:
         assert plot.read_bytes().startswith(b"\x89PNG")

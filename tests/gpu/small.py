@@ -18,11 +18,14 @@ from rac_kernels import (
     factor_batch_,
     hessian_accumulate_,
     mask_by_score,
+    pack,
+    packed_matmul,
     refine,
     sweep,
     symmetrize_,
 )
 from rac_kernels.backends import cuda
+from rac_kernels.ops.packed import VALUES
 from rac_kernels.ops.select import Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,6 +48,11 @@ def main(
             hessian_accumulate_(H, X, weights, backend="triton")
             cross_accumulate_(torch.zeros(n, n // 2, device=device), X, Y, weights, backend="triton")
             column_norm_accumulate_(torch.zeros(n, device=device), X, weights, backend="triton")
+        W = torch.randn(37, n, device=device, generator=g).to(dtype) * (X[:37] > 0)
+        for values in VALUES:
+            packed = pack(W, values)
+            for some in (X[:3], X[:20]):
+                packed_matmul(some, packed, W[:, 0], backend="triton")
     for backend in ("triton", "cuda") if cuda.usable(torch.device(device)) else ("triton",):
         solve(device, backend, H, g, scores)
     if device == "cuda":

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rac_kernels import packed_matmul
 from rac_kernels.ops import packed_triton
 from rac_kernels.ops.packed import Packed, Values, pack, unpack
-from rac_kernels.ops.packed_triton import packed_matmul_triton
 from rac_kernels.testing import Poisoned, assert_close
 
 GPU = torch.cuda.is_available()
@@ -52,7 +52,7 @@ def test_any_matrix(
     around = Poisoned(torch.randn(tokens, columns, generator=g, device=DEVICE).to(dtype))
     bias = torch.randn(rows, generator=g, device=DEVICE).to(dtype) if rows > 5 else None
 
-    found = packed_matmul_triton(around.view, packed, bias, 0, rows)
+    found = packed_matmul(around.view, packed, bias, backend="triton")
 
     assert_near(found, around.view, packed, bias)
 
@@ -62,19 +62,19 @@ def test_any_matrix(
 def test_the_smallest(tokens: int, values: Values) -> None:
     packed = pack(torch.tensor([[-0.7]], dtype=torch.float16, device=DEVICE), values, None if values == "same" else 64)
     X = torch.full((tokens, 1), 1.3, dtype=torch.float16, device=DEVICE)
-    assert_near(packed_matmul_triton(X, packed, None, 0, 1), X, packed, None)
+    assert_near(packed_matmul(X, packed, backend="triton"), X, packed, None)
     nothing = pack(torch.empty(3, 0, device=DEVICE))
     bias = torch.arange(3.0, device=DEVICE)
-    found = packed_matmul_triton(torch.empty(tokens, 0, device=DEVICE), nothing, bias, 0, 3)
+    found = packed_matmul(torch.empty(tokens, 0, device=DEVICE), nothing, bias, backend="triton")
     assert torch.equal(found, bias.expand(tokens, 3))
 
 
 @pytest.mark.parametrize("tokens", [2, 18])
-def test_some_rows_and_tokens_of_another_dtype(tokens: int) -> None:
-    W = torch.randn(40, 70, device=DEVICE).half() * (torch.rand(40, 70, device=DEVICE) < 0.4)
+def test_a_matrix_of_a_batch_and_tokens_of_another_dtype(tokens: int) -> None:
+    W = torch.randn(2, 20, 70, device=DEVICE).half() * (torch.rand(2, 20, 70, device=DEVICE) < 0.4)
     packed = pack(W)
     X = torch.randn(tokens, 140, device=DEVICE)[:, ::2]
-    assert_near(packed_matmul_triton(X, packed, None, 7, 20), X, packed.rows(7, 27), None)
+    assert_near(packed_matmul(X, packed, matrix=1, backend="triton"), X, pack(W[1]), None)
 
 
 @pytest.mark.skipif(not GPU, reason="races do not show in the interpreter")
@@ -84,7 +84,7 @@ def test_results_repeat_bit_for_bit(values: Values) -> None:
     packed = pack(W, values)
     for tokens in (1, 16, 300):
         X = torch.randn(tokens, 18_944, device=DEVICE).bfloat16()
-        first, *others = (packed_matmul_triton(X, packed, None, 0, 700) for _ in range(3))
+        first, *others = (packed_matmul(X, packed) for _ in range(3))
         assert all(torch.equal(first, other) for other in others)
 
 

@@ -2,7 +2,8 @@
 
 A few tokens (`FEW`) are bound by the bytes of W: the native kernel (csrc/cpu/packed.cpp) expands W in registers, word
 by word of the mask, and multiplies at once. For more tokens the matrix is expanded a tile at a time, small enough to
-stay in the cache, and torch multiplies the tile. A dense matrix never exists.
+stay in the cache, and torch multiplies the tile. A dense matrix never exists. packed_triton.py is
+the way of a GPU.
 
 int8 and int4 values are multiplied as integers. Each run of at most 256 columns of a bf16 or fp16 X becomes 16-bit
 integers with a scale of its own, which is finer than bf16 and fp16 are next to the largest of the run.
@@ -20,6 +21,7 @@ from rac_kernels.backends import native
 from rac_kernels.backends.dispatch import choose
 from rac_kernels.ops.limits import PRODUCT_PEAKS, Limit
 from rac_kernels.ops.packed import DTYPES, VALUES, Packed, PackedLayout, unpack
+from rac_kernels.ops.packed_triton import packed_matmul_triton
 
 FEW = 16  # tokens, at most, for which W is expanded in registers
 
@@ -50,7 +52,7 @@ def packed_matmul(
         raise ValueError(f"the packed matrix is on {packed.data.device} and X on {X.device}")
     kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
     size = layout.rows, layout.columns, (matrix or 0) * count, count
-    return _product(X, packed.data, bias, *size, *kind, choose(backend, X.device))
+    return _product(X, packed.data, bias, *size, *kind, choose(backend, X.device, triton=True))
 
 
 @torch.library.custom_op("rac::packed_matmul", mutates_args=())
@@ -70,9 +72,11 @@ def _product(
     """X times rows first .. first + count of a packed matrix, by one backend, the arguments having been checked."""
     layout = PackedLayout(DTYPES[dtype], VALUES[values], (all_rows, columns), group, 0, 0)
     layout = replace(layout, value_bytes=data.numel() - layout.size)  # with what aligns its end
-    flat = X.reshape(-1, columns)
+    flat = X.reshape(X.shape[:-1].numel(), columns)
     if backend == "reference":
         Y = packed_matmul_reference(flat, Packed(data, layout), bias, first, count)
+    elif backend == "triton":
+        Y = packed_matmul_triton(flat, Packed(data, layout), bias, first, count)
     else:
         Y = _native(flat, data, layout, bias, first, count)
     return Y.view(*X.shape[:-1], count)
