@@ -53,6 +53,8 @@ def main(
             packed = pack(W, values)
             for some in (X[:3], X[:20]):
                 packed_matmul(some, packed, W[:, 0], backend="triton")
+    wide = pack(torch.randn(5, 4200, device=device, generator=g).half(), "int4")  # programs share its columns
+    packed_matmul(torch.ones(2, 4200, device=device, dtype=torch.float16), wide, backend="triton")
     for backend in ("triton", "cuda") if cuda.usable(torch.device(device)) else ("triton",):
         solve(device, backend, H, g, scores)
     if device == "cuda":
