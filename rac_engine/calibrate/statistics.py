@@ -102,11 +102,13 @@ class DenseInputs:
 class DenseOutputs:
     """The match of a matrix's inputs X′ with the outputs Y that are wanted of it.
 
-    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `dense` the squared norm of the dense matrix's outputs.
+    `cross` is X′ᵀY [columns, rows] fp32; `wanted` is ‖Y‖², `by_row` [rows] fp32 its parts, `dense` the squared norm of
+    the dense matrix's outputs.
     """
 
     def __init__(self, columns: int, rows: int, device: str) -> None:
         self.cross = torch.zeros(columns, rows, dtype=torch.float32, device=device)
+        self.by_row = torch.zeros(rows, dtype=torch.float32, device=device)
         self._squares = torch.zeros(2, dtype=torch.float64, device=device)
 
     @property
@@ -122,5 +124,6 @@ class DenseOutputs:
     def add(self, given: Tensor, wanted: Tensor, dense: Tensor, *, weights: Tensor | None) -> None:
         """Count tokens, all of them finite: inputs [tokens, columns], wanted and dense outputs [tokens, rows]."""
         cross_accumulate_(self.cross, given, wanted, weights)
+        column_norm_accumulate_(self.by_row, wanted, weights)
         for place, outputs in enumerate((wanted, dense)):
             squared_norm_accumulate_(self._squares[place], outputs, weights)

@@ -98,7 +98,7 @@ def _outputs(match: DenseInputs | DenseOutputs | None, weights: list[Tensor]) ->
     """The outputs to match with dense `weights` [rows, columns], from what was gathered of them."""
     if isinstance(match, DenseInputs):
         return Outputs.of_inputs(match.cross, match.gram, weights)
-    return None if match is None else Outputs(match.cross, [match.wanted], [match.dense])
+    return None if match is None else Outputs(match.cross, [match.wanted], [match.dense], by_row=match.by_row)
 
 
 def _remarks(statistic: Statistic, columns: int) -> list[str]:

@@ -3,12 +3,14 @@
 λ = damping · mean(H_ii) holds the pruned weights near the dense ones. With too little of it they fit the calibration's
 tokens alone; with too much they learn less than the tokens could teach. What is right depends on the input's spectrum,
 on the number of tokens and on how much is pruned, so it is measured: a sample of the rows is pruned with several
-dampings by the method itself, and the one is taken with which the outputs for the tokens held out are best. Rows depend
-on each other by their threshold alone, so what is best for a sample is best for all.
+dampings by the method itself, and judged by the outputs for the tokens held out. Of two that are as good the larger is
+taken: other tokens differ more. Rows depend on each other by their threshold alone, so what is best for a sample is
+best for all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,18 +19,20 @@ from torch import Tensor
 
 from rac_engine.solve.method import Arithmetic, Gram, LayerProblem, Method, Target
 from rac_engine.solve.outputs import HeldOut, Outputs
-from rac_kernels import matched_target, objective, squared_outputs
+from rac_kernels import matched_target, objective, reconstruction_error, squared_outputs
 from rac_kernels.ops import factor
 
 PATH = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 FIRST = PATH.index(0.03)
 
+SAME = 0.005  # errors that differ by no more are the same, and the larger damping is the safer
+
 SHARE = 8  # one of so many rows is tried,
 
 FEWEST_ROWS, MOST_ROWS = 64, 512  # but of a matrix at least and at most so many
 
-TRIES = 4  # dampings, in the mean
+TRIES = 3  # dampings, in the mean
 
 CHOOSING = f"some {TRIES} tried on a sample of the rows"
 """The rule of `choosing_flops` in words."""
@@ -47,54 +51,58 @@ class Trial:
 
 
 def choose_damping(trial: Trial, method: Method, target: Target) -> tuple[float, dict[float, float]]:
-    """The damping with which the matrices are best for the tokens held out, and by how much others are worse.
+    """The damping that the matrices are to have, and the relative error on the tokens held out of each that was tried.
 
-    That is by damping, of all that were tried: the squared error on the tokens held out beyond that of the best one, as
-    a share of the dense outputs. H stays as it is. Takes the method's time for a sample of the rows, three times at
-    least.
+    H stays as it is. Takes the method's time for a sample of the rows, two or more times. Where the squares of the
+    outputs to match are not known, errors are not either, and the damping is the target's.
     """
     picked = [
         torch.arange(count, device=weight.device) * len(weight) // max(count, 1)
         for weight, count in ((weight, tried_rows(len(weight))) for weight in trial.weights)
     ]
     some = [weight[rows] for weight, rows in zip(trial.weights, picked, strict=True)]
-    counts, dense = [len(part) for part in some], torch.cat(some)
+    counts, dense, held = [len(part) for part in some], torch.cat(some), trial.held
     aim = None if trial.outputs is None else trial.outputs.of_rows(dense, picked)
-    other = None if trial.held.outputs is None else trial.held.outputs.of_rows(dense, picked)
+    wanted = None if held.outputs is None else held.outputs.of_rows(dense, picked)
+    power = 0.0 if held.outputs is None else held.outputs.power_of_rows(dense, picked)
+    whole = squared_outputs(dense, held.gram)
+    if power is None or not whole:
+        return target.damping, {}
 
-    def cost(damping: float) -> float:
-        goal = dense
+    def error(place: int) -> float:
+        goal, damping = dense, PATH[place]
         if aim is not None:
             goal = matched_target(trial.gram.factor(damping, exact=method.exact_factor), aim, dense)
         pruned = method.solve(LayerProblem(goal, counts, replace(target, damping=damping), trial.gram)).weight
-        if other is None:
-            return objective(dense, pruned, trial.held.gram)
-        return squared_outputs(pruned, trial.held.gram) - 2 * float((pruned.double() * other.T.double()).sum())
+        if wanted is None:
+            return objective(dense, pruned, held.gram) / whole
+        return reconstruction_error(pruned, held.gram, wanted, power) / whole
 
-    costs = {PATH[at]: found for at, found in lowest(lambda at: cost(PATH[at]), FIRST, len(PATH)).items()}
-    best, whole = min(costs, key=lambda damping: costs[damping]), squared_outputs(dense, trial.held.gram)
-    return best, {damping: (costs[damping] - costs[best]) / whole if whole else 0.0 for damping in sorted(costs)}
+    place, errors = settle(error, FIRST, len(PATH))
+    return PATH[place], {PATH[tried]: errors[tried] for tried in sorted(errors)}
 
 
-def lowest(cost: Callable[[int], float], first: int, count: int) -> dict[int, float]:
-    """The costs of the places in 0 … `count` − 1 that are asked for on the way down from `first` and the one above it.
+def settle(error: Callable[[int], float], first: int, count: int) -> tuple[int, dict[int, float]]:
+    """A place in 0 … `count` − 1 with a low error, and the errors of all places that were asked for.
 
-    It ends at a place both of whose neighbours cost as much or more. A cost that is no number is infinite.
+    From `first` it goes up as long as the error is not worse than the least so far by more than SAME, or else down as
+    long as every step makes it better by more than that. An error that is no number is infinite.
     """
-    known: dict[int, float] = {}
+    errors: dict[int, float] = {}
 
     def at(place: int) -> float:
-        if place not in known:
-            found = cost(place)
-            known[place] = found if found == found else float("inf")
-        return known[place]
+        if place not in errors:
+            found = error(place)
+            errors[place] = found if found == found else math.inf
+        return errors[place]
 
-    here, step = first, 1
-    if first + 1 >= count or at(first + 1) >= at(first):
-        step = -1
-    while 0 <= here + step < count and at(here + step) < at(here):
-        here += step
-    return known
+    here = first
+    at(here)
+    while here + 1 < count and at(here + 1) <= min(errors.values()) * (1 + SAME):
+        here += 1
+    while 0 < here <= first and at(here - 1) * (1 + SAME) < at(here):
+        here -= 1
+    return here, errors
 
 
 def tried_rows(rows: int) -> int:

@@ -64,7 +64,7 @@ class MatrixResult:
     held_out_power: float | None = None
     """‖X Wᵀ‖² of the tokens that were held out."""
     dampings: dict[float, float] | None = None
-    """What was tried to choose the damping, as `choose_damping` returns it; None where it was given."""
+    """What was tried to choose the damping: by each the error held out of some rows; None where it was given."""
     rounding: Rounding | None = None
     """How the kept weights were put on a grid, where the target asks for that."""
 

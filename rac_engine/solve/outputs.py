@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rac_kernels import all_finite, objective, output_cross, reconstruction_error, squared_outputs
@@ -25,12 +26,16 @@ class Outputs:
     """‖X Wᵀ‖² of each matrix: what the dense one gave."""
     shared: bool = False
     """Whether `cross` is X′ᵀX [columns, columns], of inputs: C follows from it for any number of matrices."""
+    gram: Tensor | None = None
+    """Of shared ones XᵀX [columns, columns] (upper triangle), where it is known."""
+    by_row: Tensor | None = None
+    """Of others ‖Y‖² of each row [rows], where it is known."""
 
     @classmethod
     def of_inputs(cls, cross: Tensor, gram: Tensor, weights: Sequence[Tensor]) -> Outputs:
         """Outputs Y = X Wᵀ by the inputs of both models: X′ᵀX [columns, columns] and XᵀX (upper triangle)."""
         powers = [squared_outputs(weight, gram) for weight in weights]
-        return cls(cross, powers, powers, shared=True)
+        return cls(cross, powers, powers, shared=True, gram=gram)
 
     def of(self, weight: Tensor) -> Tensor:
         """C [columns, rows] of a dense matrix [rows, columns], the only one unless inputs are known."""
@@ -39,6 +44,12 @@ class Outputs:
     def of_rows(self, weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """C [columns, rows in all] of `rows` of each matrix, of which `weight` is made [rows in all, columns]."""
         return output_cross(self.cross, weight) if self.shared else self.cross[:, rows[0]]
+
+    def power_of_rows(self, weight: Tensor, rows: Sequence[Tensor]) -> float | None:
+        """‖Y‖² of the same rows; None where it is not known."""
+        if self.shared:
+            return None if self.gram is None else squared_outputs(weight, self.gram)
+        return None if self.by_row is None else float(self.by_row[rows[0]].sum(dtype=torch.float64))
 
     @property
     def finite(self) -> bool:

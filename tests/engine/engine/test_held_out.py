@@ -91,7 +91,7 @@ def test_dampings_are_chosen_by_it_and_recorded(checkpoint: Make, tmp_path: Path
     chosen = [row for row in report.matrices if "dampings" in row]
     assert len(chosen) >= 6 if family == "mixtral" else len(chosen) == len(report.matrices)
     for row in chosen:
-        assert row["dampings"][f"{row['damping']:g}"] == 0 == min(row["dampings"].values())
+        assert 0 < row["dampings"][f"{row['damping']:g}"] <= 1.005 * min(row["dampings"].values())
         assert row["ridge"] > 0
     others = [row for row in report.matrices if "dampings" not in row]
     few = "damping 0.01: fewer than 256 tokens held out to choose it by"
