@@ -522,9 +522,9 @@ class Tile:
 
 def prefill_tile(tokens: int, bits: int, wide: bool, capability: int) -> Tile:
     """Choose a tile for so many tokens. Two programs on a multiprocessor are what is sought: one expands while one
-    multiplies. capability: 80, 90, …; before 90 a tile of 128 x 128 takes too many registers for 4 warps."""
+    multiplies. capability: 80, 90, …; before 90 the larger tiles take too many registers."""
     if wide:
-        return Tile(64, 64, 4)
+        return Tile(64, 64 if capability >= 90 else 32, 4)
     if tokens <= 64:
         return Tile(128, 64, 4)
     return Tile(128, 128, 4 if bits < 16 and capability >= 90 else 8)
