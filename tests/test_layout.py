@@ -23,6 +23,7 @@ HOUSES = {
         "calibrate",
         "plan",
         "engine",
+        "pack",
         "evaluation",
         "report",
         "run",

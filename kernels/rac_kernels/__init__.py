@@ -20,7 +20,17 @@ from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
 from rac_kernels.ops.objective import objective, reconstruction_error, squared_outputs
-from rac_kernels.ops.packed import Packed, PackedLayout, Values, join_rows, pack, packed_group, packed_size, unpack
+from rac_kernels.ops.packed import (
+    Packed,
+    PackedLayout,
+    Values,
+    join_rows,
+    pack,
+    packed_group,
+    packed_size,
+    take_rows,
+    unpack,
+)
 from rac_kernels.ops.packed_matmul import packed_matmul
 from rac_kernels.ops.profile import ScoreProfile, score_profile
 from rac_kernels.ops.residual import add_residual, residual_gap
@@ -103,5 +113,6 @@ __all__ = [
     "squared_outputs",
     "sweep",
     "symmetrize_",
+    "take_rows",
     "unpack",
 ]

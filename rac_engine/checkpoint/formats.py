@@ -12,12 +12,13 @@ from typing import Any
 from rac_engine.base.errors import one_line
 from rac_engine.checkpoint.compressed import compressed_format
 from rac_engine.checkpoint.fp4 import mxfp4_format, nvfp4_format
+from rac_engine.checkpoint.packed import packed_format
 from rac_engine.checkpoint.quantized import Format, sections
 from rac_engine.checkpoint.scaled import fp8_format, modelopt_format
 
-_FORMATS = (fp8_format, modelopt_format, mxfp4_format, nvfp4_format, compressed_format)
+_FORMATS = (packed_format, fp8_format, modelopt_format, mxfp4_format, nvfp4_format, compressed_format)
 
-READ = "FP8, MXFP4, NVFP4 and compressed-tensors' FP8, int8 and packed int4"
+READ = "FP8, MXFP4, NVFP4, compressed-tensors' FP8, int8 and packed int4, and what `rac pack` writes"
 """The formats in words."""
 
 _LONGEST = 100  # name of a format that is not read

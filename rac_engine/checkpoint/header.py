@@ -132,14 +132,15 @@ def _tensor_info(file: Path, start: int, name: str, entry: Any) -> TensorInfo:
     return TensorInfo(name, file, dtype, tuple(shape), start + offsets[0], nbytes)
 
 
-def file_layout(file: Path, infos: list[TensorInfo]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header of an output file and the places of its tensors in it."""
+def file_layout(file: Path, infos: list[TensorInfo], room: int = 0) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Header of an output file, of `room` bytes at least, and the places of its tensors in it."""
     entries: dict[str, Mapping[str, Any]] = {"__metadata__": {"format": "pt"}}
     at = 0
     for info in infos:
         offsets = [at, at := at + info.nbytes]
         entries[info.name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": info.shape, "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(room - 8)
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     places = {

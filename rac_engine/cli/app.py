@@ -34,7 +34,7 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST = 2000  # characters of an error
 _LONG = ("run", "trace", "prune", "eval")
 """Commands of jobs that go on when they are called again."""
-_PUBLISHING = (*_LONG, "mask")
+_PUBLISHING = (*_LONG, "mask", "pack", "unpack")
 """Commands that are done once OUT is published, whatever comes then."""
 
 

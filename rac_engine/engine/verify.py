@@ -17,7 +17,16 @@ from rac_engine.base.errors import BadInput, one_line
 from rac_engine.base.files import sha256_files
 from rac_engine.base.jsonfiles import read_json
 from rac_engine.base.sizes import percent
-from rac_engine.checkpoint import INDEX, Checkpoint, TensorInfo, is_finite, local_folder, other_files
+from rac_engine.checkpoint import (
+    INDEX,
+    Checkpoint,
+    TensorInfo,
+    is_finite,
+    is_packed,
+    local_folder,
+    other_files,
+    without_sections,
+)
 from rac_engine.engine.metrics import TIED, Metrics, load_metrics, rule_text, tensor_of
 from rac_engine.jobs.journal import records_of
 from rac_engine.jobs.layout import MANIFEST, METRICS, NOT_IN_MANIFEST, PRUNE_JOURNAL, RAC, RECIPE
@@ -169,12 +178,15 @@ def _check_layout(checkpoint: Checkpoint, result: Verification) -> None:
             result.problems.append(f"{file.name}: a stray weight file that the index does not name")
     index = checkpoint.path / INDEX
     if index.exists():
-        total = sum(info.nbytes for info in checkpoint.tensors.values())
+        total = sum(
+            sum(part.nbytes for part in info.quantized.parts) if info.quantized is not None else info.nbytes
+            for info in checkpoint.tensors.values()
+        )
         said = read_json(index).get("metadata", {}).get("total_size")
         if said != total:
             result.problems.append(f"{INDEX}: total_size is {said}, the tensors have {total} bytes")
     for key in _FORBIDDEN_KEYS:
-        if checkpoint.config.get(key) is not None:
+        if checkpoint.config.get(key) is not None and not is_packed(checkpoint.config):
             result.problems.append(f"config.json: {key} is set, so inference engines would refuse these dense weights")
 
 
@@ -268,7 +280,10 @@ def _check_tensors(
     for name, info in checkpoint.tensors.items():
         result.tensors += 1
         progress(f"reading back: tensor {result.tensors} of {len(checkpoint.tensors)}")
-        _check_tensor(checkpoint, info, pruned.get(name, []), settings, written.get(name), result)
+        try:
+            _check_tensor(checkpoint, info, pruned.get(name, []), settings, written.get(name), result)
+        except BadInput as error:  # a packed matrix that contradicts itself
+            result.problems.append(str(error))
 
 
 def _check_tensor(
@@ -349,7 +364,7 @@ def _check_matrix(
     if tally.zeros < _least_zeros(target, block_size, rows, columns):
         result.problems.append(f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too few")
     dead = 0 if tally.live is None else int((~tally.live).sum())
-    known = int(matrix.get("zeros_before", 0)) + int(matrix.get("lost", 0)) + rows * dead
+    known = sum(int(matrix.get(name, 0)) for name in ("zeros_before", "lost", "rounded")) + rows * dead
     if tally.zeros > _most_zeros(target, block_size, rows, columns) + known:
         result.problems.append(
             f"{name}: {percent(tally.zeros / (rows * columns), 2)} zeros, too many: {known:,} were there before or in "
@@ -436,6 +451,9 @@ def _check_source(
                 result.problems.append(f"{name}: differs from the source, though it was not pruned")
     for name in other_files(source.path):
         copy = made.path / name
+        packed = name == "config.json" and is_packed(made.config)
+        if packed and without_sections(made.config) == json.loads(source.copied_file(name)):
+            continue
         if not copy.is_file() or copy.read_bytes() != source.copied_file(name):
             result.problems.append(f"{name}: differs from the source's")
 

@@ -32,7 +32,7 @@ NOT_RUN = re.compile(r"# not run by the tests: \S")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(rac\s[^`]+)`")
 SMALL = {"--tokens": "300", "--max-new-tokens": "8", "--limit": "3", "--sequence-length": "32"}
-OUTPUTS = {"run": "out", "trace": "out", "prune": "out", "eval": "out", "mask": "out"}
+OUTPUTS = {"run": "out", "trace": "out", "prune": "out", "eval": "out", "mask": "out", "pack": "out", "unpack": "out"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ def prepare(world: Path) -> None:
     os.chdir(world)
     run_rac(shlex.split("rac trace MODEL --prompts P.jsonl --tokens 1M --out TRACES"))
     run_rac(shlex.split("rac prune MODEL OUT --method magnitude"))
+    run_rac(shlex.split("rac pack OUT PACKED"))
     shutil.copytree(model, world / "TRAINED")  # as if it had been trained on from OUT
 
 

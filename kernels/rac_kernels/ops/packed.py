@@ -21,7 +21,7 @@ Plain torch, on any device; a block of rows at a time, so that little is needed 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
@@ -274,20 +274,35 @@ class Packed:
 
     def _slice(self, first: int, to: int, shape: tuple[int, ...]) -> Packed:
         """Rows of all rows, copied; they are of the shape given."""
-        index = self.row_index[first : to + 1]
-        begin, end = int(index[0]), int(index[-1])
-        kept = int(_bit_counts(self.mask[first:to]).sum())
-        layout = replace(self.layout, shape=shape, kept=kept, value_bytes=4 * (end - begin))
-        made = Packed(self.data.new_zeros(layout.size), layout)
-        made._write_header()
-        made.row_index.copy_(index - begin)
-        made.mask.copy_(self.mask[first:to])
-        made.scales.copy_(self.scales[first:to])
-        made.codes.copy_(self.codes[4 * begin : 4 * end])
-        return made
+        return take_rows(self.layout, self._part, first, to, shape)
 
     def _write_header(self) -> None:
         self.data[:HEADER] = torch.tensor(list(self.layout.header()), dtype=torch.uint8)
+
+
+def take_rows(
+    layout: PackedLayout, read: Callable[[int, int], Tensor], first: int, to: int, shape: tuple[int, ...]
+) -> Packed:
+    """Take some of all rows as a packed matrix of its own, of the shape given, from wherever the whole one lies.
+
+    read: gives so many bytes, uint8, from an offset in the whole one's data. Raises ValueError for a row index that
+    leads out of it; what else is to be said of the parts, `from_tensor` of the result's data says.
+    """
+    index = read(layout.index_at + 4 * first, 4 * (to - first + 1)).view(torch.int32)
+    begin, end = int(index[0]), int(index[-1])
+    if not 0 <= begin <= end <= layout.value_bytes // 4:
+        raise ValueError("its row index leads out of it")
+    mask = read(layout.mask_at + 8 * first * layout.words, 8 * (to - first) * layout.words).view(torch.int64)
+    scales = read(layout.scales_at + 2 * first * layout.groups, 2 * (to - first) * layout.groups)
+    kept = int(_bit_counts(mask.view(to - first, layout.words)).sum())
+    own = replace(layout, shape=shape, kept=kept, value_bytes=4 * (end - begin))
+    made = Packed(index.new_zeros(own.size, dtype=torch.uint8), own)
+    made._write_header()
+    made.row_index.copy_(index - begin)
+    made.mask.copy_(mask.view(to - first, layout.words))
+    made.scales.copy_(scales.view(torch.bfloat16).view(to - first, layout.groups))
+    made.codes.copy_(read(layout.values_at + 4 * begin, 4 * (end - begin)))
+    return made
 
 
 def join_rows(parts: Sequence[Packed]) -> Packed:

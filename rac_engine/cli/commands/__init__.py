@@ -6,6 +6,7 @@ from rac_engine.cli.commands.completion import COMPLETION
 from rac_engine.cli.commands.doctor import DOCTOR
 from rac_engine.cli.commands.eval import EVAL
 from rac_engine.cli.commands.mask import MASK
+from rac_engine.cli.commands.pack import PACK, UNPACK
 from rac_engine.cli.commands.plan import PLAN
 from rac_engine.cli.commands.prune import PRUNE
 from rac_engine.cli.commands.report import REPORT
@@ -21,6 +22,8 @@ COMMANDS = {
     "report": REPORT,
     "plan": PLAN,
     "verify": VERIFY,
+    "pack": PACK,
+    "unpack": UNPACK,
     "mask": MASK,
     "doctor": DOCTOR,
     "completion": COMPLETION,
