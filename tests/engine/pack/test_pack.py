@@ -147,7 +147,7 @@ def test_what_is_not_to_be_packed(
     assert "was left dense" in refused(["pack", str(source), out, "--values", "int4"], capsys)
     assert "no matrix has zeros enough" in refused(["pack", str(source.parent / "model"), out], capsys)
     assert "is not packed" in refused(["unpack", str(source), out], capsys)
-    assert "config.json" in refused(["pack", str(tmp_path), out], capsys)
+    assert "config.json" in refused(["pack", str(source.parent), out], capsys)
     assert "no such folder" in refused(["unpack", str(tmp_path / "none"), out], capsys)
     quantized = tmp_path / "fp8"
     shutil.copytree(source, quantized)
