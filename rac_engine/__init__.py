@@ -1,8 +1,10 @@
 """RAC Engine: prunes reasoning language models, calibrated on their own chains of thought.
 
 `trace` samples them, `prune` prunes a checkpoint, `evaluate` asks a model questions with known answers, `keep_zeros`
-keeps the zeros of a pruned model that is trained on. What they need is imported when they are called, so that
-`import rac_engine` (and `rac --help`) stays instant.
+keeps the zeros of a pruned model that is trained on, `load` reads a packed or a dense model. What they need is imported
+when they are called, so that `import rac_engine` (and `rac --help`) stays instant.
+
+After `import rac_engine`, transformers loads packed folders too, as in `AutoModelForCausalLM.from_pretrained(PACKED)`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rac_engine.base.imports import after_import
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +24,15 @@ if TYPE_CHECKING:
     from rac_engine.traces import Calibration, TraceReport
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "keep_zeros", "prune", "trace"]
+__all__ = ["evaluate", "keep_zeros", "load", "prune", "trace"]
+
+
+def _register() -> None:
+    """Tell transformers of packed folders."""
+    import rac_engine.serve.quantizer  # noqa: F401
+
+
+after_import("transformers.quantizers.auto", _register)
 
 
 def _silent(_: object) -> None:
@@ -163,3 +175,21 @@ def keep_zeros(model: nn.Module) -> KeptZeros:
     from rac_engine.engine import keep_zeros as keep
 
     return keep(model)
+
+
+def load(model: str | Path, *, device: str = "auto", **settings: Any) -> tuple[Any, Any]:
+    """Load a packed checkpoint, or a dense one, for transformers: `model, tokenizer = rac_engine.load("PACKED")`.
+
+    Args:
+        model: Folder of a checkpoint, or `org/name[@revision]` on the hub.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        settings: Others of `AutoModelForCausalLM.from_pretrained`. The dtype is the checkpoint's unless it is given.
+
+    Returns the model, whose matrices stay packed in memory, and its tokenizer. Raises
+    `rac_engine.base.errors.BadInput` where there is no such checkpoint, or one without a tokenizer, and ValueError for
+    packed matrices that are damaged.
+    """
+    from rac_engine.jobs.surroundings import usable_device
+    from rac_engine.serve import load as run
+
+    return run(model, device=usable_device(device), **settings)

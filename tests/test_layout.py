@@ -24,6 +24,7 @@ HOUSES = {
         "plan",
         "engine",
         "pack",
+        "serve",
         "evaluation",
         "report",
         "run",
