@@ -121,13 +121,14 @@ def step_tokens(tokens: int) -> int:
     return max(BATCH, tokens // STEPS)
 
 
-def workspace(weights: int, tokens: int, hidden: int, inner: int) -> dict[str, int]:
+def workspace(weights: int, tokens: int, hidden: int, inner: int, on_grid: bool = False) -> dict[str, int]:
     """Bytes by purpose while a block of so many weights is tuned by steps of `tokens`.
 
     `hidden` is the width of the hidden states, `inner` the elements in fp32 that a token has between entrance and exit.
+    With weights on a grid there is a copy that moves, and at most twice the size of a matrix while it is rounded.
     """
     return {
-        "weights in fp32, gradients and their means": WEIGHT_BYTES * weights,
+        "weights in fp32, gradients and their means": (WEIGHT_BYTES + 12 * on_grid) * weights,
         "activations of a batch and their gradients": 4 * tokens * (HIDDEN_COPIES * hidden + inner),
     }
 

@@ -90,8 +90,13 @@ def chooses_damping(settings: PruneSettings) -> bool:
     return settings.damping is None and settings.solver.damped_by_error
 
 
-def tuned_bytes(shape: Shape, stage: Stage, tokens: int, chunk: int, longest: int) -> dict[str, int]:
-    """Bytes by purpose of what exists while the block that a stage ends is tuned, all in fp32."""
+def tuned_bytes(
+    shape: Shape, stage: Stage, tokens: int, chunk: int, longest: int, on_grid: bool = False
+) -> dict[str, int]:
+    """Bytes by purpose of what exists while the block that a stage ends is tuned, all in fp32.
+
+    `on_grid`: whether kept weights are to stay on a grid.
+    """
     last, attention = stage.inputs[-1], shape.attention
     weights = stage.before + sum(found.weights for found in stage.inputs)
     inner = last.inner * last.columns
@@ -101,4 +106,4 @@ def tuned_bytes(shape: Shape, stage: Stage, tokens: int, chunk: int, longest: in
         in_the_open = attention.open or attention.window is not None
         scores = min(longest, chunk) * attention.queries // attention.head if in_the_open else 0
         inner = attention_inner(attention.queries, attention.key_values, scores)
-    return tuning_bytes(weights, min(max(step_tokens(tokens), longest), chunk), shape.hidden, inner)
+    return tuning_bytes(weights, min(max(step_tokens(tokens), longest), chunk), shape.hidden, inner, on_grid)

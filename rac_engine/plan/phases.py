@@ -206,7 +206,8 @@ class PhasePlanner:
 
     def tune(self, stage: Stage) -> Phase:
         """The block that a stage ends is tuned as a whole."""
-        work = tuned_bytes(self.shape, stage, self.tokens.count, self.chunk, self.tokens.longest)
+        on_grid = self.settings.values != "same"
+        work = tuned_bytes(self.shape, stage, self.tokens.count, self.chunk, self.tokens.longest, on_grid)
         return self._phase(f"tune {stage.name}", stage, 0, work, done=True, key=stage.inputs[0].key)
 
     def _phase(

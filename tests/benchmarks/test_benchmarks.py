@@ -109,6 +109,22 @@ def test_the_published_code_of_alps_runs_beside(tmp_path: Path) -> None:
         assert by_code < 1 and f"| {by_code:.3f}, {by_code:.3f} |" in done.stdout
 
 
+def test_the_frontier_counts_bits_and_rounds_on_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    frontier = importlib.import_module("frontier")
+    out = tmp_path / "pruned"
+    prune(tiny.save(tmp_path / "source"), out, PruneSettings(method="magnitude", sparsity=0.75))
+    frontier._round(out, tmp_path / "rounded", 0.25, "int4")
+    assert frontier.bits(tmp_path / "source", "same", "0") == 16
+    assert frontier.bits(out, "same", "0.75") == pytest.approx(5, abs=0.1)
+    assert frontier.bits(out, "int4", "0.75") >= frontier.bits(tmp_path / "rounded", "int4", "0.75") > 1
+    sequences = tiny.calibration().sequences[:2]
+    assert frontier.hidden_error(out, out, sequences) == 0 < frontier.hidden_error(out, tmp_path / "rounded", sequences)
+    cell = {"sparsity": "0.8", "values": "int4", "bits": 2.0, "accuracy": 0.5, "ci95": [0.4, 0.6], "hidden_error": 0.1}
+    text = frontier.table([{**cell, "how": "solver"}, {**cell, "how": "nearest", "accuracy": 0.25}])
+    assert "| 0.8 | int4 | 2.00 | 0.500 [0.400, 0.600] | 0.250 [0.400, 0.600] | 0.1000 | 0.1000 |" in text
+
+
 def test_cells_of_the_quality_record_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured is found again by its name, and no two cells share one."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
