@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import shutil
@@ -61,7 +62,7 @@ def main() -> None:
     for sparsity, values, how in asked:
         name = f"{sparsity.replace(':', 'of')}-{values}-{how}-{args.problems}"
         began = time.process_time()
-        cell = finished(args.work, name, lambda s=sparsity, v=values, h=how: _made(args, s, v, h, held))  # type: ignore[misc]
+        cell = finished(args.work, name, functools.partial(_made, args, sparsity, values, how, held))
         print(f"{name}: {cell['accuracy']:.3f}, {time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
     every = sorted((args.work / "cells").glob(f"*-{args.problems}.json"))
     cells = [json.loads(path.read_text()) for path in every]
