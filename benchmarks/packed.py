@@ -1,11 +1,19 @@
 """The product with a packed matrix against torch's bf16 product with the same matrix unpacked.
 
-On a GPU as many products as outgrow the cache are captured in a graph, each with a copy of the matrix of its own.
+On a CPU one token has a second rival, written here (dense.cpp). To see a processor without AVX-512:
+RAC_NATIVE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/packed.py
+
+Every product finds a copy of the matrix that no cache holds, as in a model. On a GPU as many products as outgrow the
+cache are captured in a graph.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import common
+import dense as written
 import torch
 from common import OURS, Bench, Measurement
 from torch.nn.functional import linear
@@ -17,32 +25,52 @@ from rac_kernels.ops.packed import VALUES, Packed, Values
 
 OUTGROWN = 256 << 20  # bytes of weights that no cache holds
 SPARSITIES = (0.5, 0.7, 0.8)
-MOST = 64  # products in a graph
+COPIES = 1024  # of a small matrix
+MOST = 64  # products that are timed together
 
 
-def one(bench: Bench, rows: int, columns: int, sparsity: float, values: Values) -> list[Measurement]:
+def copied(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """As many of the same as no cache holds."""
+    return [tensor.clone() for _ in range(min(COPIES, -(-OUTGROWN // tensor.nbytes)))]
+
+
+def one(
+    bench: Bench, rows: int, columns: int, sparsity: float, values: Values, own: written.Product | None
+) -> list[Measurement]:
     W = bench.randn(rows, columns)
     W *= W.abs() > 2**0.5 * torch.tensor(sparsity).erfinv().item()  # a normal distribution's smallest
     matrix = pack(W.bfloat16(), values)
     del W
     dense = unpack(matrix)
-    found = []
+    found, y = [], torch.empty(rows)
     for tokens in (1, 4, 16, 64, 4096) if bench.cuda() else (1, 4, 16, 64, 512):
         X = bench.activations(columns, tokens)
-        calls = min(MOST, -(-OUTGROWN // len(matrix.data))) if bench.cuda() and tokens <= 64 else 1
-        packed = [Packed(matrix.data.clone(), matrix.layout) for _ in range(calls)]
-        copies = [dense.clone() for _ in range(min(calls, -(-OUTGROWN // dense.nbytes)))]
+        calls = min(MOST, -(-OUTGROWN // len(matrix.data))) if tokens <= 64 else 1
+        packed = itertools.cycle([Packed(data, matrix.layout) for data in copied(matrix.data)])
+        copies = itertools.cycle(copied(dense))
 
-        def ours(X: torch.Tensor = X, packed: list[Packed] = packed) -> None:
-            for one in packed:
-                packed_matmul(X, one)
+        def ours(X: torch.Tensor = X, packed: Iterator[Packed] = packed, calls: int = calls) -> None:
+            for _ in range(calls):
+                packed_matmul(X, next(packed))
 
-        def torchs(X: torch.Tensor = X, copies: list[torch.Tensor] = copies, calls: int = calls) -> None:
-            for index in range(calls):
-                linear(X, copies[index % len(copies)])
+        def torchs(X: torch.Tensor = X, copies: Iterator[torch.Tensor] = copies, calls: int = calls) -> None:
+            for _ in range(calls):
+                linear(X, next(copies))
 
         plain = "torch, bf16, dense"
         cases: dict[str, common.Case] = {OURS: graph(bench, ours), plain: graph(bench, torchs)}
+        if own is not None and tokens == 1:
+
+            def here(
+                X: torch.Tensor = X,
+                copies: Iterator[torch.Tensor] = copies,
+                calls: int = calls,
+                own: written.Product = own,
+            ) -> None:
+                for _ in range(calls):
+                    own(y, next(copies), X)
+
+            cases["written here, bf16, dense"] = here
         strip = slice(0, min(rows, 256))
         exact = X.double() @ dense[strip].double().T
         scale = exact.abs().max().item()
@@ -79,13 +107,14 @@ def graph(bench: Bench, run: common.Case) -> common.Case:
 
 
 def run(bench: Bench) -> list[Measurement]:
+    own = None if bench.cuda() else written.product()
     shapes = list(dict.fromkeys([*bench.shapes, (min(map(min, bench.shapes)),) * 2]))
     return [
         found
         for rows, columns in shapes
         for sparsity in SPARSITIES
         for values in VALUES
-        for found in one(bench, rows, columns, sparsity, values)
+        for found in one(bench, rows, columns, sparsity, values, own)
     ]
 
 

@@ -3,11 +3,12 @@
 // For a few tokens the product is bound by what it reads, so W is never written out: a row's values are expanded in
 // registers, a word of the mask (64 columns) at a time, and multiplied at once. A prepared copy of X, in the order in
 // which it is used, stays in the cache. Three ways:
-// - bf16 weights and bf16 tokens with AVX-512: VPEXPANDW, then VDPBF16PS.
+// - bf16 weights and bf16 tokens with AVX-512: VPEXPANDW, then VDPBF16PS; with AVX2 by a table of byte shuffles, in fp32.
 // - int8 and int4 values: each run of columns of X becomes 16-bit integers with a scale of its own, which keeps all of a
 //   bf16's bits next to the run's largest and is exact to 2^-16 of it. With AVX-512 they are two bytes, high and low,
-//   each multiplied by VPDPBUSD, which wants its left operand unsigned: weights get a bias, and what it adds up to is a
-//   constant of X and the sums begin with its negative. Without it weights are widened for VPMADDWD.
+//   each multiplied by VPDPBUSD, which wants its left operand unsigned: weights get a bias, and the sums begin with the
+//   negative of what it adds up to, a constant of X. With AVX2 weights are widened for VPMADDWD. int4 values become
+//   bytes a row at a time.
 // - else in fp32.
 // VPEXPAND only from register to register: the form that reads memory is microcoded on Zen 4.
 #include "cpu/tile.h"
@@ -30,8 +31,9 @@ using rac::Values;
 
 constexpr int64_t kWord = 64;        // columns of a word
 constexpr int64_t kRunWords = 4;     // words of X, at most, that share a scale where X becomes integers
-constexpr int64_t kAhead = 1024;     // bytes of values that are fetched ahead
+constexpr int64_t kAhead = 2048;     // bytes of values that are fetched ahead
 constexpr int64_t kParallel = 1 << 16;     // elements of X that are prepared by more than one thread
+constexpr int64_t kMasksAhead = 256;        // words of the mask that are fetched ahead
 constexpr int64_t kPartBytes = 1 << 17;    // that are worth a thread's while
 
 // The sum of a vector's numbers, by halves.
@@ -77,22 +79,22 @@ inline void put(fp16* to, float x) { to->bits = fp16_bits(x); }
 struct int8 { int8_t code; };
 inline float to_float(int8 x) { return x.code; }
 
-// Where the kept of eight columns come from: byte j is the place of column j's value among them, 0x80 if it has none;
-// the same for pairs of bytes.
+// Where the bytes of eight columns, Size each, come from among those of the kept; 0x80 where a column is not.
+template <int Size>
 struct Places {
-    uint8_t bytes[256][8], pairs[256][16];
-    constexpr Places() : bytes(), pairs() {
+    uint8_t of[256][8 * Size];
+    constexpr Places() : of() {
         for (int mask = 0; mask < 256; ++mask)
             for (int column = 0, place = 0; column < 8; ++column) {
                 const bool kept = mask >> column & 1;
-                bytes[mask][column] = static_cast<uint8_t>(kept ? place : 0x80);
-                pairs[mask][2 * column] = static_cast<uint8_t>(kept ? 2 * place : 0x80);
-                pairs[mask][2 * column + 1] = static_cast<uint8_t>(kept ? 2 * place + 1 : 0x80);
+                for (int i = 0; i < Size; ++i)
+                    of[mask][Size * column + i] = static_cast<uint8_t>(kept ? Size * place + i : 0x80);
                 place += kept;
             }
     }
 };
-alignas(kCacheLine) constexpr Places kPlaces;
+alignas(kCacheLine) constexpr Places<1> kBytes;
+alignas(kCacheLine) constexpr Places<2> kPairs;
 
 inline int64_t count_of(uint64_t mask) { return __builtin_popcountll(mask); }
 
@@ -114,20 +116,33 @@ inline Row row_of(const PackedRows& W, const Shape& shape, int64_t row) {
             W.scales ? W.scales + row * shape.groups : nullptr};
 }
 
-// Nibbles to bytes: `count` codes, and up to 63 beyond them, are written.
+// Nibbles to bytes, plus 8 if they are to be `Biased`: `count` codes, and up to 63 beyond them, are written.
+template <bool Biased>
 inline void unpack_codes(int8_t* to, const uint8_t* from, int64_t count) {
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+    const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(8);
+    for (int64_t i = 0; i < count; i += 64) {
+        _mm_prefetch(from + i / 2 + kAhead, _MM_HINT_T0);
+        const __m512i two = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i / 2)));
+        // (two | two << 4) & 15
+        const __m512i one = _mm512_ternarylogic_epi32(two, _mm512_slli_epi16(two, 4), nibble, 0xa8);
+        const __m512i biased = _mm512_xor_si512(one, sign);
+        _mm512_storeu_si512(to + i, Biased ? biased : _mm512_sub_epi8(biased, sign));
+    }
+#elif defined(__AVX2__)
     const __m256i nibble = _mm256_set1_epi8(15), sign = _mm256_set1_epi8(8);
     for (int64_t i = 0; i < count; i += 32) {
+        _mm_prefetch(from + i / 2 + kAhead, _MM_HINT_T0);
         const __m256i two = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i / 2)));
         const __m256i one = _mm256_and_si256(_mm256_or_si256(two, _mm256_slli_epi16(two, 4)), nibble);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_sub_epi8(_mm256_xor_si256(one, sign), sign));
+        const __m256i biased = _mm256_xor_si256(one, sign);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), Biased ? biased : _mm256_sub_epi8(biased, sign));
     }
 #else
     for (int64_t i = 0; i < count; i += 2) {
         const uint8_t two = from[i / 2];
-        to[i] = static_cast<int8_t>(((two & 15) ^ 8) - 8);
-        to[i + 1] = static_cast<int8_t>(((two >> 4) ^ 8) - 8);
+        to[i] = static_cast<int8_t>(((two & 15) ^ 8) - (Biased ? 0 : 8));
+        to[i + 1] = static_cast<int8_t>(((two >> 4) ^ 8) - (Biased ? 0 : 8));
     }
 #endif
 }
@@ -139,6 +154,24 @@ inline __m512i load(const void* from) {
     asm("" : "+v"(found));
     return found;
 }
+#endif
+
+#if RAC_EXPAND
+// VPEXPAND waits for what was in the register that it writes, on Zen 4 even where that is to become zero. So the register
+// is cleared first, by an instruction that waits for nothing, and the compiler must not know it is zero.
+inline __m512i cleared() {
+    __m512i zero = _mm512_setzero_si512();
+    asm("" : "+v"(zero));
+    return zero;
+}
+// A mask from memory straight into a register for masks: by way of a general one costs VPEXPAND's ports twice as much.
+inline __mmask64 mask_64(const uint64_t* from) {
+    __mmask64 mask;
+    asm("kmovq %1, %0" : "=k"(mask) : "m"(*from));
+    return mask;
+}
+inline __m512i expand_16(__mmask32 mask, __m512i values) { return _mm512_mask_expand_epi16(cleared(), mask, values); }
+inline __m512i expand_8(__mmask64 mask, __m512i values) { return _mm512_mask_expand_epi8(cleared(), mask, values); }
 #endif
 
 // The 64 columns of a word in fp32, zeros for what is not kept; `values` are the kept ones, of which 64 bytes and more
@@ -166,7 +199,7 @@ inline void expand_word(float* to, uint64_t mask, const float* values) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, mask >>= 8) {
         const uint8_t own = static_cast<uint8_t>(mask);
-        const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.bytes[own])));
+        const __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBytes.of[own])));
         const __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), place);
         _mm256_storeu_ps(to + 8 * i, _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(place, 31)), found));
         values += count_of(own);
@@ -174,11 +207,12 @@ inline void expand_word(float* to, uint64_t mask, const float* values) {
 }
 #endif
 
-// Eight columns of 16-bit values.
-inline __m128i expand_pairs(uint8_t mask, const void* values) {
+// Eight columns of 16-bit values; `offset` is 16 times their mask.
+inline __m128i expand_at(uint64_t offset, const void* values) {
     return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)),
-                            _mm_load_si128(reinterpret_cast<const __m128i*>(kPlaces.pairs[mask])));
+                            _mm_load_si128(reinterpret_cast<const __m128i*>(kPairs.of[0] + offset)));
 }
+inline __m128i expand_pairs(uint8_t mask, const void* values) { return expand_at(16 * mask, values); }
 
 inline void expand_word(float* to, uint64_t mask, const bf16* values) {
 #pragma GCC unroll 8
@@ -203,7 +237,7 @@ inline void expand_word(float* to, uint64_t mask, const int8* values) {
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, mask >>= 8) {
         const uint8_t own = static_cast<uint8_t>(mask);
-        const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.bytes[own]));
+        const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kBytes.of[own]));
         const __m128i found = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), place);
         _mm256_storeu_ps(to + 8 * i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(found)));
         values += count_of(own);
@@ -225,8 +259,8 @@ template <class T>
 inline void spread_pairs(T* to, uint64_t mask, const T* values) {
 #if RAC_EXPAND
     const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
-    _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(low, load(values)));
-    _mm512_storeu_si512(to + 32, _mm512_maskz_expand_epi16(high, load(values + count_of(low))));
+    _mm512_storeu_si512(to, expand_16(low, load(values)));
+    _mm512_storeu_si512(to + 32, expand_16(high, load(values + count_of(low))));
 #else
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i, mask >>= 8) {
@@ -240,13 +274,6 @@ inline void spread_pairs(T* to, uint64_t mask, const T* values) {
 inline void spread_word(bf16* to, uint64_t mask, const bf16* values) { spread_pairs(to, mask, values); }
 inline void spread_word(fp16* to, uint64_t mask, const fp16* values) { spread_pairs(to, mask, values); }
 #endif
-
-// How many of its columns a row keeps.
-inline int64_t kept_of(const uint64_t* mask, int64_t words) {
-    int64_t kept = 0;
-    for (int64_t w = 0; w < words; ++w) kept += count_of(mask[w]);
-    return kept;
-}
 
 // A few tokens, prepared: words one after the other, in each the tokens' parts; where they are integers, the scales of
 // runs, and what the sums of a run begin with.
@@ -267,25 +294,34 @@ struct Sizes {
 // A token's 64 columns of a word, in fp32, zeros beyond the last.
 template <class T>
 inline void load_word(float* to, const T* x, int64_t word, int64_t columns) {
-    const int64_t first = word * kWord, count = min_of(kWord, columns - first);
-    for (int64_t j = 0; j < count; ++j) to[j] = to_float(x[first + j]);
-    for (int64_t j = count; j < kWord; ++j) to[j] = 0;
+    const int64_t first = word * kWord;
+    if (first + kWord <= columns) {
+        for (int64_t j = 0; j < kWord; ++j) to[j] = to_float(x[first + j]);
+        return;
+    }
+    for (int64_t j = 0; j < kWord; ++j) to[j] = first + j < columns ? to_float(x[first + j]) : 0;
 }
 
 // The scale that takes a run's largest to 32639 = 127 * 256 + 127, beyond which no high byte is left; NaN for a run
 // that is not finite.
 inline float run_scale(const float* x, int64_t count) {
-    float largest = 0, sum = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        const float size = __builtin_fabsf(x[j]);
-        largest = size > largest ? size : largest;
-        sum += x[j] * 0.0f;
+    IntVec most = {};
+    for (int64_t j = 0; j < count; j += kLanes) {
+        const IntVec size = (IntVec)vec(x + j) & 0x7fffffff;  // ordered as the numbers are, what is not finite last
+        most = size > most ? size : most;
     }
-    const float scale = largest / 32639.0f;
-    return sum != 0 ? __builtin_nanf("") : scale < 1.2e-38f ? 0 : scale;  // of less there is no reciprocal
+    int32_t largest = 0;
+    for (int i = 0; i < kLanes; ++i) largest = max_of(largest, static_cast<int32_t>(most[i]));
+    if (largest >= 0x7f800000) return __builtin_nanf("");
+    const float scale = from_bits(largest) / 32639.0f;
+    return scale < 1.2e-38f ? 0 : scale;  // of less there is no reciprocal
 }
 
-inline int32_t nearest(float x) { return static_cast<int32_t>(__builtin_rintf(x)); }
+// To integers of less than 2^22, ties to even; of NaN any.
+inline IntVec nearest(Vec x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    return (IntVec)(x + kRound) - 0x4b400000;
+}
 
 // Ways to multiply. A way has: X, the element of prepared tokens, kWords of them a token and word; kTokens, how many
 // tokens it takes at once; `prepare`, which writes one token's part of a word (of a run, where kRuns); and `product`,
@@ -296,7 +332,7 @@ template <class V>
 struct Floats {
     using X = float;
     static constexpr int kTokens = 4, kRows = 1;
-    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr bool kScaled = false, kRuns = false, kBiased = false;
     static constexpr int64_t kSize = kWord;
 
     static void prepare(X* to, const float* x) { memcpy(to, x, kWord * sizeof(float)); }
@@ -348,7 +384,7 @@ struct FloatCodes : Floats<int8> {
 struct Pairs {
     using X = bf16;
     static constexpr int kTokens = 8, kRows = 2;
-    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr bool kScaled = false, kRuns = false, kBiased = false;
     static constexpr int64_t kSize = kWord;
 
     static void prepare(X* to, const float* x) {
@@ -368,8 +404,9 @@ struct Pairs {
                 const uint64_t mask = rows[r].mask[w];
                 const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
                 _mm_prefetch(values[r] + kAhead, _MM_HINT_T0);
-                const __m512i a = _mm512_maskz_expand_epi16(low, load(values[r]));
-                const __m512i b = _mm512_maskz_expand_epi16(high, load(values[r] + 2 * count_of(low)));
+                _mm_prefetch(rows[r].mask + w + kMasksAhead, _MM_HINT_T0);
+                const __m512i a = expand_16(low, load(values[r]));
+                const __m512i b = expand_16(high, load(values[r] + 2 * count_of(low)));
                 values[r] += 2 * count_of(mask);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; ++t) {
@@ -385,122 +422,98 @@ struct Pairs {
     }
 };
 
-// Values in int8 or, a nibble each, in int4.
-template <bool Nibbles>
+// Values in int8, or of int4 in bytes, to which their bias has been added.
+template <bool Int4>
 struct Codes {
     using X = int8_t;
-    static constexpr int kTokens = 4, kRows = 2;
-    static constexpr bool kScaled = true, kRuns = true;
+    static constexpr int kTokens = 8, kRows = 1;
+    static constexpr bool kScaled = true, kRuns = true, kBiased = Int4;
     static constexpr int64_t kSize = 2 * kWord;  // high bytes, then low ones
-    static constexpr int kBias = Nibbles ? 8 : 128;
+    static constexpr char kBias = Int4 ? 8 : static_cast<char>(0x80);
 
     // `begin`: minus the bias times what goes to each of 16 sums.
     static float prepare(X* to, int64_t step, int32_t* begin, const float* x, int64_t words) {
         const float scale = run_scale(x, words * kWord), inverse = scale > 0 ? 1 / scale : 0;
-        int32_t all[16] = {};
-        for (int64_t w = 0; w < words; ++w, to += step)
-            for (int64_t j = 0; j < kWord; ++j) {
-                const int32_t q = scale == scale ? nearest(x[w * kWord + j] * inverse) : 0;
-                const int32_t high = (q + 128) >> 8;
-                to[j] = static_cast<int8_t>(high);
-                to[kWord + j] = static_cast<int8_t>(q - high * 256);
-                all[j / 4] += q;
+        const __m512i bias = _mm512_set1_epi8(kBias);
+        __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
+        for (int64_t w = 0; w < words; ++w, to += step, x += kWord) {
+            for (int64_t j = 0; j < kWord; j += 16) {
+                const __m512i q = (__m512i)nearest(vec(x + j) * inverse);
+                const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm512_cvtepi32_epi8(high));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kWord + j), _mm512_cvtepi32_epi8(q));
             }
-        for (int i = 0; i < 16; ++i) begin[i] = -kBias * all[i];
+            high_sum = _mm512_dpbusd_epi32(high_sum, bias, _mm512_loadu_si512(to));
+            low_sum = _mm512_dpbusd_epi32(low_sum, bias, _mm512_loadu_si512(to + kWord));
+        }
+        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high_sum, 8), low_sum);
+        _mm512_storeu_si512(begin, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
         return scale;
     }
 
-    // A word's weights, plus the bias, as bytes; from the value that is number `place` of the row.
-    static __m512i expand(uint64_t mask, const uint8_t* values, int64_t place) {
-        if (!Nibbles) {
-            const __m512i found = _mm512_maskz_expand_epi8(mask, load(values + place));
-            return _mm512_xor_si512(found, _mm512_set1_epi8(static_cast<char>(0x80)));
+    // A run of `words` words.
+    template <int T>
+    [[gnu::always_inline]] static const uint8_t* run(__m512* total, const uint64_t* mask, const uint8_t* values,
+                                                     int64_t words, const X* x, const int32_t* begin,
+                                                     const float* factors) {
+        const __m512i bias = _mm512_set1_epi8(kBias);
+        __m512i high[T], low[T];
+        _mm_prefetch(mask + kMasksAhead, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            high[t] = _mm512_setzero_si512();
+            low[t] = _mm512_load_si512(begin + 16 * t);
         }
-        // Each eight bytes get the five that hold their eight nibbles, odd begin or not.
-        alignas(kCacheLine) static constexpr uint8_t kFives[64] = {
-            0,  1,  2,  3,  4,  0, 0, 0, 4,  5,  6,  7,  8,  0, 0, 0, 8,  9,  10, 11, 12, 0, 0, 0, 12, 13, 14, 15, 16, 0, 0, 0,
-            16, 17, 18, 19, 20, 0, 0, 0, 20, 21, 22, 23, 24, 0, 0, 0, 24, 25, 26, 27, 28, 0, 0, 0, 28, 29, 30, 31, 32, 0, 0, 0};
-        const __m512i five =
-            _mm512_permutexvar_epi8(_mm512_load_si512(kFives), _mm512_loadu_si512(values + (place >> 1)));
-        static constexpr int64_t kShifts[2] = {0x1c1814100c080400, 0x201c1814100c0804};
-        const __m512i shifts = _mm512_set1_epi64(kShifts[place & 1]);
-        const __m512i found = _mm512_maskz_expand_epi8(mask, _mm512_multishift_epi64_epi8(shifts, five));
-        // (found & 15) ^ 8
-        return _mm512_ternarylogic_epi32(found, _mm512_set1_epi8(15), _mm512_set1_epi8(8), 0x6a);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < words; ++i) {
+            if (!Int4) _mm_prefetch(values + kAhead, _MM_HINT_T0);
+            const __m512i codes = Int4 ? load(values) : _mm512_xor_si512(load(values), bias);
+            const __m512i weights = _mm512_mask_expand_epi8(bias, mask_64(mask + i), codes);
+            values += count_of(mask[i]);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const X* const own = x + (i * T + t) * kSize;
+                high[t] = _mm512_dpbusd_epi32(high[t], weights, _mm512_load_si512(own));
+                low[t] = _mm512_dpbusd_epi32(low[t], weights, _mm512_load_si512(own + kWord));
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[t], 8), low[t]);
+            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factors[t]), total[t]);
+        }
+        return values;
     }
 
-    template <int R, int T>
-    struct State {
-        int64_t place[R];
-        __m512 total[R][T];
-    };
-
-    // A run of `words` words from number w on, whose factors are `factors` and, for each row more, `stride` further.
-    template <int R, int T>
-    [[gnu::always_inline]] static void run(State<R, T>& state, const Row* rows, int64_t w, int64_t words, const X* x,
-                                           const int32_t* begin, const float* factors, int64_t stride) {
-        __m512i high[R][T], low[R][T];
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) {
-                high[r][t] = _mm512_setzero_si512();
-                low[r][t] = _mm512_load_si512(begin + 16 * t);
-            }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < words; ++i)
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                const uint64_t mask = rows[r].mask[w + i];
-                const int64_t place = state.place[r];
-                _mm_prefetch(rows[r].values + (Nibbles ? place >> 1 : place) + kAhead, _MM_HINT_T0);
-                const __m512i weights = expand(mask, rows[r].values, place);
-                state.place[r] = place + count_of(mask);
-#pragma GCC unroll 4
-                for (int t = 0; t < T; ++t) {
-                    const X* const own = x + (i * T + t) * kSize;
-                    high[r][t] = _mm512_dpbusd_epi32(high[r][t], weights, _mm512_load_si512(own));
-                    low[r][t] = _mm512_dpbusd_epi32(low[r][t], weights, _mm512_load_si512(own + kWord));
-                }
-            }
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) {
-                const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r][t], 8), low[r][t]);
-                const __m512 factor = _mm512_set1_ps(factors[r * stride + t]);
-                state.total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, state.total[r][t]);
-            }
-    }
-
-    template <int R, int T, int W>
-    [[gnu::noinline]] static void runs(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes,
+    template <int T, int W>
+    [[gnu::noinline]] static void runs(float* sums, const Row& row, const Tokens<X>& tokens, const Sizes& sizes,
                                        const float* factors) {
-        State<R, T> state = {};
-        const int64_t stride = sizes.runs * T, full = sizes.words / W;
+        __m512 total[T] = {};
+        const int64_t full = sizes.words / W;
         const X* x = tokens.x;
-        for (int64_t i = 0; i < full; ++i, x += W * T * kSize)
-            run(state, rows, i * W, W, x, tokens.begin + 16 * T * i, factors + i * T, stride);
-        if (full < sizes.runs)
-            run(state, rows, full * W, sizes.words - full * W, x, tokens.begin + 16 * T * full, factors + full * T, stride);
-        for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) sums[r][t] = sum_of(state.total[r][t]);
+        const int32_t* begin = tokens.begin;
+        const uint64_t* mask = row.mask;
+        const uint8_t* values = row.values;
+        for (int64_t i = 0; i < full; ++i, x += W * T * kSize, begin += 16 * T, mask += W, factors += T)
+            values = run<T>(total, mask, values, W, x, begin, factors);
+        if (full < sizes.runs) run<T>(total, mask, values, sizes.words - full * W, x, begin, factors);
+        for (int t = 0; t < T; ++t) sums[t] = sum_of(total[t]);
     }
 
     template <int R, int T>
-    static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes,
+    static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
                         const float* factors) {
-        if (sizes.run_words == 1) runs<R, T, 1>(sums, rows, tokens, sizes, factors);
-        else if (sizes.run_words == 2) runs<R, T, 2>(sums, rows, tokens, sizes, factors);
-        else runs<R, T, 4>(sums, rows, tokens, sizes, factors);
+        if (sizes.run_words == 1) runs<T, 1>(*sums, *row, tokens, sizes, factors);
+        else if (sizes.run_words == 2) runs<T, 2>(*sums, *row, tokens, sizes, factors);
+        else runs<T, 4>(*sums, *row, tokens, sizes, factors);
     }
 };
 #elif defined(__AVX2__)
 // bf16 values widened to fp32: those of even columns apart from those of odd ones.
 struct Pairs {
     using X = float;
-    static constexpr int kTokens = 4, kRows = 1;
-    static constexpr bool kScaled = false, kRuns = false;
+    static constexpr int kTokens = 2, kRows = 2;
+    static constexpr bool kScaled = false, kRuns = false, kBiased = false;
     static constexpr int64_t kSize = kWord;
 
     static void prepare(X* to, const float* x) {
@@ -508,31 +521,49 @@ struct Pairs {
     }
 
     template <int R, int T>
-    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
-        const uint8_t* values = row->values;
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens,
+                                          const Sizes& sizes, const float*) {
+        const uint8_t* values[R];
+        for (int r = 0; r < R; ++r) values[r] = rows[r].values;
         const float* x = tokens.x;
         const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-        __m256 even[T] = {}, odd[T] = {};
+        __m256 even[R][T] = {}, odd[R][T] = {};
         for (int64_t w = 0; w < sizes.words; ++w, x += T * kSize) {
-            uint64_t mask = row->mask[w];
-            _mm_prefetch(values + kAhead, _MM_HINT_T0);
+            uint64_t masks[R];
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                masks[r] = rows[r].mask[w];
+                _mm_prefetch(values[r] + kAhead, _MM_HINT_T0);
+                _mm_prefetch(rows[r].mask + w + kMasksAhead, _MM_HINT_T0);
+            }
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i, mask >>= 16) {
-                const uint8_t left = static_cast<uint8_t>(mask), right = static_cast<uint8_t>(mask >> 8);
-                const __m256i wide = _mm256_set_m128i(expand_pairs(right, values + 2 * count_of(left)),
-                                                      expand_pairs(left, values));
-                values += 2 * count_of(mask & 0xffff);
-                const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-                const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(wide, upper));
-#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                __m256 x_even[T], x_odd[T];
+#pragma GCC unroll 2
                 for (int t = 0; t < T; ++t) {
-                    even[t] = _mm256_fmadd_ps(low, _mm256_load_ps(x + t * kSize + 16 * i), even[t]);
-                    odd[t] = _mm256_fmadd_ps(high, _mm256_load_ps(x + t * kSize + 16 * i + 8), odd[t]);
+                    x_even[t] = _mm256_load_ps(x + t * kSize + 16 * i);
+                    x_odd[t] = _mm256_load_ps(x + t * kSize + 16 * i + 8);
+                }
+#pragma GCC unroll 2
+                for (int r = 0; r < R; ++r) {
+                    // Eight bits times 16: where their line of the table begins.
+                    const uint64_t left = (i ? masks[r] >> (16 * i - 4) : masks[r] << 4) & 0xff0;
+                    const uint64_t right = masks[r] >> (16 * i + 4) & 0xff0;
+                    const uint8_t* const second = values[r] + 2 * count_of(left);
+                    const __m256i wide = _mm256_set_m128i(expand_at(right, second), expand_at(left, values[r]));
+                    values[r] = second + 2 * count_of(right);
+                    const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+                    const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(wide, upper));
+#pragma GCC unroll 2
+                    for (int t = 0; t < T; ++t) {
+                        even[r][t] = _mm256_fmadd_ps(low, x_even[t], even[r][t]);
+                        odd[r][t] = _mm256_fmadd_ps(high, x_odd[t], odd[r][t]);
+                    }
                 }
             }
         }
-        for (int t = 0; t < T; ++t)
-            sums[0][t] = sum_of(even[t] + odd[t]);
+        for (int r = 0; r < R; ++r)
+            for (int t = 0; t < T; ++t) sums[r][t] = sum_of(even[r][t] + odd[r][t]);
     }
 };
 
@@ -541,14 +572,16 @@ template <bool Nibbles>
 struct Codes {
     using X = int16_t;
     static constexpr int kTokens = 4, kRows = 1;
-    static constexpr bool kScaled = true, kRuns = true;
+    static constexpr bool kScaled = true, kRuns = true, kBiased = false;
     static constexpr int64_t kSize = kWord;
 
     static float prepare(X* to, int64_t step, int32_t*, const float* x, int64_t words) {
         const float scale = run_scale(x, words * kWord), inverse = scale > 0 ? 1 / scale : 0;
-        for (int64_t w = 0; w < words; ++w, to += step)
-            for (int64_t j = 0; j < kWord; ++j)
-                to[j] = static_cast<int16_t>(scale == scale ? nearest(x[w * kWord + j] * inverse) : 0);
+        for (int64_t w = 0; w < words; ++w, to += step, x += kWord)
+            for (int64_t j = 0; j < kWord; j += kLanes) {
+                const IntVec q = nearest(vec(x + j) * inverse);
+                for (int64_t i = 0; i < kLanes; ++i) to[j + i] = static_cast<int16_t>(q[i]);
+            }
         return scale;
     }
 
@@ -564,6 +597,7 @@ struct Codes {
             for (const int64_t end = min_of(sizes.words, w + sizes.run_words); w < end; ++w, x += T * kSize) {
                 uint64_t mask = row->mask[w];
                 _mm_prefetch(values + kAhead, _MM_HINT_T0);
+                _mm_prefetch(row->mask + w + kMasksAhead, _MM_HINT_T0);
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i, mask >>= 16) {
                     const uint8_t left = static_cast<uint8_t>(mask), right = static_cast<uint8_t>(mask >> 8);
@@ -571,7 +605,7 @@ struct Codes {
                         return _mm_loadl_epi64(static_cast<const __m128i*>(at));
                     };
                     const __m128i place = _mm_or_si128(
-                        _mm_unpacklo_epi64(eight(kPlaces.bytes[left]), eight(kPlaces.bytes[right])), shifted);
+                        _mm_unpacklo_epi64(eight(kBytes.of[left]), eight(kBytes.of[right])), shifted);
                     const __m128i both = _mm_unpacklo_epi64(eight(values), eight(values + count_of(left)));
                     values += count_of(mask & 0xffff);
                     const __m256i wide = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(both, place));
@@ -640,10 +674,11 @@ struct Product {
 
     bool run() const {
         Scratch<X> prepared(tokens * shape.words * Way::kSize);
-        Scratch<float> scales(Way::kRuns ? tokens * sizes.runs : 0);
+        Scratch<float> scales(Way::kRuns ? tokens * sizes.runs + kLanes : 0);
         Scratch<int32_t> begins(Way::kRuns ? 16 * tokens * sizes.runs : 0);
-        const int64_t factors = round_up(Way::kScaled ? Way::kRows * sizes.runs * kOnce : 0, 16);
-        const int64_t own = factors + (unpacks ? round_up(W.columns + kWord, kCacheLine) / 4 : 0);
+        const int64_t factors = round_up(Way::kScaled ? Way::kRows * sizes.runs * kOnce + kLanes : 0, 16);
+        const int64_t row_codes = unpacks ? round_up(W.columns + 2 * kWord, kCacheLine) : 0;
+        const int64_t own = factors + 2 * row_codes / 4;
         Scratch<float> owns(own * threads);
         if (!prepared.data || !scales.data || !begins.data || !owns.data) return false;
         for_each_range(sizes.runs, 1, tokens * W.columns < kParallel ? 1 : threads, [&](int64_t begin, int64_t end) {
@@ -653,31 +688,48 @@ struct Product {
         });
         const Parts parts(W, shape, threads);
         for_each_dynamic(parts.count, threads, owns.data, own, [&](int64_t part, float* mine) {
-            int8_t* const codes = reinterpret_cast<int8_t*>(mine + factors);
-            const int64_t first = parts.begin(part), count = parts.begin(part + 1) - first;
-            // Rows that are taken together are far apart, so that each of them goes on where the one before ended.
-            const int64_t together = Way::kRows > 1 ? count / Way::kRows : 0;
-            for (int64_t i = 0; i < together; ++i) rows<Way::kRows>(first + i, together, prepared.data, scales.data, begins.data, mine, codes);
-            for (int64_t i = together * Way::kRows; i < count; ++i) rows<1>(first + i, 0, prepared.data, scales.data, begins.data, mine, codes);
+            const Tokens<X> all{prepared.data, scales.data, begins.data};
+            const int64_t first = parts.begin(part), end = parts.begin(part + 1);
+            if (unpacks) {
+                int8_t* codes = reinterpret_cast<int8_t*>(mine + factors);
+                int8_t* next = codes + row_codes;
+                if (first < end) unpack(codes, first);
+                for (int64_t row = first; row < end; ++row) {
+                    // One row ahead: what has just been written is slow to read at other boundaries.
+                    if (row + 1 < end) unpack(next, row + 1);
+                    rows<1>(row, 0, all, mine, reinterpret_cast<const uint8_t*>(codes));
+                    int8_t* const other = codes;
+                    codes = next;
+                    next = other;
+                }
+                return;
+            }
+            // Rows that are taken together are far apart, so that each goes on in memory where the one before it ended.
+            const int64_t together = Way::kRows > 1 ? (end - first) / Way::kRows : 0;
+            for (int64_t i = 0; i < together; ++i) rows<Way::kRows>(first + i, together, all, mine);
+            for (int64_t row = first + together * Way::kRows; row < end; ++row) rows<1>(row, 0, all, mine);
         });
         return true;
     }
 
+    void unpack(int8_t* codes, int64_t row) const {
+        const int64_t most = 8 * static_cast<int64_t>(W.index[row + 1] - W.index[row]);
+        unpack_codes<Way::kBiased>(codes, row_of(W, shape, row).values, most);
+    }
+
+    // R rows, each `step` after the one before, times all tokens; `codes` are the values of one row if they are given.
     template <int R>
-    void rows(int64_t first, int64_t step, const X* prepared, const float* scales, const int32_t* begins, float* factors,
-              int8_t* codes) const {
+    void rows(int64_t first, int64_t step, const Tokens<X>& all, float* factors, const uint8_t* codes = nullptr) const {
         Row some[R];
-        for (int64_t r = 0; r < R; ++r) some[r] = row_of(W, shape, first + r * step);
-        if (unpacks) {
-            unpack_codes(codes, some[0].values, kept_of(some[0].mask, shape.words));
-            some[0].values = reinterpret_cast<const uint8_t*>(codes);
+        for (int64_t r = 0; r < R; ++r) {
+            some[r] = row_of(W, shape, first + r * step);
+            __builtin_prefetch(W.index + first + r * step + kMasksAhead);
         }
+        if (codes) some[0].values = codes;
         for (int64_t i = 0; i < slices; ++i) {
-            const int64_t t = slice(i);
-            multiply<R, kOnce>(some, first, step, t, slice(i + 1) - t,
-                               {prepared + t * shape.words * Way::kSize, Way::kRuns ? scales + t * sizes.runs : nullptr,
-                                begins + 16 * t * sizes.runs},
-                               factors);
+            const int64_t t = slice(i), runs = t * sizes.runs;
+            const Tokens<X> own{all.x + t * shape.words * Way::kSize, all.scales + runs, all.begin + 16 * runs};
+            multiply<R, kOnce>(some, first, step, t, slice(i + 1) - t, own, factors);
         }
     }
 
@@ -705,6 +757,15 @@ struct Product {
     // factors [runs, N]: a row's scales times those of N tokens, if they have any.
     template <int N>
     void scale(float* factors, const uint16_t* scales, const float* own) const {
+        if (N == 1 && Way::kRuns && sizes.group_runs == 1) {  // what lies behind the last scale may be read and written
+            typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+            for (int64_t run = 0; run < sizes.runs; run += kLanes) {
+                __builtin_prefetch(scales + run + kAhead / 2);
+                const IntVec wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(scales + run), IntVec);
+                vec(factors + run) = (Vec)(wide << 16) * vec(own + run);
+            }
+            return;
+        }
         if (sizes.group_runs == 1) {
             for (int64_t run = 0; run < sizes.runs; ++run)
                 for (int64_t n = 0; n < N; ++n)
@@ -760,7 +821,7 @@ bool rac::RAC_ISA::packed_matmul(void* Y, int64_t y_stride, const void* X, DType
         const bool nibbles = W.kind == Values::int4;
 #if defined(__AVX2__)
         if constexpr (sizeof(T) == 2) {  // 16 bits are not enough for fp32
-            if (nibbles) run(Codes<true>{}, !RAC_EXPAND);
+            if (nibbles) run(Codes<true>{}, true);
             else run(Codes<false>{}, false);
             return;
         }
@@ -776,7 +837,7 @@ namespace {
 // out = W; a word at a time, the last of a row by way of a buffer.
 template <class T, class F>
 bool expand_rows(T* out, const PackedRows& W, const Shape& shape, int threads, const F& word_of) {
-    const int64_t own = W.kind == Values::int4 ? round_up(W.columns + kWord, kCacheLine) / 4 : 0;
+    const int64_t own = W.kind == Values::int4 ? round_up(W.columns + 2 * kWord, kCacheLine) / 4 : 0;
     const Parts parts(W, shape, threads);
     Scratch<float> codes(own * threads);
     if (!codes.data) return false;
@@ -785,7 +846,7 @@ bool expand_rows(T* out, const PackedRows& W, const Shape& shape, int threads, c
             const Row row = row_of(W, shape, r);
             const uint8_t* values = row.values;
             if (W.kind == Values::int4) {
-                unpack_codes(reinterpret_cast<int8_t*>(mine), values, kept_of(row.mask, shape.words));
+                unpack_codes<false>(reinterpret_cast<int8_t*>(mine), values, 8 * static_cast<int64_t>(W.index[r + 1] - W.index[r]));
                 values = reinterpret_cast<const uint8_t*>(mine);
             }
             for (int64_t w = 0; w < shape.words; ++w) {

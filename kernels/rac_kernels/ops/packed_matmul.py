@@ -52,7 +52,10 @@ def packed_matmul(
         raise ValueError(f"the packed matrix is on {packed.data.device} and X on {X.device}")
     kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
     size = layout.rows, layout.columns, (matrix or 0) * count, count
-    return _product(X, packed.data, bias, *size, *kind, choose(backend, X.device, triton=True))
+    chosen = choose(backend, X.device, triton=True)
+    if backend == "auto" and chosen == "native" and not native.has("packed_matmul"):
+        chosen = "reference"  # the extension was built from older sources
+    return _product(X, packed.data, bias, *size, *kind, chosen)
 
 
 @torch.library.custom_op("rac::packed_matmul", mutates_args=())
