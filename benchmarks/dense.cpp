@@ -3,7 +3,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-extern "C" void dense_bf16(float* y, const uint16_t* W, const uint16_t* x, int64_t rows, int64_t columns, int threads) {
+extern "C" __attribute__((visibility("default"))) void dense_bf16(float* y, const uint16_t* W, const uint16_t* x,
+                                                                   int64_t rows, int64_t columns, int threads) {
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
