@@ -154,9 +154,15 @@ int status(rac::Status ended) {
 // `parts`: where index, mask, scales and values of the first row, and of the values the first of all, lie.
 rac::PackedRows packed_rows(const std::vector<std::uintptr_t>& parts, int dtype, int values, int64_t rows,
                             int64_t columns, int64_t group) {
-    return {pointer<const uint32_t>(parts[0]), pointer<const uint64_t>(parts[1]), pointer<const uint16_t>(parts[2]),
-            pointer<const uint8_t>(parts[3]),  static_cast<rac::DType>(dtype),    static_cast<rac::Values>(values),
-            rows, columns, group};
+    return {pointer<const uint32_t>(parts[0]),
+            pointer<const uint64_t>(parts[1]),
+            pointer<const uint16_t>(parts[2]),
+            pointer<const uint8_t>(parts[3]),
+            static_cast<rac::DType>(dtype),
+            static_cast<rac::Values>(values),
+            rows,
+            columns,
+            group};
 }
 
 #if defined(RAC_CUDA)
@@ -320,10 +326,10 @@ PYBIND11_MODULE(_native, m) {
         [](Address Y, int64_t y_stride, Address X, int dtype, int64_t tokens, int64_t x_stride,
            const std::vector<Address>& parts, int w_dtype, int values, int64_t rows, int64_t columns, int64_t group,
            Address bias, int threads) {
-            if (!RAC_OP_OF(packed_matmul, expanding_isa())(
-                    pointer<void>(Y), y_stride, pointer<const void>(X), static_cast<rac::DType>(dtype), tokens,
-                    x_stride, packed_rows(parts, w_dtype, values, rows, columns, group), pointer<const float>(bias),
-                    threads))
+            if (!RAC_OP_OF(packed_matmul, expanding_isa())(pointer<void>(Y), y_stride, pointer<const void>(X),
+                                                           static_cast<rac::DType>(dtype), tokens, x_stride,
+                                                           packed_rows(parts, w_dtype, values, rows, columns, group),
+                                                           pointer<const float>(bias), threads))
                 throw std::bad_alloc();
         },
         NoGil());
@@ -331,9 +337,9 @@ PYBIND11_MODULE(_native, m) {
         "packed_expand",
         [](Address out, int dtype, const std::vector<Address>& parts, int w_dtype, int values, int64_t rows,
            int64_t columns, int64_t group, int threads) {
-            if (!RAC_OP_OF(packed_expand, expanding_isa())(
-                    pointer<void>(out), static_cast<rac::DType>(dtype),
-                    packed_rows(parts, w_dtype, values, rows, columns, group), threads))
+            if (!RAC_OP_OF(packed_expand, expanding_isa())(pointer<void>(out), static_cast<rac::DType>(dtype),
+                                                           packed_rows(parts, w_dtype, values, rows, columns, group),
+                                                           threads))
                 throw std::bad_alloc();
         },
         NoGil());

@@ -14,7 +14,7 @@
 #include "cpu/tile.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"        // in the headers of GCC 12 themselves
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in the headers of GCC 12 themselves
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
@@ -29,12 +29,12 @@ namespace {
 using rac::PackedRows;
 using rac::Values;
 
-constexpr int64_t kWord = 64;        // columns of a word
-constexpr int64_t kRunWords = 4;     // words of X, at most, that share a scale where X becomes integers
-constexpr int64_t kAhead = 2048;     // bytes of values that are fetched ahead
-constexpr int64_t kParallel = 1 << 16;     // elements of X that are prepared by more than one thread
-constexpr int64_t kMasksAhead = 256;        // words of the mask that are fetched ahead
-constexpr int64_t kPartBytes = 1 << 17;    // that are worth a thread's while
+constexpr int64_t kWord = 64;            // columns of a word
+constexpr int64_t kRunWords = 4;         // words of X, at most, that share a scale where X becomes integers
+constexpr int64_t kAhead = 2048;         // bytes of values that are fetched ahead
+constexpr int64_t kParallel = 1 << 16;   // elements of X that are prepared by more than one thread
+constexpr int64_t kMasksAhead = 256;     // words of the mask that are fetched ahead
+constexpr int64_t kPartBytes = 1 << 17;  // that are worth a thread's while
 
 // The sum of a vector's numbers, by halves.
 template <class V>
@@ -338,7 +338,8 @@ struct Floats {
     static void prepare(X* to, const float* x) { memcpy(to, x, kWord * sizeof(float)); }
 
     template <int R, int T>
-    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
+                                          const float*) {
         const V* values = reinterpret_cast<const V*>(row->values);
         const float* x = tokens.x;
         Vec sum[T] = {};
@@ -360,7 +361,7 @@ struct FloatCodes : Floats<int8> {
 
     template <int R, int T>
     [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
-                        const float* factors) {
+                                          const float* factors) {
         const int8* values = reinterpret_cast<const int8*>(row->values);
         const float* x = tokens.x;
         Vec total[T] = {};
@@ -392,7 +393,8 @@ struct Pairs {
     }
 
     template <int R, int T>
-    [[gnu::noinline]] static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens, const Sizes& sizes, const float*) {
+    [[gnu::noinline]] static void product(float (*sums)[T], const Row* rows, const Tokens<X>& tokens,
+                                          const Sizes& sizes, const float*) {
         constexpr int kSums = R * T <= 4 ? 2 : 1;
         const uint8_t* values[R];
         for (int r = 0; r < R; ++r) values[r] = rows[r].values;
@@ -410,7 +412,8 @@ struct Pairs {
                 values[r] += 2 * count_of(mask);
 #pragma GCC unroll 8
                 for (int t = 0; t < T; ++t) {
-                    const __m512i left = _mm512_load_si512(x + t * kSize), right = _mm512_load_si512(x + t * kSize + 32);
+                    const __m512i left = _mm512_load_si512(x + t * kSize),
+                                  right = _mm512_load_si512(x + t * kSize + 32);
                     sum[r][t][0] = _mm512_dpbf16_ps(sum[r][t][0], (__m512bh)a, (__m512bh)left);
                     sum[r][t][kSums - 1] = _mm512_dpbf16_ps(sum[r][t][kSums - 1], (__m512bh)b, (__m512bh)right);
                 }
@@ -503,9 +506,12 @@ struct Codes {
     template <int R, int T>
     static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
                         const float* factors) {
-        if (sizes.run_words == 1) runs<T, 1>(*sums, *row, tokens, sizes, factors);
-        else if (sizes.run_words == 2) runs<T, 2>(*sums, *row, tokens, sizes, factors);
-        else runs<T, 4>(*sums, *row, tokens, sizes, factors);
+        if (sizes.run_words == 1)
+            runs<T, 1>(*sums, *row, tokens, sizes, factors);
+        else if (sizes.run_words == 2)
+            runs<T, 2>(*sums, *row, tokens, sizes, factors);
+        else
+            runs<T, 4>(*sums, *row, tokens, sizes, factors);
     }
 };
 #elif defined(__AVX2__)
@@ -587,7 +593,7 @@ struct Codes {
 
     template <int R, int T>
     [[gnu::noinline]] static void product(float (*sums)[T], const Row* row, const Tokens<X>& tokens, const Sizes& sizes,
-                        const float* factors) {
+                                          const float* factors) {
         const uint8_t* values = row->values;
         const int16_t* x = tokens.x;
         __m256 total[T] = {};
@@ -601,18 +607,15 @@ struct Codes {
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i, mask >>= 16) {
                     const uint8_t left = static_cast<uint8_t>(mask), right = static_cast<uint8_t>(mask >> 8);
-                    const auto eight = [](const void* at) {
-                        return _mm_loadl_epi64(static_cast<const __m128i*>(at));
-                    };
-                    const __m128i place = _mm_or_si128(
-                        _mm_unpacklo_epi64(eight(kBytes.of[left]), eight(kBytes.of[right])), shifted);
+                    const auto eight = [](const void* at) { return _mm_loadl_epi64(static_cast<const __m128i*>(at)); };
+                    const __m128i place =
+                        _mm_or_si128(_mm_unpacklo_epi64(eight(kBytes.of[left]), eight(kBytes.of[right])), shifted);
                     const __m128i both = _mm_unpacklo_epi64(eight(values), eight(values + count_of(left)));
                     values += count_of(mask & 0xffff);
                     const __m256i wide = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(both, place));
 #pragma GCC unroll 4
                     for (int t = 0; t < T; ++t) {
-                        const __m256i own =
-                            _mm256_load_si256(reinterpret_cast<const __m256i*>(x + t * kSize + 16 * i));
+                        const __m256i own = _mm256_load_si256(reinterpret_cast<const __m256i*>(x + t * kSize + 16 * i));
                         sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(wide, own));
                     }
                 }
@@ -620,12 +623,10 @@ struct Codes {
             for (int t = 0; t < T; ++t)
                 total[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t]), _mm256_set1_ps(factors[run * T + t]), total[t]);
         }
-        for (int t = 0; t < T; ++t)
-            sums[0][t] = sum_of(total[t]);
+        for (int t = 0; t < T; ++t) sums[0][t] = sum_of(total[t]);
     }
 };
 #endif
-
 
 // The rows at which parts of about the same number of bytes begin.
 struct Parts {
@@ -643,8 +644,10 @@ struct Parts {
         int64_t low = 0, high = W.rows;
         while (low < high) {
             const int64_t middle = (low + high) / 2;
-            if (cost(middle) * count < total * part) low = middle + 1;
-            else high = middle;
+            if (cost(middle) * count < total * part)
+                low = middle + 1;
+            else
+                high = middle;
         }
         return part == count ? W.rows : low;
     }
@@ -667,7 +670,8 @@ struct Product {
     const Shape shape{W};
     const int64_t group_words = shape.groups ? W.group / kWord : shape.words;
     const int64_t run_words = Way::kRuns ? min_of(kRunWords, group_words) : max_of<int64_t>(1, group_words);
-    const Sizes sizes{shape.words, run_words, ceil_div(shape.words, run_words), max_of<int64_t>(1, group_words / run_words)};
+    const Sizes sizes{shape.words, run_words, ceil_div(shape.words, run_words),
+                      max_of<int64_t>(1, group_words / run_words)};
     const int64_t slices = max_of<int64_t>(1, ceil_div(tokens, kOnce));  // of tokens, which are taken together
 
     int64_t slice(int64_t i) const { return tokens * i / slices; }
@@ -802,9 +806,10 @@ bool rac::RAC_ISA::packed_matmul(void* Y, int64_t y_stride, const void* X, DType
     with_dtype(x_dtype, [&](auto x_zero) {
         using T = decltype(x_zero);
         const auto run = [&](auto way, bool unpacks) {
-            done = Product<decltype(way), T>{W, static_cast<const T*>(X), tokens, x_stride, static_cast<T*>(Y), y_stride,
-                                             bias, threads, unpacks}
-                       .run();
+            done =
+                Product<decltype(way), T>{
+                    W, static_cast<const T*>(X), tokens, x_stride, static_cast<T*>(Y), y_stride, bias, threads, unpacks}
+                    .run();
         };
         if (W.kind == Values::same) {
             with_dtype(W.dtype, [&](auto w_zero) {
@@ -821,8 +826,10 @@ bool rac::RAC_ISA::packed_matmul(void* Y, int64_t y_stride, const void* X, DType
         const bool nibbles = W.kind == Values::int4;
 #if defined(__AVX2__)
         if constexpr (sizeof(T) == 2) {  // 16 bits are not enough for fp32
-            if (nibbles) run(Codes<true>{}, true);
-            else run(Codes<false>{}, false);
+            if (nibbles)
+                run(Codes<true>{}, true);
+            else
+                run(Codes<false>{}, false);
             return;
         }
 #endif
@@ -830,7 +837,6 @@ bool rac::RAC_ISA::packed_matmul(void* Y, int64_t y_stride, const void* X, DType
     });
     return done;
 }
-
 
 namespace {
 
@@ -846,7 +852,8 @@ bool expand_rows(T* out, const PackedRows& W, const Shape& shape, int threads, c
             const Row row = row_of(W, shape, r);
             const uint8_t* values = row.values;
             if (W.kind == Values::int4) {
-                unpack_codes<false>(reinterpret_cast<int8_t*>(mine), values, 8 * static_cast<int64_t>(W.index[r + 1] - W.index[r]));
+                unpack_codes<false>(reinterpret_cast<int8_t*>(mine), values,
+                                    8 * static_cast<int64_t>(W.index[r + 1] - W.index[r]));
                 values = reinterpret_cast<const uint8_t*>(mine);
             }
             for (int64_t w = 0; w < shape.words; ++w) {
