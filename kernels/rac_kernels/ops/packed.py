@@ -23,7 +23,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, get_args
 
 import torch
@@ -82,7 +82,7 @@ class PackedLayout:
     value_bytes: int
     """Their size, with what rounds up each row to 4 bytes: 4 times the row index's last entry."""
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """All rows: of a batch of matrices, those of each one after the other."""
         return self.shape[0] if len(self.shape) == 2 else self.shape[0] * self.shape[1]
@@ -91,12 +91,12 @@ class PackedLayout:
     def columns(self) -> int:
         return self.shape[-1]
 
-    @property
+    @cached_property
     def words(self) -> int:
         """Words of 64 bits that a row's mask takes."""
         return -(-self.columns // 64)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Scales a row."""
         return -(-self.columns // self.group) if self.group else 0
@@ -106,23 +106,23 @@ class PackedLayout:
         """Bits a kept value takes."""
         return {"same": 8 * self.dtype.itemsize, "int8": 8, "int4": 4}[self.values]
 
-    @property
+    @cached_property
     def index_at(self) -> int:
         return HEADER
 
-    @property
+    @cached_property
     def mask_at(self) -> int:
         return _aligned(HEADER + 4 * (self.rows + 1))
 
-    @property
+    @cached_property
     def scales_at(self) -> int:
         return _aligned(self.mask_at + 8 * self.rows * self.words)
 
-    @property
+    @cached_property
     def values_at(self) -> int:
         return _aligned(self.scales_at + 2 * self.rows * self.groups)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes in all."""
         return _aligned(self.values_at + self.value_bytes) + ALIGNMENT

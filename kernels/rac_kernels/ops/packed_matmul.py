@@ -12,6 +12,8 @@ integers with a scale of its own, which is finer than bf16 and fp16 are next to 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,15 +52,38 @@ def packed_matmul(
         raise ValueError(f"bias must be [{count}], not {list(bias.shape)}")
     if packed.data.device != X.device or (bias is not None and bias.device != X.device):
         raise ValueError(f"the packed matrix is on {packed.data.device} and X on {X.device}")
-    kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
-    size = layout.rows, layout.columns, (matrix or 0) * count, count
     chosen = choose(backend, X.device, triton=True)
     if backend == "auto" and chosen == "native" and not native.has("packed_matmul"):
         chosen = "reference"  # the extension was built from older sources
-    return _product(X, packed.data, bias, *size, *kind, chosen)
+    size = layout.rows, layout.columns, (matrix or 0) * count, count
+    kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
+    given = X.detach() if X.requires_grad else X
+    Y: Tensor = torch.ops.rac.packed_matmul.default(given, packed.data, bias, *size, *kind, chosen)
+    return _WithoutGradient.apply(X, Y) if X.requires_grad and torch.is_grad_enabled() else Y
 
 
-@torch.library.custom_op("rac::packed_matmul", mutates_args=())
+class _WithoutGradient(torch.autograd.Function):
+    """A product that may not be differentiated: whoever tries is told so."""
+
+    @staticmethod
+    def forward(ctx: Any, X: Tensor, Y: Tensor) -> Tensor:
+        return Y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("a product with a packed matrix has no gradient: train the dense model, and pack it again")
+
+
+# Not by `torch.library.custom_op`: what that puts around a call takes as long as the product with a small matrix.
+torch.library.define(
+    "rac::packed_matmul",
+    "(Tensor X, Tensor data, Tensor? bias, SymInt all_rows, SymInt columns, SymInt first, SymInt count, SymInt dtype, "
+    "SymInt values, SymInt group, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.compiler.disable
 def _product(
     X: Tensor,
     data: Tensor,
@@ -73,19 +98,19 @@ def _product(
     backend: str,
 ) -> Tensor:
     """X times rows first .. first + count of a packed matrix, by one backend, the arguments having been checked."""
-    layout = PackedLayout(DTYPES[dtype], VALUES[values], (all_rows, columns), group, 0, 0)
+    layout = _layout(all_rows, columns, dtype, values, group)
+    if backend == "native":
+        return _native(X, data, layout, bias, first, count)
     layout = replace(layout, value_bytes=data.numel() - layout.size)  # with what aligns its end
     flat = X.reshape(X.shape[:-1].numel(), columns)
-    if backend == "reference":
-        Y = packed_matmul_reference(flat, Packed(data, layout), bias, first, count)
-    elif backend == "triton":
-        Y = packed_matmul_triton(flat, Packed(data, layout), bias, first, count)
-    else:
-        Y = _native(flat, data, layout, bias, first, count)
-    return Y.view(*X.shape[:-1], count)
+    product = packed_matmul_triton if backend == "triton" else packed_matmul_reference
+    return product(flat, Packed(data, layout), bias, first, count).view(*X.shape[:-1], count)
 
 
-@_product.register_fake
+torch.library.impl("rac::packed_matmul", ("cpu", "cuda"), _product)
+
+
+@torch.library.register_fake("rac::packed_matmul")
 def _(
     X: Tensor,
     data: Tensor,
@@ -100,6 +125,12 @@ def _(
     backend: str,
 ) -> Tensor:
     return X.new_empty(*X.shape[:-1], count)
+
+
+@lru_cache(4096)
+def _layout(all_rows: int, columns: int, dtype: int, values: int, group: int) -> PackedLayout:
+    """A layout whose offsets are known, but not how many values there are."""
+    return PackedLayout(DTYPES[dtype], VALUES[values], (all_rows, columns), group, 0, 0)
 
 
 def packed_matmul_reference(X: Tensor, packed: Packed, bias: Tensor | None, first: int, count: int) -> Tensor:
@@ -117,41 +148,38 @@ def packed_matmul_reference(X: Tensor, packed: Packed, bias: Tensor | None, firs
 
 
 def _native(X: Tensor, data: Tensor, layout: PackedLayout, bias: Tensor | None, first: int, count: int) -> Tensor:
-    Y = X.new_empty(len(X), count)
+    Y = X.new_empty((*X.shape[:-1], count))
     if not Y.numel():
         return Y
-    library, at = native.library(), data.data_ptr()
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-
-    def rows(begin: int) -> tuple[list[int], int, int]:
-        """Addresses of index, mask and scales of a row, and of all values; dtype and kind of values."""
-        row = first + begin
-        parts = [
-            at + layout.index_at + 4 * row,
-            at + layout.mask_at + 8 * row * layout.words,
-            at + layout.scales_at + 2 * row * layout.groups if layout.groups else 0,
-            at + layout.values_at,
-        ]
-        return parts, native.DTYPES[layout.dtype], VALUES.index(layout.values)
-
-    if len(X) <= FEW:
-        X = X if X.stride(1) == 1 else X.contiguous()
-        library.packed_matmul(
-            Y.data_ptr(),
-            count,
-            X.data_ptr(),
-            native.DTYPES[X.dtype],
-            len(X),
-            X.stride(0),
-            *rows(0),
-            count,
-            layout.columns,
-            layout.group,
-            0 if bias is None else bias.data_ptr(),
-            native.threads(),
-        )
+    tokens = Y.numel() // count
+    if tokens > FEW:
+        _native_many(X.reshape(tokens, -1), data, layout, bias, first, Y.view(tokens, count))
         return Y
+    X = X if X.is_contiguous() else X.contiguous()
+    native.library().packed_matmul(
+        Y.data_ptr(),
+        count,
+        X.data_ptr(),
+        native.DTYPES[X.dtype],
+        tokens,
+        layout.columns,
+        _addresses(data.data_ptr(), layout, first),
+        native.DTYPES[layout.dtype],
+        VALUES.index(layout.values),
+        count,
+        layout.columns,
+        layout.group,
+        0 if bias is None else bias.data_ptr(),
+        native.threads(),
+    )
+    return Y
+
+
+def _native_many(X: Tensor, data: Tensor, layout: PackedLayout, bias: Tensor | None, first: int, Y: Tensor) -> None:
+    """Y [tokens, count] = X [tokens, columns] times the rows from `first` on, a tile of them at a time."""
+    count = Y.shape[1]
     dtype = X.dtype if X.dtype == layout.dtype and _multiplies(X.dtype) else torch.float32
     step = max(1, TILE_BYTES // (dtype.itemsize * layout.columns))
     tile = torch.empty(min(step, count), layout.columns, dtype=dtype)
@@ -159,17 +187,28 @@ def _native(X: Tensor, data: Tensor, layout: PackedLayout, bias: Tensor | None, 
     for begin in range(0, count, step):
         end = min(count, begin + step)
         W = tile[: end - begin]
-        library.packed_expand(
+        native.library().packed_expand(
             W.data_ptr(),
             native.DTYPES[dtype],
-            *rows(begin),
+            _addresses(data.data_ptr(), layout, first + begin),
+            native.DTYPES[layout.dtype],
+            VALUES.index(layout.values),
             end - begin,
             layout.columns,
             layout.group,
             native.threads(),
         )
         Y[:, begin:end] = F.linear(X, W, None if bias is None else bias[begin:end].to(dtype))
-    return Y
+
+
+def _addresses(at: int, layout: PackedLayout, row: int) -> list[int]:
+    """Addresses of index, mask and scales of a row, and of all values, in bytes that begin at `at`."""
+    return [
+        at + layout.index_at + 4 * row,
+        at + layout.mask_at + 8 * row * layout.words,
+        at + layout.scales_at + 2 * row * layout.groups if layout.groups else 0,
+        at + layout.values_at,
+    ]
 
 
 def _multiplies(dtype: torch.dtype) -> bool:

@@ -212,6 +212,17 @@ def test_a_whole_graph_to_torch_compile() -> None:
     assert torch.equal(compiled(X), product(X))
 
 
+def test_a_gradient_is_refused_and_not_lost() -> None:
+    packed, X = pack(matrix(6, 130)), torch.randn(2, 130, requires_grad=True)
+    for product in (packed_matmul, torch.compile(packed_matmul, backend="eager")):
+        Y = product(X, packed)
+        assert torch.equal(Y, packed_matmul(X.detach(), packed))
+        with pytest.raises(RuntimeError, match="no gradient"):
+            (Y.sum() + X.sum()).backward()
+    with torch.no_grad():
+        assert not packed_matmul(X, packed).requires_grad
+
+
 def test_refuses() -> None:
     packed, X = pack(matrix(6, 130)), torch.randn(2, 130)
     with pytest.raises(ValueError, match=r"X must be bf16, fp16 or fp32 \[..., 130\]"):
