@@ -19,7 +19,13 @@ from rac_kernels.ops.fp8 import dequantize_blocks
 from rac_kernels.ops.hessian import hessian_accumulate_
 from rac_kernels.ops.inverse import inverse_
 from rac_kernels.ops.mirror import symmetrize_
-from rac_kernels.ops.objective import objective, reconstruction_error, squared_outputs
+from rac_kernels.ops.objective import (
+    objective,
+    reconstruction_error,
+    reported_objective,
+    squared_outputs,
+    squared_outputs_of,
+)
 from rac_kernels.ops.packed import (
     Packed,
     PackedLayout,
@@ -99,6 +105,7 @@ __all__ = [
     "refactor_",
     "refine",
     "relative_error",
+    "reported_objective",
     "residual_gap",
     "roofline",
     "round_in_order",
@@ -111,6 +118,7 @@ __all__ = [
     "squared_gaps",
     "squared_norm_accumulate_",
     "squared_outputs",
+    "squared_outputs_of",
     "sweep",
     "symmetrize_",
     "take_rows",

@@ -23,7 +23,9 @@ from rac_kernels import (
     matched_target,
     objective,
     reconstruction_error,
+    reported_objective,
     squared_outputs,
+    squared_outputs_of,
 )
 
 DIGITS = 1e-5  # in which two errors that are found in different ways may differ
@@ -185,14 +187,10 @@ def prune_matrices(
     if gram is None:
         return results
     H = gram.upper()
-    measured = [
-        _measured(result, weight, wanted, H, outputs, number)
-        for number, (result, weight, wanted) in enumerate(zip(results, weights, targets, strict=True))
+    problems = enumerate(zip(results, weights, targets, strict=True))
+    return [
+        _measured(result, weight, wanted, H, outputs, held, number) for number, (result, weight, wanted) in problems
     ]
-    if held is None:
-        return measured
-    pairs = enumerate(zip(measured, weights, strict=True))
-    return [_judged(result, weight, held, number) for number, (result, weight) in pairs]
 
 
 def _solution(problem: LayerProblem, solve: Callable[[LayerProblem], Solution]) -> Solution:
@@ -206,28 +204,33 @@ def _solution(problem: LayerProblem, solve: Callable[[LayerProblem], Solution]) 
     return Solution(problem.weights.float().masked_fill(factor.dead, 0), factor.damping)
 
 
-def _judged(result: MatrixResult, weight: Tensor, held: HeldOut, number: int) -> MatrixResult:
-    """The result with its error on the tokens that were held out."""
-    cost, whole = held.error(weight, result.weight, number)
-    return replace(result, held_out_error=cost / whole if whole else 0.0, held_out_power=whole)
-
-
 def _measured(
-    result: MatrixResult, weight: Tensor, target: Target, H: Tensor, outputs: Outputs | None, number: int
+    result: MatrixResult,
+    weight: Tensor,
+    target: Target,
+    H: Tensor,
+    outputs: Outputs | None,
+    held: HeldOut | None,
+    number: int,
 ) -> MatrixResult:
-    """The result with its errors under H (upper triangle) beside those of magnitude pruning.
+    """The result with its errors under H (upper triangle) beside those of magnitude pruning, and of tokens `held` out.
 
     `number` is the matrix's place among those whose `outputs` are known.
     """
     candidate = _by_magnitude(weight, target)
     if outputs is None:
-        whole, cost = squared_outputs(weight, H), objective(weight, result.weight, H)
+        whole, *others = squared_outputs_of(weight, [H] if held is None else [H, held.gram])
+        cost = reported_objective(weight, result.weight, H)
         # Of the weights that went, to fewer digits: where both are the same, so are their errors.
         by_magnitude = cost if torch.equal(result.weight, candidate) else squared_outputs(weight - candidate, H)
     else:
-        cross, whole = outputs.of(weight), outputs.dense[number]
+        cross, whole, others = outputs.of(weight), outputs.dense[number], []
         cost = reconstruction_error(result.weight, H, cross, outputs.power[number])
         by_magnitude = reconstruction_error(candidate, H, cross, outputs.power[number])
+    if held is not None:
+        cost_held, whole_held = held.error(weight, result.weight, number, *others)
+        share_held = cost_held / whole_held if whole_held else 0.0
+        result = replace(result, held_out_error=share_held, held_out_power=whole_held)
     share, simple = (each / whole if whole else 0.0 for each in (cost, by_magnitude))
     notes = result.notes
     if share > simple * (1 + DIGITS):

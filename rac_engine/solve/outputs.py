@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rac_kernels import all_finite, objective, output_cross, reconstruction_error, squared_outputs
+from rac_kernels import all_finite, output_cross, reconstruction_error, reported_objective, squared_outputs
 
 FEWEST_TOKENS = 256  # that are held out, with fewer of which nothing can be chosen
 
@@ -79,14 +79,15 @@ class HeldOut:
         """Whether there are enough of them to choose by: an expert may have been sent few."""
         return self.tokens >= FEWEST_TOKENS
 
-    def error(self, weight: Tensor, pruned: Tensor, number: int) -> tuple[float, float]:
+    def error(self, weight: Tensor, pruned: Tensor, number: int, whole: float | None = None) -> tuple[float, float]:
         """The squared error of a pruned matrix's outputs, and the square of the dense one's.
 
         `weight` and `pruned` are [rows, columns], any float dtype; `number` is the matrix's place among those whose
-        `outputs` are known.
+        `outputs` are known. `whole` is the dense one's square where no outputs are and it is known already.
         """
         if self.outputs is None:
-            return objective(weight, pruned, self.gram), squared_outputs(weight, self.gram)
+            whole = squared_outputs(weight, self.gram) if whole is None else whole
+            return reported_objective(weight, pruned, self.gram), whole
         own, cross = squared_outputs(pruned, self.gram), self.outputs.of(weight)
         return (
             reconstruction_error(pruned, self.gram, cross, self.outputs.power[number], own=own),

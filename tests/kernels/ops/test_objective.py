@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rac_kernels import objective, squared_outputs
+from rac_kernels import factor_, objective, reported_objective, squared_outputs, squared_outputs_of, sweep
 from rac_kernels.testing import gram
 
 
@@ -43,6 +43,36 @@ def test_squared_outputs(rows, n, dtype):
     assert squared_outputs(W, H.triu() + torch.full_like(H, 1e9).tril(-1)) == pytest.approx(
         float((X @ W.double().T).square().sum()), rel=3e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "low-rank plus noise", "outliers", "dead"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_reported_objective_of_what_the_sweep_leaves(kind, dtype):
+    """Also where so little is left of what the weights that went would cost alone that fp32 does not do."""
+    H = gram(kind, 300)
+    W = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    Q = sweep(W, factor_(H.clone(), 0.01).U, 0.5).to(dtype)
+    upper = H.triu() + torch.full_like(H, torch.nan).tril(-1)
+    assert reported_objective(W, Q, upper) == pytest.approx(objective(W, Q, upper), rel=2e-6)
+
+
+def test_reported_objective_goes_on_in_fp64_where_fp32_has_no_digits_left(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    X, W = 1 + 1e-2 * torch.randn(50, 8, generator=generator), torch.randn(1, 8, generator=generator)
+    H, W = X.T @ X, W - W.mean()  # the ones cancel
+    expected = float(torch.trace(W.double() @ H.double() @ W.double().T))
+    assert reported_objective(W, torch.zeros_like(W), H) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr(sys.modules[objective.__module__], "CANCELLED", 1e9)
+    assert reported_objective(W, torch.zeros_like(W), H) != pytest.approx(expected, rel=1e-12)
+    huge = torch.full((2, 3), 1e30, dtype=torch.bfloat16)
+    assert reported_objective(huge, torch.zeros_like(huge), torch.eye(3)) > 1e60
+    assert reported_objective(W, W, H) == 0
+
+
+def test_squared_outputs_by_several_matrices_at_once():
+    W = torch.randn(9, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    Hs = [gram("plain", 300), gram("outliers", 300)]
+    assert squared_outputs_of(W, Hs) == [squared_outputs(W, H) for H in Hs]
 
 
 def test_squared_outputs_of_weights_whose_squares_are_beyond_fp32():
