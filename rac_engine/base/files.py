@@ -191,6 +191,8 @@ def pages(count: int, pin: bool = False) -> mmap.mmap:
     is not given back, which no plan of memory can bear.
     """
     memory = _Locked(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # not every kernel has huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     if pin:
         import torch
 

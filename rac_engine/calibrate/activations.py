@@ -100,6 +100,13 @@ class Activations(ABC):
     def write(self, start: int, values: Tensor) -> None:
         """Put values [n, width] in the place of tokens `start` up to `start` + n. They must not be changed later."""
 
+    def room(self, start: int, stop: int) -> Tensor | None:
+        """The place of tokens `start` up to `stop` [stop − start, width], to be filled in place of a `write`.
+
+        None where what is written has a way to go.
+        """
+        return None
+
     def prepare(self, spans: Sequence[Span]) -> None:  # noqa: B027 - most have nothing to fetch
         """Start to fetch the first of the spans for an `each` to come, while something else is done."""
 
@@ -123,6 +130,9 @@ class _Resident(Activations):
 
     def each(self, spans: Sequence[Span]) -> Iterator[Tensor]:
         return (self._all[start:stop] for start, stop in spans)
+
+    def room(self, start: int, stop: int) -> Tensor | None:
+        return self._all[start:stop]
 
     def write(self, start: int, values: Tensor) -> None:
         self._all[start : start + len(values)] = values

@@ -19,7 +19,7 @@ from rac_engine.calibrate.drift import Drift
 from rac_engine.calibrate.observers import counting, expert_match, matching, recording
 from rac_engine.calibrate.packing import Packing
 from rac_engine.calibrate.statistics import Statistic
-from rac_engine.models import Block, Chunk, Model
+from rac_engine.models import Block, Chunk, Model, Observer
 
 KEEP_BYTES = 1 << 30  # what a block's inner activations may take, to spare computing them again
 
@@ -66,12 +66,14 @@ class Stream:
         where the tokens go no further, or the block will be another by then.
         """
         kept = self._room_for(block) if keep and block.last in statistics else None
+        normed = self._room_for_chunk()
         for chunk, hidden in self.chunks():
-            x, observers = block.norm(hidden), counting(self._own(statistics, chunk), self._weights(chunk))
+            x = block.norm(hidden, normed[: len(hidden)])
+            observers = counting(self._own(statistics, chunk), self._weights(chunk))
             if kept is None:
                 block.observe(x, chunk, observers)
             else:
-                kept.write(chunk.start, block.inner(x, chunk, observers))
+                _keep(kept, chunk, block, x, observers)
         if kept is not None:
             kept.prepare(self._spans)
         return kept
@@ -104,7 +106,7 @@ class Stream:
             if kept is None:
                 block.observe(x, chunk, observers)
             else:
-                kept.write(chunk.start, block.inner(x, chunk, observers))
+                _keep(kept, chunk, block, x, observers)
             between = recording(dense, [name for name in statistics if name != block.last])
             others = dict[str, list[Tensor]]()
             if block.last is not None and block.last in statistics:
@@ -216,6 +218,11 @@ class Stream:
         keep = keeps_inner(block.plan.mixes, *sizes, self._keep_bytes)
         return self._make_activations(block.width) if keep else None
 
+    def _room_for_chunk(self) -> Tensor:
+        """Room for the hidden states of any chunk, for one pass: new memory for each costs what it takes to fill it."""
+        most = max((chunk.stop - chunk.start for chunk in self.packing.chunks), default=0)
+        return torch.empty(most, self.hidden.width, dtype=self.dtype, device=self.device)
+
     def _make_activations(self, width: int) -> Activations:
         return Activations.make(len(self.packing.token_ids), width, self.dtype, self._storage)
 
@@ -233,8 +240,10 @@ class Stream:
         before = None if kept is None else kept.each(self._spans)
         for chunk, hidden in chunks:
             inner = block.inner(block.norm(hidden), chunk) if before is None else next(before)
-            hidden = block.finish(hidden, inner)
-            self.hidden.write(chunk.start, hidden)
+            room = self.hidden.room(chunk.start, chunk.stop)
+            hidden = block.finish(hidden, inner, room)
+            if room is None:
+                self.hidden.write(chunk.start, hidden)
             del inner
             yield chunk, hidden
         if kept is not None:
@@ -249,6 +258,14 @@ class Stream:
     def _weights(self, chunk: Chunk) -> Tensor | None:
         weights = self.packing.weights
         return None if weights is None else weights[chunk.start : chunk.stop].to(self.device)
+
+
+def _keep(kept: Activations, chunk: Chunk, block: Block, x: Tensor, observers: Mapping[str, Observer]) -> None:
+    """Go through a block with its normalised input x [tokens, hidden], and keep its inner activations."""
+    room = kept.room(chunk.start, chunk.stop)
+    inner = block.inner(x, chunk, observers, room)
+    if room is None:
+        kept.write(chunk.start, inner)
 
 
 @dataclass(frozen=True)

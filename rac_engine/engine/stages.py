@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from rac_engine.base.process import trim_memory
 from rac_engine.calibrate import Activations, Stream
 from rac_engine.engine.blocks import begin_comparing, compare, end_comparing
 from rac_engine.engine.context import Left
@@ -14,6 +15,8 @@ from rac_engine.engine.solving import solve_group
 from rac_engine.engine.tuning import tune_block
 from rac_engine.models import Matrix
 from rac_engine.solve import left_dense
+
+_LARGE = 8 << 20  # bytes of a statistic that make solving the time of most memory
 
 
 def prune_layer(layer: Layer) -> None:
@@ -111,6 +114,8 @@ def _prune_stage(
                 end_comparing(layer, drift)
                 if block.last in statistics:
                     del layer.beside[number]
+        if any(statistic.value.nbytes > _LARGE for statistic in statistics.values()):
+            trim_memory()  # of what the pass has left in the heap; solving takes other sizes
         for group in some:
             solve_group(layer, group, statistics.pop(group[0].group.input))
     return kept

@@ -20,7 +20,7 @@ from rac_engine.models.plans import BlockPlan, Family
 from rac_engine.models.recurrent import States, cache_name, run_on, run_packed
 from rac_kernels import add_residual, residual_gap
 
-NORMED = 512  # tokens that are normalised at a time on a CPU
+PIECE = 512  # tokens that are gone on with at a time on a CPU
 
 
 class Block:
@@ -86,31 +86,29 @@ class Block:
         for expert, (entrance, exit_) in zip(self._mixture, self._mixture.names, strict=True):
             self._routed |= {entrance: (cast(Expert, expert), False), exit_: (cast(Expert, expert), True)}
 
-    def norm(self, hidden: Tensor) -> Tensor:
-        """The block's normalised input [tokens, hidden] from the hidden states before it.
+    def norm(self, hidden: Tensor, room: Tensor | None = None) -> Tensor:
+        """The block's normalised input [tokens, hidden] from the hidden states before it, in `room` if that does.
 
         On a CPU some tokens at a time, so that what a norm makes in fp32 on the way stays in the cache: a third of the
         time, and the same bits, as each token is normalised by itself.
         """
-        norm, tokens = self._norm, len(hidden)
-        whole = isinstance(norm, nn.Identity) or tokens <= NORMED
-        if whole or hidden.device.type != "cpu" or torch.is_grad_enabled():
-            normed: Tensor = norm(hidden)
+        if isinstance(self._norm, nn.Identity) or hidden.device.type != "cpu" or torch.is_grad_enabled():
+            normed: Tensor = self._norm(hidden)
             return normed
-        first: Tensor = norm(hidden[:NORMED])
-        made = first.new_empty(tokens, *first.shape[1:])
-        made[:NORMED] = first
-        for at in range(NORMED, tokens, NORMED):
-            made[at : at + NORMED] = norm(hidden[at : at + NORMED])
-        return made
+        return _piecewise(lambda some: self._norm(hidden[some]), _pieces(len(hidden)), room)
 
-    def inner(self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer] | None = None) -> Tensor:
+    def inner(
+        self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer] | None = None, room: Tensor | None = None
+    ) -> Tensor:
         """The input of the last matrix [tokens, width] from the block's normalised input x [tokens, hidden].
 
         In a mixture, or with an MLP beside, there is no such input: the output [tokens, hidden] of all is returned.
-        `observers` are shown the inputs they name.
+        `observers` are shown the inputs they name. `room` [tokens, width] is where to put what is returned.
         """
-        return self._pass(x, chunk, Observation(observers or {}, through=True))
+        made = self._pass(x, chunk, Observation(observers or {}, through=True), room)
+        if room is None or made is room:
+            return made
+        return room.copy_(made)
 
     def observe(self, x: Tensor, chunk: Chunk, observers: Mapping[str, Observer]) -> None:
         """Show `observers` the inputs they name of x [tokens, hidden], going no further into the block than needed."""
@@ -131,9 +129,17 @@ class Block:
         output = self.linears[name]
         return F.linear(inner, output.get_parameter("weight"))
 
-    def finish(self, hidden: Tensor, inner: Tensor) -> Tensor:
-        """The hidden states behind the block [tokens, hidden] from those before it and its `inner`."""
-        return self.add(hidden, self.output(inner))
+    def finish(self, hidden: Tensor, inner: Tensor, room: Tensor | None = None) -> Tensor:
+        """The hidden states behind the block [tokens, hidden] from those before it and its `inner`.
+
+        `room` [tokens, hidden] is where to put them; it may be the memory of those before.
+        """
+        if _goes_by_pieces(inner):
+            pieces = _pieces(len(hidden))
+            made = _piecewise(lambda some: self.add(hidden[some], self.output(inner[some])), pieces, room)
+        else:
+            made = self.add(hidden, self.output(inner))
+        return made if room is None or made is room else room.copy_(made)
 
     def output(self, inner: Tensor) -> Tensor:
         """The last matrix's output [tokens, hidden] for its input `inner` [tokens, width], its bias included."""
@@ -179,19 +185,21 @@ class Block:
             for (module, name), parameter in held.items():
                 module.register_parameter(name, parameter)
 
-    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation) -> Tensor:
+    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation, room: Tensor | None = None) -> Tensor:
         observation.show(self.first, x)
         hooks = [self._hook(name, observation, len(x)) for name in self._between if name in observation.left]
         if self._mixture is not None:
             self._mixture.observation = observation
         try:
+            by_pieces = not hooks and _goes_by_pieces(x)
             if self.plan.attention:
-                inner = self._attend(x, chunk)
+                inner = self._attend(x, chunk, room) if by_pieces else self._attend_to(x, chunk)
             elif self.plan.recurrent:
                 inner = self._recur(x, chunk)
+            elif by_pieces and self._mixture is None:
+                inner = _piecewise(lambda some: self._run(x[some]), _pieces(len(x)), room)
             else:
-                made = self._module(x[None])
-                inner = (made[0] if isinstance(made, tuple) else made)[0]
+                inner = self._run(x)
             if self._beside is not None:
                 inner = inner + self._beside(x)
         finally:
@@ -203,7 +211,18 @@ class Block:
             observation.show(self.last, inner)
         return inner
 
-    def _attend(self, x: Tensor, chunk: Chunk) -> Tensor:
+    def _run(self, x: Tensor) -> Tensor:
+        """What a module that looks at each token by itself gives for x [tokens, hidden]."""
+        made = self._module(x[None])
+        inner: Tensor = (made[0] if isinstance(made, tuple) else made)[0]
+        return inner
+
+    def _attend(self, x: Tensor, chunk: Chunk, room: Tensor | None) -> Tensor:
+        pieces = {each.start - chunk.start: each for each in chunk.pieces(PIECE)}
+        spans = [slice(at, at + each.stop - each.start) for at, each in pieces.items()]
+        return _piecewise(lambda some: self._attend_to(x[some], pieces[some.start]), spans, room)
+
+    def _attend_to(self, x: Tensor, chunk: Chunk) -> Tensor:
         lengths = chunk.lengths
         if not chunk.is_part:
             self._seen = None
@@ -247,6 +266,35 @@ class Block:
         return self.linears[name].register_forward_pre_hook(hook)
 
 
+def _goes_by_pieces(x: Tensor) -> bool:
+    """Whether x [tokens, …] goes through linear layers some tokens at a time, so that all that is made stays in cache.
+
+    Where these give the same bits: oneDNN's products of bf16 do, those of other libraries need not.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def _pieces(tokens: int) -> list[slice]:
+    """Even runs of at most `PIECE` tokens, in order: of very few some products are others."""
+    count = max(-(-tokens // PIECE), 1)
+    return [slice(tokens * at // count, tokens * (at + 1) // count) for at in range(count)]
+
+
+def _piecewise(make: Callable[[slice], Tensor], pieces: Sequence[slice], room: Tensor | None = None) -> Tensor:
+    """What `make` gives for each of the pieces [tokens, …], behind one another, in `room` if it is of their kind."""
+    first, *others = pieces
+    made = make(first)
+    if not others:
+        return made
+    shape = (others[-1].stop, *made.shape[1:])
+    fits = room is not None and room.dtype == made.dtype and room.shape == shape
+    every = room if room is not None and fits else made.new_empty(shape)
+    every[first] = made
+    for some in others:
+        every[some] = make(some)
+    return every
+
+
 class Head(Block):
     """The final norm and `lm_head`, as a block of which only the input is ever asked for."""
 
@@ -255,10 +303,10 @@ class Head(Block):
         self.groups, self._norm, self.linears = [group], norm, {}
         self.first, self.last, self.width = group.input, None, 0
 
-    def finish(self, hidden: Tensor, inner: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, inner: Tensor, room: Tensor | None = None) -> Tensor:
         """The hidden states as they are: no token goes further."""
         return hidden
 
-    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation) -> Tensor:
+    def _pass(self, x: Tensor, chunk: Chunk, observation: Observation, room: Tensor | None = None) -> Tensor:
         observation.show(self.first, x)
         return x

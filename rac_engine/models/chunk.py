@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -29,3 +30,24 @@ class Chunk:
         """Where each token [tokens] stands in its sequence, counted from 0."""
         ranges = torch.cat([torch.arange(length, device=device) for length in self.lengths])
         return ranges[self.offset : self.offset + self.stop - self.start]
+
+    def pieces(self, most: int) -> list[Chunk]:
+        """The chunk in pieces of whole sequences, of at most `most` tokens and an eighth, where that can be.
+
+        Sequences of equal length, which are one batch in attention, stay together, and so do parts of a sequence. The
+        last piece is no smaller than an eighth of `most`.
+        """
+        if self.is_part or self.stop - self.start <= most:
+            return [self]
+        pieces = list[tuple[int, ...]]()
+        for _, run in itertools.groupby(self.lengths):
+            alike = tuple(run)
+            if pieces and sum(pieces[-1]) + sum(alike) <= most:
+                pieces[-1] += alike
+            else:
+                pieces.append(alike)
+        if len(pieces) > 1 and 8 * sum(pieces[-1]) < most:
+            last = pieces.pop()
+            pieces[-1] += last
+        ends = list(itertools.accumulate(map(sum, pieces), initial=self.start))
+        return [Chunk(start, stop, own) for start, stop, own in zip(ends, ends[1:], pieces, strict=False)]

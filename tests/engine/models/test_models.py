@@ -20,6 +20,7 @@ from rac_engine.calibrate.stream import Stream
 from rac_engine.checkpoint.reader import INDEX, Checkpoint
 from rac_engine.models import attention, dtypes
 from rac_engine.models import block as blocks
+from rac_engine.models.chunk import Chunk
 from rac_engine.models.model import Model
 from rac_kernels.ops import attention as ops
 from tests import tiny
@@ -226,6 +227,43 @@ def test_heads_beyond_any_model_are_refused_at_once(checkpoint: Make, family: st
         Model.of_config(Path("m"), {**config, "head_dim": 1 << 32})
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "deepseek_v3"])
+def test_some_tokens_at_a_time_have_the_same_bits(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Through whole blocks in bf16, in the room that is given for what comes of it and without."""
+    model = Model.open(Checkpoint.open(checkpoint(family)))
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
+    chunk = Chunk(7, 7 + 300, (100, 60, 60, 40, 33, 7))
+    width = model.config.hidden_size
+    hidden = torch.randn(300, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for one in model.build_layer(0, tensors, torch.bfloat16, "cpu"):
+        with torch.inference_mode():
+            x = one.norm(hidden)
+            whole = one.inner(x, chunk)
+            behind = one.finish(hidden, whole)
+            monkeypatch.setattr(blocks, "PIECE", 96)
+            room = torch.empty_like(whole)
+            assert torch.equal(one.inner(x, chunk), whole)
+            assert one.inner(x, chunk, room=room) is room and torch.equal(room, whole)
+            states = hidden.clone()
+            assert one.finish(states, whole, states) is states and torch.equal(states, behind)
+            assert torch.equal(one.finish(hidden, whole), behind)
+            monkeypatch.undo()
+
+
+def test_pieces_of_a_chunk() -> None:
+    chunk = Chunk(10, 310, (100, 60, 60, 40, 33, 7))
+    assert [(each.start, each.stop, each.lengths) for each in chunk.pieces(96)] == [
+        (10, 110, (100,)),
+        (110, 230, (60, 60)),
+        (230, 310, (40, 33, 7)),
+    ]
+    assert [each.lengths for each in chunk.pieces(75)] == [(100,), (60, 60), (40, 33, 7)]  # 7 are too few
+    part = Chunk(0, 300, (500,), 200)
+    assert part.pieces(96) == [part] and chunk.pieces(300) == [chunk]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_some_tokens_normalised_at_a_time_have_the_same_bits(
@@ -233,10 +271,10 @@ def test_some_tokens_normalised_at_a_time_have_the_same_bits(
 ) -> None:
     model = Model.open(Checkpoint.open(checkpoint(family, hidden_size=96)))
     tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
-    hidden = torch.randn(2 * blocks.NORMED + 1, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    hidden = torch.randn(2 * blocks.PIECE + 1, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     for one in model.build_layer(0, tensors, dtype, "cpu"):
         with torch.inference_mode():
             by_parts = one.norm(hidden)
-            monkeypatch.setattr(blocks, "NORMED", len(hidden))
+            monkeypatch.setattr(blocks, "PIECE", len(hidden))
             assert by_parts.dtype == dtype and torch.equal(one.norm(hidden), by_parts)
             monkeypatch.undo()
