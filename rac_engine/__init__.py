@@ -99,6 +99,7 @@ def prune(
     """
     from rac_engine.engine import prune as run
     from rac_engine.jobs.surroundings import usable_device
+    from rac_engine.pack import pack_output
     from rac_engine.report import write_report
 
     return run(
@@ -112,6 +113,7 @@ def prune(
         host_memory=host_memory,
         progress=progress,
         finish=write_report,
+        packer=pack_output,
     )
 
 

@@ -94,6 +94,8 @@ def add_fields(
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
+        elif kind is bool:
+            options["action"] = "store_true"
         else:
             options["type"] = {int: size, float: float, Path: Path}.get(kind, str)
             options["metavar"] = {int: "N", float: "X", Path: "FILE"}.get(
@@ -110,7 +112,7 @@ def add_fields(
         shown = field.description or ""
         if field.is_required():
             options["required"] = True
-        elif field.default not in (None, [], {}):
+        elif field.default not in (None, False, [], {}):
             default = f"{field.default:,}" if isinstance(field.default, int) else field.default
             shown += f" (default: {default})"
         shown = shown.replace("%", "%%")

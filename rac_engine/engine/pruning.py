@@ -21,6 +21,8 @@ from rac_engine.engine.context import Context
 from rac_engine.engine.layer_files import LayerFiles
 from rac_engine.engine.limits import allocator_restored, limited_gpu
 from rac_engine.engine.loop import prune_layers
+from rac_engine.engine.metrics import load_metrics
+from rac_engine.engine.packed import Packer, drop_packed, drop_packing, is_packed_whole, new_packing, take_place
 from rac_engine.engine.setup import PruneRequest, Setup, describe, identity_of, set_up
 from rac_engine.engine.streams import open_streams
 from rac_engine.engine.survey import Allocation, FirstPass, allocate, allocated
@@ -28,9 +30,10 @@ from rac_engine.engine.verify import verify
 from rac_engine.jobs.clock import Clock
 from rac_engine.jobs.job import FolderJob
 from rac_engine.jobs.journal import Journal
-from rac_engine.jobs.layout import ALLOCATION, PRUNE_JOURNAL
+from rac_engine.jobs.layout import ALLOCATION, PRUNE_JOURNAL, RAC
 from rac_engine.jobs.timeline import Timeline
 from rac_engine.models import Model
+from rac_engine.plan import packed_bytes
 from rac_engine.recipe import PruneSettings, Recipe, absolute, dump, load_recipe
 from rac_engine.traces import Calibration, dated, moment_of
 
@@ -52,6 +55,7 @@ def prune(
     progress: Callable[[str], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
     finish: Callable[[Path], object] = lambda _: None,
+    packer: Packer | None = None,
 ) -> PruneReport:
     """Prune the checkpoint `model` into the new folder `out`.
 
@@ -70,10 +74,13 @@ def prune(
         progress: Called with what is being done in words, with the time left once a layer has shown its pace.
         note: Called before the work begins with what the report will remark on the calibration.
         finish: Called with the whole folder before it becomes `out`, to put a report there.
+        packer: `rac_engine.pack.pack_output`, for settings that say `pack`; without it they raise ValueError.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out, recipe = Path(out), _recipe(Path(model), recipe)
+    if recipe.prune.pack and packer is None:
+        raise ValueError("settings with `pack` need a `packer`")
     claim = FolderJob(out, model=recipe.model)
     with allocator_restored(), claim as job:  # before anything is read: a second process is refused at once
         request = PruneRequest(
@@ -88,6 +95,7 @@ def prune(
             progress=progress,
             note=note,
             finish=finish,
+            packer=packer if recipe.prune.pack else None,
         )
         report = _prune(request, job)
         job.publish()
@@ -120,15 +128,44 @@ def _prune(request: PruneRequest, job: FolderJob) -> PruneReport:
             stopped=lambda: f"stopped with {min(job.done, model.layers)} of {model.layers} layers done",
             worthwhile=lambda: bool(job.done) or (partial / ALLOCATION).exists(),  # that of a first pass
         )
+        if request.packer and (known := _packed_before(request, partial, model, job.done)) is not None:
+            return known
         clock = Clock()
         allocation = _allocation(setup, partial, identity, clock, request.progress)
         context = _begin(setup, request, partial, journal, clock, allocation)
         prune_layers(context)
         recipe = dump(absolute(request.recipe))
         report = close_job(context, request.out, run, recipe, setup.remarks, setup.resident, job.notes)
-        request.finish(partial)
-        _read_back(partial, model, request.progress)
+        if request.packer is None or not _pack(request, request.packer, partial, model):
+            request.finish(partial)
+            _read_back(partial, model, request.progress)
     return report
+
+
+def _pack(request: PruneRequest, packer: Packer, partial: Path, model: Model) -> bool:
+    """Put the packed form of the finished job in the place of the plain one, unless it is no smaller."""
+    folder = new_packing(partial)
+    if not packer(partial, folder, request.out, request.recipe.prune.values, request.progress):
+        drop_packing(partial)
+        request.note("no matrix would become smaller by packing: the output has plain weights")
+        return False
+    request.finish(folder)
+    _read_back(folder, model, request.progress)
+    take_place(partial)
+    return True
+
+
+def _packed_before(request: PruneRequest, partial: Path, model: Model, layers: int) -> PruneReport | None:
+    """What a job has come to that was stopped once its packed form was whole; None if it was not, or is damaged."""
+    if not is_packed_whole(partial):
+        return None
+    drop_packing(partial)
+    take_place(partial)
+    if verify(partial, model.checkpoint, request.progress).problems:
+        drop_packed(partial)
+        return None
+    known = load_metrics(partial / RAC)
+    return PruneReport(request.out, known.run, known.matrices, known.end, layers, known.blocks, known.layers)
 
 
 def _allocation(
@@ -155,6 +192,8 @@ def _begin(
     """The job with its shards reserved on disk and its tokens embedded."""
     memory, timeline = setup.memory, Timeline()
     beside = memory.disk if setup.packing is not None else 0
+    if setup.settings.pack:
+        beside = max(beside, packed_bytes(setup.model, setup.settings, setup.skipped))
     writer = CheckpointWriter(setup.model.checkpoint, partial, beside)
     context = Context(
         model=setup.model,

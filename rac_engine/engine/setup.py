@@ -16,6 +16,7 @@ from rac_engine.base.process import resident
 from rac_engine.calibrate import Packing
 from rac_engine.checkpoint import Checkpoint, origin_of
 from rac_engine.engine.limits import device_name, machine_limits
+from rac_engine.engine.packed import Packer
 from rac_engine.jobs.journal import first_record
 from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
@@ -50,6 +51,8 @@ class PruneRequest:
     progress: Callable[[str], None]
     note: Callable[[str], None]
     finish: Callable[[Path], object]
+    packer: Packer | None
+    """None where the output stays plain."""
 
 
 @dataclass(frozen=True)

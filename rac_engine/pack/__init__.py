@@ -7,8 +7,9 @@ that publishes its folder whole. The form of a matrix is `rac_kernels.pack`'s; r
 
 from __future__ import annotations
 
-from rac_engine.pack.packing import pack
+from rac_engine.pack.beside import packed_card
+from rac_engine.pack.packing import pack, pack_output
 from rac_engine.pack.sizes import PackReport, load_report
 from rac_engine.pack.unpacking import UnpackReport, unpack
 
-__all__ = ["PackReport", "UnpackReport", "load_report", "pack", "unpack"]
+__all__ = ["PackReport", "UnpackReport", "load_report", "pack", "pack_output", "packed_card", "unpack"]

@@ -59,12 +59,13 @@ def plain_card(card: str) -> str:
 
 
 def copy_records(source: Path, folder: Path) -> None:
-    """Copy the folder `rac` of a checkpoint, but for what is made anew."""
+    """Copy the folder `rac` of a checkpoint, which `folder` may lie in, but for what is made anew."""
     home = source / RAC
     with disk_errors(folder):
         for file in sorted(home.rglob("*")):
             name = str(file.relative_to(source))
-            if file.is_file() and name not in (f"{RAC}/{MANIFEST}", f"{RAC}/{PACK}", PACK_JOURNAL):
+            made_anew = name in (f"{RAC}/{MANIFEST}", f"{RAC}/{PACK}", PACK_JOURNAL) or file.is_relative_to(folder)
+            if file.is_file() and not made_anew:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(inside(source, name), folder / name)
 

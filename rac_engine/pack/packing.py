@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,16 +69,40 @@ def pack(
             stopped=lambda: "stopped",
             worthwhile=lambda: False,
         )
-        folder = job.partial
-        packing = _Packing(checkpoint, matrices, values, progress)
-        written = write_shards(checkpoint, folder, packing.make)
-        if not packing.packed:
-            raise BadInput(f"{source}: no matrix has zeros enough to become smaller; prune it first, then pack it")
-        report = packing.report(out, written)
-        _write_beside(folder, checkpoint, report, packing)
-        (folder / PACK_JOURNAL).unlink()
-        write_manifest(folder)
+        report = _write(job.partial, out, _Packing(checkpoint, matrices, values, progress))
+        (job.partial / PACK_JOURNAL).unlink()
+        write_manifest(job.partial)
         job.publish()
+    return report
+
+
+def pack_output(source: Path, folder: Path, out: Path, values: Values, progress: Callable[[str], None]) -> bool:
+    """Write the output `source` of a pruning, which will be `out`, to the empty folder `folder` in packed form.
+
+    Nothing is rounded: a matrix that is not on a grid of `values`, as one that was left dense, is packed bit for bit.
+    Returns False where no matrix becomes smaller; what is in `folder` then is of no use.
+    """
+    checkpoint = _opened(source)
+    try:
+        _write(folder, out, _Packing(checkpoint, _matrices(checkpoint), values, progress, rounds=False))
+    except _NotSmallerError:
+        return False
+    write_manifest(folder)
+    return True
+
+
+class _NotSmallerError(BadInput):
+    """No matrix of a checkpoint becomes smaller by packing."""
+
+
+def _write(folder: Path, out: Path, packing: _Packing) -> PackReport:
+    """Write everything of a packed folder but its manifest."""
+    written = write_shards(packing.checkpoint, folder, packing.make)
+    if not packing.packed:
+        source = packing.checkpoint.path
+        raise _NotSmallerError(f"{source}: no matrix has zeros enough to become smaller; prune it first, then pack it")
+    report = packing.report(out, written)
+    _write_beside(folder, packing.checkpoint, report, packing)
     return report
 
 
@@ -110,6 +135,8 @@ class _Packing:
     matrices: dict[str, list[Matrix]]
     values: Values
     progress: Callable[[str], None]
+    rounds: bool = True
+    """Whether what is not on a grid of `values` is rounded to one, rather than packed bit for bit."""
     packed: list[str] = field(default_factory=list)
     """Names of what was packed."""
     kept: int = 0
@@ -118,12 +145,14 @@ class _Packing:
     zeros: dict[str, int] = field(default_factory=dict)
     """Zeros of matrices in such tensors, by the matrix's name."""
     as_they_are: list[str] = field(default_factory=list)
+    off_grid: list[str] = field(default_factory=list)
+    """Names of what was packed bit for bit, though `values` are integers."""
     squares: float = 0.0
     gaps: float = 0.0
 
     def make(self, info: TensorInfo) -> Tensor:
         """The tensor as it is written."""
-        self.progress(info.name)
+        self.progress(f"packing {info.name}")
         dense = self.checkpoint.read(info.name)
         made = self._packed(info, dense) if info.name in self.matrices else None
         return dense if made is None else made.data
@@ -134,23 +163,28 @@ class _Packing:
         if least >= info.nbytes:
             self.as_they_are.append(info.name)
             return None
-        try:
-            made = pack_matrix(dense, self.values)
-        except ValueError as error:
-            raise BadInput(f"{info.file}: tensor {info.name!r}: {error}; pack it with --values same") from None
+        made = self._form(info, dense) if self.rounds else _exact_form(dense, self.values)
         if made.layout.size >= info.nbytes:
             self.as_they_are.append(info.name)
             return None
         back = unpack_matrix(made)
         if not same_bits(back, dense):
             self._note_rounded(info, dense, back, zeros)
+        if made.layout.values != self.values:
+            self.off_grid.append(info.name)
         self.packed.append(info.name)
         self.kept += made.layout.kept
         self.squares += float(dense.float().square().sum(dtype=torch.float64))
         return made
 
+    def _form(self, info: TensorInfo, dense: Tensor) -> Packed:
+        try:
+            return pack_matrix(dense, self.values)
+        except ValueError as error:
+            raise BadInput(f"{info.file}: tensor {info.name!r}: {error}; pack it with --values same") from None
+
     def _note_rounded(self, info: TensorInfo, dense: Tensor, back: Tensor, zeros: int) -> None:
-        if self.values == "same":
+        if self.values == "same" or not self.rounds:
             raise Damaged(f"{info.file}: {info.name!r} did not come back from its packed form; memory fails")
         if zeros <= _FEW * dense.numel():
             raise BadInput(
@@ -195,7 +229,18 @@ class _Packing:
             deflate_sampled=sampled,
             w4=dense - here + round(W4_BYTES * weights),
             as_they_are=self.as_they_are,
+            off_grid=self.off_grid,
         )
+
+
+def _exact_form(dense: Tensor, values: Values) -> Packed:
+    """The packed form of a matrix: with integers for its kept values if they are on a grid, else with themselves."""
+    if values != "same":
+        with suppress(ValueError):  # numbers that no scale reaches
+            made = pack_matrix(dense, values)
+            if same_bits(unpack_matrix(made), dense):
+                return made
+    return pack_matrix(dense)
 
 
 def _write_beside(folder: Path, checkpoint: Checkpoint, report: PackReport, packing: _Packing) -> None:

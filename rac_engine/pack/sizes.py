@@ -51,6 +51,8 @@ class PackReport:
     """Bytes with the packed matrices in four bits a weight and without zeros instead."""
     as_they_are: list[str] = field(default_factory=list)
     """Matrices that would not have become smaller."""
+    off_grid: list[str] = field(default_factory=list)
+    """Matrices that are packed bit for bit, though `values` are integers: those on no grid of them."""
 
     @property
     def bits(self) -> float:
@@ -72,6 +74,8 @@ class PackReport:
         ]
         if count := len(self.as_they_are):
             lines.append(f"note       {count} matrices would not become smaller and are as they were")
+        if count := len(self.off_grid):
+            lines.append(f"note       {count} matrices are on no grid of {self.values} and are packed bit for bit")
         return "\n  ".join([f"{self.out}: {self.values}", *lines])
 
     def to_json(self) -> str:

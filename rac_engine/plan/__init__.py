@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rac_engine.plan.costs import PROGRAM_BYTES
 from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.packed import packed_bytes
 from rac_engine.plan.phases import Choice, Machine, Tokens
 from rac_engine.plan.plan import make_plan
 from rac_engine.plan.shapes import Shape, dtype_of
@@ -22,6 +23,7 @@ __all__ = [
     "dtype_of",
     "make_plan",
     "not_finite",
+    "packed_bytes",
     "plan_memory",
     "render",
     "skipped_matrices",

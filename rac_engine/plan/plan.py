@@ -23,6 +23,7 @@ from rac_engine.checkpoint import (
 )
 from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
+from rac_engine.plan.packed import packed_bytes
 from rac_engine.plan.phases import Machine, Tokens
 from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import skipped_matrices
@@ -63,7 +64,9 @@ class Plan:
     passes: int
     """Passes over the tokens of a layer for its experts: 2 where all Hessians are gathered together, else more."""
     disk: int
-    """Bytes of the output; while the job runs, `memory.disk` more."""
+    """Bytes of the output in plain form; while the job runs, `memory.disk` more."""
+    packed: int | None
+    """About the bytes of the output where it is packed: they are there beside the plain form before that goes."""
     hessians: bool
     """Whether the method gathers Hessians."""
     work: list[Work]
@@ -121,7 +124,8 @@ def make_plan(
     if further:
         router = 2.0 * opened.hidden_size * max(found.count for found in shape.inputs) * calibrated * further
         work.append(Work("further passes", router, "2 · hidden · experts · tokens: the router's choice again"))
-    disk = sum(info.nbytes for info in infos.values()) + _other_bytes(opened.checkpoint.path)
+    others = _other_bytes(opened.checkpoint.path)
+    disk = sum(info.nbytes for info in infos.values()) + others
     seconds = None
     if peaks is not None:
         dtype = dtype_of(opened, settings, machine.on_gpu)
@@ -139,6 +143,7 @@ def make_plan(
         memory=memory,
         passes=passes,
         disk=disk,
+        packed=packed_bytes(opened, settings, left_dense) + others if settings.pack else None,
         hessians=settings.solver.needs == "hessian",
         work=work,
         notes=opened.notes(),

@@ -29,7 +29,12 @@ def render(plan: Plan) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"  {why}: {', '.join(names[:3])}{more}")
     lines += ["", *_memory(plan)]
-    lines += ["", "Disk", f"  output  {format_bytes(plan.disk)}"]
+    lines += ["", "Disk"]
+    if plan.packed is None:
+        lines.append(f"  output  {format_bytes(plan.disk)}")
+    else:
+        lines.append(f"  output, packed  about {format_bytes(plan.packed)}")
+        lines.append(f"  beside it until it is whole, the plain form  {format_bytes(plan.disk)}")
     if plan.memory.disk:
         lines.append(f"  activations, while it runs  {format_bytes(plan.memory.disk)}")
     if plan.work:

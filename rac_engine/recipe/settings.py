@@ -245,6 +245,11 @@ class PruneSettings(Settings):
         "can say with a scale for every 32 or so, chosen so that the others make up for the rounding; `rac pack` then "
         "stores them so. With sparsity 0 all weights are kept",
     )
+    pack: bool = Field(
+        default=False,
+        description="write the output in packed form, as `rac pack` with the same values does: a bit a weight that "
+        "says what is kept, and only that is stored. What is not on the grid of `values` is packed bit for bit",
+    )
     damping: float | None = Field(
         default=None,
         gt=0,

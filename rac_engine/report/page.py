@@ -17,6 +17,7 @@ from rac_engine.engine import Metrics, environment, load_metrics, place_of, sour
 from rac_engine.evaluation import evaluations
 from rac_engine.jobs.layout import DENSE, PRUNED, RAC, RECIPE, REPORT, TRACES, TRACES_SUMMARY
 from rac_engine.jobs.steps import step_times
+from rac_engine.pack import load_report
 from rac_engine.report.comparison import comparison, recipe_of
 from rac_engine.report.figures import decode_lengths, error_map, held_out_maps, sparsity_map
 
@@ -56,6 +57,7 @@ def render(out: Path) -> str:
             run=metrics.run,
             end=metrics.end,
             metrics=metrics,
+            packed=load_report(out),
             rows=rows,
             dense=next((row for row in rows if row.name == DENSE), None),
             main=next((row for row in rows if row.main), None),

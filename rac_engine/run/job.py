@@ -96,6 +96,8 @@ def _require_space(recipe: Recipe, folder: Path) -> None:
     """`BadInput` unless the traces, the pruned model and a variant beside it fit on the disk with what is there."""
     model = Checkpoint.open(recipe.model)
     copies = 2 if recipe.compare else 1
+    if any(settings.pack for _, _, settings in models_of(recipe)):
+        copies += 1  # for a moment it is there in both forms
     wanted = copies * sum(info.nbytes for info in model.tensors.values())
     wanted += TRACE_TOKEN_BYTES * recipe.trace.tokens if recipe.trace else 0
     taken = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())

@@ -14,7 +14,7 @@ from rac_engine.base import faults
 from rac_engine.base.console import Console
 from rac_engine.base.files import copy_file, disk_errors, sha256_files, write_file
 from rac_engine.base.jsonfiles import read_json
-from rac_engine.base.sizes import percent
+from rac_engine.base.sizes import format_bytes, percent
 from rac_engine.engine import calibration_of, load_metrics, model_card, prune
 from rac_engine.evaluation import evaluate
 from rac_engine.jobs.journal import Journal
@@ -23,6 +23,7 @@ from rac_engine.jobs.layout import (
     DENSE,
     MANIFEST,
     METRICS,
+    PACK,
     PRUNE_JOURNAL,
     PRUNED,
     RAC,
@@ -36,6 +37,7 @@ from rac_engine.jobs.layout import (
     results_of,
 )
 from rac_engine.jobs.publish import write_manifest
+from rac_engine.pack import load_report, pack_output, packed_card
 from rac_engine.recipe import CalibrationSettings, PruneSettings, Recipe, absolute, dump
 from rac_engine.report import Row, comparison, write_report
 from rac_engine.solve import find_method
@@ -129,7 +131,8 @@ class Run:
             rows = comparison(self.folder)
             metrics = load_metrics(self.rac)
             card = {**metrics.run, "matrices": metrics.matrices, "evaluation": [asdict(row) for row in rows]}
-            write_file(self.folder / CARD, model_card(card).encode())
+            text, packed = model_card(card), load_report(self.folder)
+            write_file(self.folder / CARD, (text if packed is None else packed_card(text, packed)).encode())
             write_report(self.folder)
         write_manifest(self.folder)
         return rows
@@ -177,7 +180,7 @@ class Run:
             _remove(self._home(name))
             return
         _remove(*(entry for entry in self.folder.iterdir() if entry != self.rac))
-        _remove(self.folder / PRUNE_JOURNAL, *(self.rac / file for file in (METRICS, MANIFEST, RECIPE, REPORT)))
+        _remove(self.folder / PRUNE_JOURNAL, *(self.rac / file for file in (METRICS, MANIFEST, RECIPE, REPORT, PACK)))
 
     def _trace(self) -> None:
         assert self.recipe.trace
@@ -216,8 +219,17 @@ class Run:
             recipe = self.recipe.model_copy(update={"calibration": calibration, "prune": settings})
             tokens = None if find_method(settings.method).needs == "nothing" else self._tokens(recipe)
             prune(
-                recipe.model, made, recipe, tokens, **vars(self.limits), progress=self.console.progress, note=self._note
+                recipe.model,
+                made,
+                recipe,
+                tokens,
+                **vars(self.limits),
+                progress=self.console.progress,
+                note=self._note,
+                packer=pack_output,
             )
+            if (packed := load_report(made)) is not None:
+                self.console.say(f"  packed: {packed.bits:.2f} bits a weight, {format_bytes(packed.packed)} in all")
         if name == PRUNED:
             _move_up(made, self.folder)
         else:

@@ -80,6 +80,7 @@ def _prune(args: argparse.Namespace) -> int:
     from rac_engine.base.sizes import format_seconds, percent
     from rac_engine.engine import Metrics, prune
     from rac_engine.jobs.layout import RAC, REPORT
+    from rac_engine.pack import load_report, pack_output
     from rac_engine.report import write_report
 
     with console_of(args) as console:
@@ -94,6 +95,7 @@ def _prune(args: argparse.Namespace) -> int:
             progress=console.progress,
             note=lambda remark: console.say(f"note: {remark}"),
             finish=write_report,
+            packer=pack_output,
         )
     metrics = Metrics(done.run, done.matrices, done.end, done.blocks, done.layers)
     emit(
@@ -103,6 +105,8 @@ def _prune(args: argparse.Namespace) -> int:
     for note in done.end["notes"]:
         emit(f"note    {note}")
     emit(f"report  {done.out / RAC / REPORT}")
+    if (packed := load_report(done.out)) is not None:
+        emit(packed.summary())
     return 0
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from rac_engine.cli.options import Parser, add_fields
 
 GROUPS = {
-    "pruning": ("method", "sparsity", "pattern", "values", "dense", "also"),
+    "pruning": ("method", "sparsity", "pattern", "values", "pack", "dense", "also"),
     "allocation of sparsity": ("allocation", "allocation_bounds"),
     "solving": ("damping", "block_size", "order", "reconstruct", "reorder", "tune"),
     "matrices without data": ("unseen", "nonfinite"),
     "computing": ("chunk_tokens", "dtype"),
 }
 """Fields of PruneSettings by the group that help shows them in."""
-_COMMON = ("method", "sparsity", "pattern", "values", "dense")
+_COMMON = ("method", "sparsity", "pattern", "values", "pack", "dense")
 
 
 def add_pruning(parser: Parser) -> None:

@@ -15,11 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rac_engine.base import faults
 from rac_engine.base.console import Console
 from rac_engine.base.errors import BadInput, Interrupted
+from rac_engine.checkpoint.packed import is_packed
+from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.cli.app import main
 from rac_engine.engine.metrics import load_metrics
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.jobs.steps import step_times
+from rac_engine.pack.sizes import load_report
 from rac_engine.recipe.files import dump, load_recipe
 from rac_engine.recipe.settings import Recipe
 from rac_engine.run import steps as module
@@ -220,6 +223,36 @@ def test_a_crash_while_the_checkpoint_moves_into_place_is_mended(finished, home,
     result = run(plain, tmp_path / "out")
     assert weights(result.out) == weights(finished.out)
     assert result.rows == [] and verify(result.out).problems == []
+
+
+def test_what_is_evaluated_is_what_is_shipped(home, tmp_path, monkeypatch):
+    """With `pack` the packed folder answers, and a run whose packed folder was damaged does it again."""
+    asked = []
+    evaluate = module.evaluate
+
+    def seen(model, *args, **kwargs):
+        asked.append(is_packed(Checkpoint.open(model).config))
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "evaluate", seen)
+    changes = {"trace": None, "compare": [], "prune": {"method": "magnitude", "sparsity": 0.8, "pack": True}}
+    out = tmp_path / "out"
+    with monkeypatch.context() as stopped, pytest.raises(Interrupted):
+        stopped.setattr(module, "comparison", interrupted)
+        run(recipe(home, **changes), out)
+    shard = max((tmp_path / "out.partial").glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    run(recipe(home, **changes), out)
+    assert asked == [False, True, True]
+    report = load_report(out)
+    assert report is not None and report.packed < report.dense
+    assert "## Packed" in (out / "README.md").read_text()
+    assert "bits a weight" in (out / "rac/report.html").read_text()
+    assert verify(out, home / "model").problems == []
+
+
+def interrupted(_: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_unfinished_run_of_another_recipe_is_left_alone_unless_restarted(home, tmp_path, monkeypatch):
