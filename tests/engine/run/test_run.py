@@ -21,6 +21,7 @@ from rac_engine.cli.app import main
 from rac_engine.engine.metrics import load_metrics
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
+from rac_engine.evaluation.job import evaluate
 from rac_engine.jobs.steps import step_times
 from rac_engine.pack.sizes import load_report
 from rac_engine.recipe.files import dump, load_recipe
@@ -228,14 +229,17 @@ def test_a_crash_while_the_checkpoint_moves_into_place_is_mended(finished, home,
 def test_what_is_evaluated_is_what_is_shipped(home, tmp_path, monkeypatch):
     """With `pack` the packed folder answers, and a run whose packed folder was damaged does it again."""
     asked = []
-    evaluate = module.evaluate
 
     def seen(model, *args, **kwargs):
         asked.append(is_packed(Checkpoint.open(model).config))
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(module, "evaluate", seen)
-    changes = {"trace": None, "compare": [], "prune": {"method": "magnitude", "sparsity": 0.8, "pack": True}}
+    changes: dict[str, Any] = {
+        "trace": None,
+        "compare": [],
+        "prune": {"method": "magnitude", "sparsity": 0.8, "pack": True},
+    }
     out = tmp_path / "out"
     with monkeypatch.context() as stopped, pytest.raises(Interrupted):
         stopped.setattr(module, "comparison", interrupted)
