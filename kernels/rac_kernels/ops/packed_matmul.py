@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from rac_kernels.backends import native
@@ -83,7 +84,7 @@ torch.library.define(
 )
 
 
-@torch.compiler.disable
+@_disable_dynamo  # as torch.compiler.disable, which loads the compiler here and now
 def _product(
     X: Tensor,
     data: Tensor,
