@@ -25,9 +25,10 @@ def packed_bytes(model: Model, settings: PruneSettings, skipped: Collection[str]
         info = tensors[name]
         if info.dtype not in (torch.bfloat16, torch.float16, torch.float32) or len(info.shape) not in (2, 3):
             continue
-        left = any(matrix.name in skipped for matrix in matrices)
+        # The solver's grid goes along a row of the matrix, packing along a row of the tensor.
+        off_grid = any(matrix.name in skipped or matrix.transposed for matrix in matrices)
         kept = sum(_kept(matrix, settings, matrix.name in skipped) for matrix in matrices)
-        size = packed_size(info.shape, round(kept), info.dtype, "same" if left else settings.values)
+        size = packed_size(info.shape, round(kept), info.dtype, "same" if off_grid else settings.values)
         total -= max(info.nbytes - size, 0)
     return total
 
