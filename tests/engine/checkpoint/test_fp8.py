@@ -22,6 +22,7 @@ from rac_engine.checkpoint.writer import CheckpointWriter
 from rac_engine.engine.pruning import prune
 from rac_engine.engine.verify import verify
 from rac_engine.models.model import Model
+from rac_engine.pack.packing import pack_output
 from rac_engine.plan.plan import make_plan
 from rac_engine.recipe.settings import PruneSettings
 from tests import tiny
@@ -234,3 +235,15 @@ def test_going_through_fp8_holds_runs_of_a_matrix_only(
     for name, tensor in whole.items():
         copied = writer.reuse(name, digests[name])
         assert copied is not None and torch.equal(copied, tensor)
+
+
+def test_an_output_of_fp8_is_packed_like_one_of_bf16(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = PruneSettings(method="magnitude", sparsity=0.8, pack=True)
+    for source in pair:
+        prune(source, tmp_path / source.name, settings, packer=pack_output)
+    out, plain = (tmp_path / source.name for source in pair)
+    made, wanted = (load_file(folder / "model.safetensors") for folder in (out, plain))
+    assert made.keys() == wanted.keys() and any(tensor.dtype == torch.uint8 for tensor in made.values())
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in made.items())
+    assert json.loads((out / "config.json").read_text()) == json.loads((plain / "config.json").read_text())
+    assert verify(out, pair[0]).problems == []
