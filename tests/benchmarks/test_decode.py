@@ -57,12 +57,20 @@ def test_the_table_says_what_is_slower(decode: ModuleType) -> None:
     record = {
         "machine": {"date": "2026-11-30", "cpu": "a CPU", "threads": 2},
         **{"sparsity": 0.7, "batches": [1, 4], "prompt": 128, "tokens": 32, "repeats": 3},
+        "skipped": {"vllm": "no --environments"},
         "models": [{"name": "m", "forms": [form("bf16", 0.02, 0.04), form("int4", 0.01, 0.05)]}],
     }
     text = decode.table(record)
     assert "| m | transformers, bf16 | 2.0 | 3.0 | 50, 100 |  | 500, 500 | 20.0, 40.0 | 10.00, 20.00 |" in text
     assert "| m | transformers, int4 | 2.0 | 3.0 | 100, 80 | 2.00, 0.80 |" in text
+    assert "Without vllm: no --environments." in text
     assert "Slower than dense: m, transformers, int4 at batch 4 (0.80 times dense)." in text
+
+
+def test_an_engine_without_environment_is_skipped(decode: ModuleType) -> None:
+    assert decode.python_of("transformers", None) == Path(sys.executable)
+    with pytest.raises(decode.Skipped, match="no --environments"):
+        decode.python_of("llama.cpp", None)
 
 
 def test_the_page_has_the_table_of_the_newest_record(decode: ModuleType) -> None:
