@@ -259,7 +259,7 @@ def table(record: dict[str, Any]) -> str:
             slower += [
                 f"{model['name']}, {form['engine']}, {form['values']} at batch {batch} ({ratio:.2f} times dense)"
                 for batch, ratio in zip(record["batches"], ratios, strict=True)
-                if ratio < 1
+                if round(ratio, 2) < 1
             ]
     made = record["machine"]
     return "\n".join(
@@ -269,8 +269,8 @@ def table(record: dict[str, Any]) -> str:
             f"Slower than dense: {'; '.join(slower) or 'none'}.",
             *(f"Without {engine}: {reason}." for engine, reason in record["skipped"].items()),
             "",
-            f"Measured on {made['date']}, {made['cpu']}, threads: {made['threads']}. {record['sparsity']:.0%} zeros; "
-            f"prompts of {record['prompt']} tokens, answers of {record['tokens']}; {record['repeats']} rounds (vLLM: one).",
+            f"Measured on {made['date']}, {made['cpu']}, threads: {made['threads']}. {record['sparsity']:.0%} zeros, "
+            f"prompts of {record['prompt']} tokens, answers of {record['tokens']}; rounds: {record['repeats']}.",
         ]
     )
 
