@@ -5,8 +5,9 @@
     python benchmarks/interop.py --table benchmarks/results/interop-cpu-DATE.json --into docs/interop.md
 
 The example model is pruned to half on its own traces. Every tool then does with the result what people do with it, and
-each check's outcome goes into the record. A tool that cannot be installed, or needs what this machine has not, is
-skipped, and the record says why. Environments and what is in WORK are made once: stopped, it goes on where it was.
+each check's outcome goes into the record ("packed" is this engine's plugin in vLLM, "served" its sampling by a server).
+A tool that cannot be installed, or needs what this machine has not, is skipped, and the record says why. Environments
+and what is in WORK are made once: stopped, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, machine
 from real import show
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +65,12 @@ CONVERTER = "llama-cpp-python==0.3.36"
 """Whose source archive has llama.cpp's convert_hf_to_gguf.py; it is not built."""
 TOKENS = 300
 """Longest answer; the example's have 167 on average."""
+ENOUGH = 200
+"""Problems that tell an accuracy."""
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Its settings in the environment; the first is in GiB."""
+START = 600
+"""Seconds that a server may take to start."""
 BEGIN, END = "<!-- table of make interop -->", "<!-- end of it -->"
 
 
@@ -88,7 +100,7 @@ class Checks:
         calibration = load_calibration(str(traces), tokenizer=self.tokenizer, tokens=3000)
         self.sequences = [[int(token) for token in sequence.token_ids] for sequence in calibration.sequences]
         self.matrices = [row["name"] for row in load_metrics(self.model / "rac").pruned]
-        self._answers: list[list[int]] | None = None
+        self._answers: dict[Path, list[list[int]]] = {}
 
     def _prompt(self, problem: str) -> list[int]:
         made = self.tokenizer.apply_chat_template(
@@ -117,38 +129,46 @@ class Checks:
             (folder / ".ready").touch()
         return folder / "bin/python"
 
-    def asked(self, check: str, python: Path, given: dict[str, Any], **environment: str) -> dict[str, Any]:
-        """What `interop_peers.py` finds in another environment; `RuntimeError` where it fails."""
-        files = {kind: self.work / f"{check}-{kind}.json" for kind in ("given", "found")}
+    def asked(
+        self,
+        check: str,
+        python: Path,
+        given: dict[str, Any],
+        model: Path | None = None,
+        settings: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """What `interop_peers.py` finds in another environment, of the pruned model or of another.
+
+        settings: variables of its environment. Raises RuntimeError where it fails.
+        """
+        label = f"{check}-{model.name}" if model else check
+        files = {kind: self.work / f"{label}-{kind}.json" for kind in ("given", "found")}
         files["given"].write_text(json.dumps(given))
-        words = [check, str(self.model), "--given", str(files["given"]), "--found", str(files["found"])]
+        words = [check, str(model or self.model), "--given", str(files["given"]), "--found", str(files["found"])]
         # -P: transformers looks for Hugging Face's `kernels`, and kernels.py of this folder is something else.
         command = [str(python), "-P", str(ROOT / "benchmarks/interop_peers.py"), *words]
-        around = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        }
-        around.pop("PYTHONPATH", None)
-        log = self.work / f"{check}.log"
+        log = self.work / f"{label}.log"
         with log.open("w") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=around).returncode
+            code = subprocess.run(
+                command, stdout=output, stderr=subprocess.STDOUT, env=_around(settings or {})
+            ).returncode
         if code:
             raise RuntimeError(f"exit code {code}: {_last_line(log.read_text(errors='replace'))}")
         found: dict[str, Any] = json.loads(files["found"].read_text())
         return found | {"versions": _versions(python)}
 
-    def answers(self) -> list[list[int]]:
-        """Greedy answers of transformers to the problems, as token ids, in the checkpoint's dtype."""
-        if self._answers is None:
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
-            self._answers = [
+    def answers(self, folder: Path | None = None) -> list[list[int]]:
+        """Greedy answers of transformers to the problems, as token ids, in the dtype of the folder, the pruned model's
+        unless another is given.
+        """
+        folder = folder or self.model
+        if folder not in self._answers:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            self._answers[folder] = [
                 model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
                 for ids in self.prompts
             ]
-        return self._answers
+        return self._answers[folder]
 
     def right(self, answers: list[list[int]]) -> float:
         """Share of the answers that are right."""
@@ -156,13 +176,15 @@ class Checks:
         pairs = zip(texts, self.problems, strict=True)
         return sum(_boxed(text) == problem["answer"] for text, problem in pairs) / len(texts)
 
-    def compared(self, answers: list[list[int]], dtype: torch.dtype) -> dict[str, Any]:
-        """Another engine's answers beside transformers': how many are equal, and how near the first difference was."""
+    def compared(self, answers: list[list[int]], dtype: torch.dtype, folder: Path | None = None) -> dict[str, Any]:
+        """Another engine's answers beside transformers' of the same folder: how many are equal, and how near the first
+        difference was.
+        """
         end = self.tokenizer.eos_token_id
-        mine = [_up_to(ids, end) for ids in self.answers()]
+        mine = [_up_to(ids, end) for ids in self.answers(folder)]
         theirs = [_up_to(ids, end) for ids in answers]
         gaps = []
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder or self.model, dtype=dtype)
         for prompt, a, b in zip(self.prompts, mine, theirs, strict=True):
             if a != b:
                 at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -180,12 +202,99 @@ class Checks:
 
     def vllm(self) -> dict[str, Any]:
         """vLLM loads the checkpoint and gives transformers' greedy answers."""
+        given = {"prompts": self.prompts, "tokens": TOKENS}
+        found = self.asked("vllm", self._vllm_python(), given, settings=VLLM)
+        return self.compared(found.pop("answers"), torch.bfloat16) | found
+
+    def packed(self) -> dict[str, Any]:
+        """vLLM serves packed folders, and packs the dense one itself: answers, and bytes of the parameters it holds."""
+        python = self._vllm_python()
+        plugin = self.work / "plugin"  # holds the entry point, as an installation would
+        plugin.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "benchmarks/interop_peers.py", plugin)  # its workers have to import what counts the bytes
+        command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(plugin)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", plugin)))
+        around = {**VLLM, "PYTHONPATH": path, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # to count the bytes
+        given = {"prompts": self.prompts, "tokens": TOKENS, "bytes": True}
+        runs: dict[str, Any] = {}
+        for values in ("same", "int4", "dense"):
+            folder, plain = self.work / f"packed-{values}", self.work / f"unpacked-{values}"
+            if values == "dense":
+                folder = plain = self.model
+            elif not plain.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                _rac("pack", str(self.model), str(folder), "--values", values)
+                _rac("unpack", str(folder), str(plain))
+            asked = {**given, "quantization": "rac"} if values == "dense" else given
+            found = self.asked("vllm", python, asked, folder, around)
+            versions = found.pop("versions")
+            answers = self.compared(found.pop("answers"), torch.bfloat16, plain)
+            runs[values] = answers | found | {"bytes_of_tensors": _bytes_of_tensors(folder)}
+        return {"runs": runs, "versions": versions}
+
+    def served(self) -> dict[str, Any]:
+        """vLLM's server samples traces of the dense model and answers problems; the traces prune the model."""
+        traces, pruned = self.work / "served-traces", self.work / "served-pruned"
+        dense, after = self.work / "served-dense.json", self.work / "served-pruned.json"
+        for made in (traces, pruned):
+            shutil.rmtree(made, ignore_errors=True)
+        for results in (dense, after):
+            results.unlink(missing_ok=True)
+        python = self._vllm_python()
+        limit = ["--max-new-tokens", "400"]
+        problems = ["--problems", str(PROBLEMS / "evaluation.jsonl"), "--limit", str(ENOUGH), *limit, "--restart"]
+        prompts = ["--prompts", str(PROBLEMS / "calibration.jsonl"), "--tokens", "12k", "--samples", "1", *limit]
+        with self._server(python, EXAMPLE) as url:
+            began = time.monotonic()
+            _rac("trace", str(EXAMPLE), *prompts, "--out", str(traces), "--restart", "--server", url)
+            seconds = time.monotonic() - began
+            _rac("eval", str(EXAMPLE), *problems, "--out", str(dense), "--server", url)
+        _rac("prune", str(EXAMPLE), str(pruned), "--calibration", str(traces), "--sparsity", "0.5")
+        _rac("eval", str(pruned), *problems, "--out", str(after), "--baseline", str(dense))
+        summary = json.loads((traces / "traces.json").read_text())
+        told = {name: json.loads(file.read_text())["summary"] for name, file in (("dense", dense), ("pruned", after))}
+        return {
+            "traces": summary["traces"],
+            "tokens": summary["tokens"],
+            "tokens_a_second": round((summary["tokens"] - summary["prompt_tokens"]) / seconds, 1),
+            "problems": ENOUGH,
+            "right": {name: result["accuracy"] for name, result in told.items()},
+            "versions": _versions(python),
+        }
+
+    def _vllm_python(self) -> Path:
         flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         if "avx512f" not in flags:
             raise Skipped("vllm-cpu needs a CPU with AVX-512")
-        around = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        found = self.asked("vllm", self.python("vllm"), {"prompts": self.prompts, "tokens": TOKENS}, **around)
-        return self.compared(found.pop("answers"), torch.bfloat16) | found
+        return self.python("vllm")
+
+    @contextmanager
+    def _server(self, python: Path, model: Path) -> Iterator[str]:
+        """vLLM's server of a model, on a free port of this machine: its URL. It ends with the context."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+        words = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+        words += ["--max-model-len", "512", "--enforce-eager"]
+        command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server", *words]
+        log, url = self.work / "served.log", f"http://127.0.0.1:{port}"
+        with log.open("w") as output:
+            server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_around(VLLM))
+        try:
+            end = time.monotonic() + START
+            while not _answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError(f"no server: {_last_line(log.read_text(errors='replace'))}")
+                time.sleep(1)
+            yield url
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
 
     def lm_eval(self) -> dict[str, Any]:
         """lm-eval loads the checkpoint, answers with its own limit of tokens, and scores rightly."""
@@ -306,6 +415,8 @@ CHECKS: dict[str, Callable[[Checks], dict[str, Any]]] = {
     "lighteval": Checks.lighteval,
     "gguf": Checks.gguf,
     "vllm": Checks.vllm,
+    "packed": Checks.packed,
+    "served": Checks.served,
 }
 
 
@@ -338,6 +449,15 @@ def _answered(found: dict[str, Any]) -> str:
         f"{found['equal']} of {found['problems']} greedy answers are token for token those of transformers"
         + (f"; the logits where the others part differ by {gaps}" if gaps else "")
         + f"; {percent(found['right'])} right, transformers {percent(found['right_by_transformers'])}"
+    )
+
+
+def _packed(found: dict[str, Any]) -> str:
+    names = {"same": "packed bit for bit", "int4": "packed in int4", "dense": "dense, with `--quantization rac`"}
+    return ". ".join(
+        f"{names[kind]}: {_answered(run)}; parameters take {run['bytes'] / 2**20:.2f} MiB, those of the file "
+        f"{run['bytes_of_tensors'] / 2**20:.2f}"
+        for kind, run in found["runs"].items()
     )
 
 
@@ -380,6 +500,12 @@ _WORDS: dict[str, Callable[[dict[str, Any]], str]] = {
     ),
     "gguf": lambda found: _converted(found) + _answered(found),
     "vllm": _answered,
+    "packed": _packed,
+    "served": lambda found: (
+        f"`rac trace --server` gets {found['traces']} traces at {found['tokens_a_second']:.0f} tokens a second; of "
+        f"{found['problems']} problems the dense model has {percent(found['right']['dense'])} right by "
+        f"`rac eval --server`, and pruned to half on these traces {percent(found['right']['pruned'])} in transformers"
+    ),
 }
 
 
@@ -391,6 +517,32 @@ def _boxed(text: str) -> str | None:
 def _up_to(ids: list[int], end: int) -> list[int]:
     """Token ids before the end of the text."""
     return ids[: ids.index(end)] if end in ids else ids
+
+
+def _around(settings: dict[str, str]) -> dict[str, str]:
+    """Environment variables for another tool: offline, on one thread, without paths of this Python."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, **offline, **settings}
+
+
+def _answers(url: str) -> bool:
+    """Whether a server is there."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _bytes_of_tensors(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                tensor = opened.get_tensor(name)
+                total += tensor.numel() * tensor.itemsize
+    return total
 
 
 def _rac(*words: str) -> None:

@@ -26,14 +26,25 @@ def zeros_of(model: Any, names: list[str]) -> dict[str, int]:
     }
 
 
+def bytes_of(model: Any) -> int:
+    """Bytes of the parameters of a torch model."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def vllm(model: Path, given: Given) -> Any:
-    """Greedy answers to prompts of token ids."""
+    """Greedy answers to prompts of token ids, and, if they are asked for, the bytes of the parameters in memory."""
     from vllm import LLM, SamplingParams
 
-    engine = LLM(model=str(model), max_model_len=512, max_num_seqs=16, enforce_eager=True)
+    quantization = given.get("quantization")
+    engine = LLM(model=str(model), max_model_len=512, max_num_seqs=16, enforce_eager=True, quantization=quantization)
     prompts = [{"prompt_token_ids": ids} for ids in given["prompts"]]
     answers = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=given["tokens"]))
-    return {"answers": [list(answer.outputs[0].token_ids) for answer in answers]}
+    found: dict[str, Any] = {"answers": [list(answer.outputs[0].token_ids) for answer in answers]}
+    if given.get("bytes"):
+        from interop_peers import bytes_of  # by this name vLLM's workers find it, and not by that of a script
+
+        found["bytes"] = sum(engine.apply_model(bytes_of))
+    return found
 
 
 TASK = """task: abacus

@@ -38,8 +38,8 @@ class PackedLinears:
         place = Place((0, sum(output_partition_sizes)), (0, input_size_per_partition))
         loader: Callable[..., None] = attributes["weight_loader"]
 
-        def load(_: nn.Parameter, loaded: Tensor, *shard: Any, **named: Any) -> None:
-            loader(place, Piece.of(loaded), *shard, **named)
+        def load(param: nn.Parameter, loaded_weight: Tensor, *shard: Any, **named: Any) -> None:
+            loader(place, Piece.of(loaded_weight), *shard, **named)
 
         weight: Any = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         weight.weight_loader, weight.output_dim, weight.input_dim = load, 0, 1
@@ -79,13 +79,14 @@ class Unpacking:
         """As that of the method, with another loader."""
         loader: Callable[..., Any] | None = attributes.get("weight_loader")
 
-        def load(parameter: nn.Parameter, loaded: Tensor, *rest: Any, **named: Any) -> Any:
+        # vLLM's models give these two arguments by their places or by these names.
+        def load(param: nn.Parameter, loaded_weight: Tensor, *rest: Any, **named: Any) -> Any:
             assert loader is not None
-            if is_packed(loaded):
+            if is_packed(loaded_weight):
                 name = getattr(layer, "layer_name", "") or type(layer).__name__
                 warnings.warn(f"{name}: unpacked while loading, for no packed layer stands for it", stacklevel=2)
-                loaded = unpack(Packed.from_tensor(loaded))
-            return loader(parameter, loaded, *rest, **named)
+                loaded_weight = unpack(Packed.from_tensor(loaded_weight))
+            return loader(param, loaded_weight, *rest, **named)
 
         if loader is not None:
             attributes["weight_loader"] = load

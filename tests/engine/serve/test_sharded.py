@@ -154,4 +154,4 @@ def test_where_no_packed_layer_stands_matrices_are_unpacked_with_a_warning() -> 
     assert seen == [("w1", 3)] and torch.equal(weight, dense)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert weight.weight_loader(weight, dense, "w1", expert=3)
+        assert weight.weight_loader(param=weight, loaded_weight=dense, name="w1", expert=3)
