@@ -9,7 +9,8 @@ layers, h being the dense model's), the perplexity of the dense model's completi
 matrices that are pruned: kept values, their scales, and one bit a weight for the mask where there is one (not the few
 bytes a row and matrix of the file's index and padding). "nearest" is the model of the same sparsity with bf16 values,
 each weight of which is rounded to nearest, with the scale of 14 that makes the smallest squared gaps: the mask is the
-same. Sparsity 0 with int4 and "solver" is what 4-bit weights alone make. int3 is for comparison: no file holds it.
+same. Sparsity 0 with int4 and "solver" is what 4-bit weights alone make. int3 is for comparison, rounded
+to nearest: no recipe asks for it and no file holds it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
         (sparsity, values, how)
         for sparsity in args.sparsities
         for values in args.values
-        for how in (("solver",) if values == "same" else args.ways)
+        for how in ({"same": ("solver",), "int3": ("nearest",)}.get(values, args.ways))
     ]
     for sparsity, values, how in asked:
         name = f"{sparsity.replace(':', 'of')}-{values}-{how}-{args.problems}"
@@ -122,8 +123,7 @@ def _pruned(args: argparse.Namespace, sparsity: str, values: str) -> Path:
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
         asked = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
-        # int3 is no setting of a recipe, as no file holds it.
-        settings = PruneSettings.model_validate(asked).model_copy(update={"values": values})
+        settings = PruneSettings.model_validate({**asked, "values": values})
         source = str(own_traces(args, "traces", args.prompts, args.tokens))
         calibration = CalibrationSettings(source=source, tokens=args.tokens)
         prune(args.model, out, Recipe(model=args.model, calibration=calibration, prune=settings))

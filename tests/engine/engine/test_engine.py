@@ -354,13 +354,18 @@ def test_nothing_is_kept_of_the_last_block_that_nobody_reads(
 ) -> None:
     """What is written of activations in all, in times the tokens: an MLP's inner ones of 80, the others of 48."""
     written: dict[int, int] = {}
-    write = _Resident.write
+    write, room = _Resident.write, _Resident.room
 
     def noted(self: _Resident, start: int, values: Tensor) -> None:
         written[self.width] = written.get(self.width, 0) + len(values)
         write(self, start, values)
 
+    def filled(self: _Resident, start: int, stop: int) -> Tensor | None:
+        written[self.width] = written.get(self.width, 0) + stop - start
+        return room(self, start, stop)
+
     monkeypatch.setattr(_Resident, "write", noted)
+    monkeypatch.setattr(_Resident, "room", filled)
     calibration = tiny.calibration()
     prune(checkpoint("qwen2"), tmp_path / "out", settings(**changes), calibration)
     tokens = sum(len(sequence.token_ids) for sequence in calibration.sequences)
