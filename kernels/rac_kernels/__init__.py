@@ -49,6 +49,7 @@ from rac_kernels.ops.zeros import count_zeros
 from rac_kernels.solvers.adam import MaskedAdam
 from rac_kernels.solvers.admm import admm_
 from rac_kernels.solvers.alps import alps
+from rac_kernels.solvers.distillation import KEPT_BYTES, KeptWeights, divergence_, most_probable
 from rac_kernels.solvers.grid import LARGEST, Grid, fit_grid, round_in_order, round_kept
 from rac_kernels.solvers.matching import matched_target, output_cross
 from rac_kernels.solvers.refine import RefineResult, refine
@@ -57,10 +58,12 @@ from rac_kernels.solvers.tuning import Tuning, relative_error, rounded, squared_
 __all__ = [
     "FP4_NUMBERS",
     "INT4_NUMBERS",
+    "KEPT_BYTES",
     "LARGEST",
     "Factor",
     "FactorError",
     "Grid",
+    "KeptWeights",
     "MaskedAdam",
     "Packed",
     "PackedLayout",
@@ -81,6 +84,7 @@ __all__ = [
     "decode_attention",
     "dequantize_blocks",
     "dequantize_codes",
+    "divergence_",
     "factor_",
     "factor_batch_",
     "finite_tokens",
@@ -91,6 +95,7 @@ __all__ = [
     "kth_smallest",
     "mask_by_score",
     "matched_target",
+    "most_probable",
     "native",
     "objective",
     "output_cross",

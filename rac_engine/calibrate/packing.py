@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from rac_engine.models import Chunk
-from rac_engine.traces import Calibration
+from rac_engine.traces import Calibration, TokenSequence
 
-TOKEN_MEMORY = 25  # bytes of a calibration token: its id as it was read and as packed, weight, checksum and source
+TOKEN_MEMORY = 26  # bytes of a calibration token: its id as it was read and as packed, weight, checksum, source, part
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Packing:
     """Tokens that count and are held out."""
     sources: Tensor | None
     """[tokens] uint8: the number of a token's source; None: all are of one."""
+    completions: Tensor
+    """[tokens] bool: whether a token is a completion's, or of text."""
 
     @property
     def weight(self) -> float:
@@ -69,7 +71,13 @@ class Packing:
             held_from,
             int((packed[held_from:] > 0).sum()),
             torch.from_numpy(origins) if origins.any() else None,
+            torch.from_numpy(np.concatenate([np.empty(0, bool), *map(_is_completion, sequences)])),
         )
+
+
+def _is_completion(sequence: TokenSequence) -> np.ndarray:
+    """[tokens] bool: which of a sequence's tokens are behind its prompt."""
+    return np.arange(len(sequence.token_ids)) >= sequence.prompt_length
 
 
 def _chunks(lengths: list[int], chunk_tokens: int, start: int) -> list[Chunk]:

@@ -73,8 +73,8 @@ def tune(
     seen, held = (
         [chunk for chunk in stream.packing.chunks if stream.packing.holds_out(chunk) == side] for side in (False, True)
     )
-    every = _sequences(seen, block.plan.mixes)
-    judges = _sequences(held, block.plan.mixes) or every
+    every = sequences_of(seen, block.plan.mixes)
+    judges = sequences_of(held, block.plan.mixes) or every
     most = max((chunk.stop - chunk.start for chunk in stream.packing.chunks), default=1)
     size = min(step_tokens(sum(length for _, length in every)), most)
     # What was made in inference mode, as all of a job is, takes part in no gradient.
@@ -93,7 +93,7 @@ def tune(
         order = torch.Generator().manual_seed(0)
         for epoch in range(1, epochs + 1):
             shuffled = [every[at] for at in torch.randperm(len(every), generator=order).tolist()]
-            for some in _batches(shuffled, size):
+            for some in batches_of(shuffled, size):
                 with torch.enable_grad():
                     missed, whole = _missed(stream, wanted, block, some)
                     tuning.step(missed, whole, sum(length for _, length in some))
@@ -138,7 +138,7 @@ def attention_inner(queries: int, key_values: int, scores: int) -> int:
     return QUERY_COPIES * (queries + key_values) + SCORE_COPIES * scores
 
 
-def _sequences(chunks: Sequence[Chunk], attention: bool) -> list[tuple[int, int]]:
+def sequences_of(chunks: Sequence[Chunk], attention: bool) -> list[tuple[int, int]]:
     """Start and length of every sequence; of one in parts, each part, or where tokens see others the first one."""
     found = list[tuple[int, int]]()
     for chunk in chunks:
@@ -153,7 +153,7 @@ def _sequences(chunks: Sequence[Chunk], attention: bool) -> list[tuple[int, int]
     return found
 
 
-def _batches(sequences: Sequence[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+def batches_of(sequences: Sequence[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
     """Sequences in their order, as many together as have at most `size` tokens, or one; longest first."""
     some, tokens = list[tuple[int, int]](), 0
     for sequence in sequences:
@@ -169,7 +169,7 @@ def _batches(sequences: Sequence[tuple[int, int]], size: int) -> Iterator[list[t
 def _error(stream: Stream, wanted: Stream, block: Block, every: Sequence[tuple[int, int]], size: int) -> float:
     """‖hidden′ − hidden‖² / ‖hidden‖² over all sequences."""
     with torch.no_grad():
-        return relative_error(_missed(stream, wanted, block, some) for some in _batches(every, size))
+        return relative_error(_missed(stream, wanted, block, some) for some in batches_of(every, size))
 
 
 def _missed(
@@ -190,9 +190,17 @@ def _missed(
 def _computing(stream: Stream) -> Iterator[None]:
     """On a GPU matrix products in the activations' own dtype, always the same way, so that bytes come out the same."""
     with ExitStack() as stack:
-        if torch.device(stream.device).type == "cuda":
-            if stream.dtype.itemsize == 2:
-                stack.enter_context(torch.autocast("cuda", stream.dtype))
+        if torch.device(stream.device).type == "cuda" and stream.dtype.itemsize == 2:
+            stack.enter_context(torch.autocast("cuda", stream.dtype))
+        stack.enter_context(reproducible(stream.device))
+        yield
+
+
+@contextmanager
+def reproducible(device: str) -> Iterator[None]:
+    """Within this a GPU computes always the same way, gradients too, so that bytes come out the same."""
+    with ExitStack() as stack:
+        if torch.device(device).type == "cuda":
             before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
             torch.use_deterministic_algorithms(True, warn_only=True)
             stack.callback(torch.use_deterministic_algorithms, before[0], warn_only=before[1])

@@ -92,6 +92,10 @@ class CheckpointWriter:
         self._written.add(name)
         return tensor
 
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as it has been written so far."""
+        return read_tensor(self._infos[name])
+
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
         with disk_errors(self.folder):

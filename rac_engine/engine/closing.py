@@ -17,6 +17,7 @@ from rac_engine.base.sizes import percent
 from rac_engine.engine.blocks import layer_rows
 from rac_engine.engine.card import model_card
 from rac_engine.engine.context import Context
+from rac_engine.engine.recovery import recovered
 from rac_engine.jobs.layout import CARD, METRICS, RAC, RECIPE
 from rac_engine.jobs.publish import write_manifest
 
@@ -54,6 +55,7 @@ def close_job(
     records = context.files.journal.records[1:]
     rows = [row for record in records for row in record["matrices"]]
     blocks = [row for record in records for row in record.get("blocks", [])]
+    learned = recovered(records)
     layers = layer_rows(blocks)
     allocation = context.allocation
     notes = [
@@ -64,6 +66,7 @@ def close_job(
         *_tuning(rows, context.settings.epochs),
         *_dampings(rows),
         *_rounding(rows),
+        *_recovery(learned),
         *(f"{row['name']}: {note}" for row in rows for note in row["notes"]),
     ]
     end = {
@@ -77,6 +80,8 @@ def close_job(
         "memory": _memory(context, resident),
         "notes": [*place, *notes],
     }
+    if learned is not None:
+        end["recovery"] = learned
     card = model_card({**run, "matrices": rows, "end": {"notes": notes}})  # no times: the same job, the same bytes
     with disk_errors(folder):
         write_file(folder / CARD, card.encode())
@@ -142,3 +147,16 @@ def _dampings(rows: list[dict[str, Any]]) -> list[str]:
         return []
     middle = statistics.median_low(chosen)
     return [f"damping chosen by held-out error: {chosen[0]:g} to {chosen[-1]:g}, {middle:g} in the median"]
+
+
+def _recovery(learned: dict[str, Any] | None) -> list[str]:
+    """A note on what the whole model has learned after it was pruned."""
+    if learned is None:
+        return []
+    where = "on sequences held out" if learned["held_out"] else "on the sequences it learned from, as none is held out"
+    said = (
+        f"recovered in {len(learned['passes'])} passes over the calibration: the divergence of its next tokens from "
+        f"the dense model's is {learned['after']:.3g} nats, {learned['before']:.3g} before, {where}"
+    )
+    kept = f"pass {learned['kept']} is kept" if learned["kept"] else "no pass made it less: the weights are as pruned"
+    return [f"{said}; {kept}"]

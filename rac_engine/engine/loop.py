@@ -11,13 +11,27 @@ from rac_engine.base.process import trim_memory
 from rac_engine.engine.context import Context
 from rac_engine.engine.embeddings import pruned_embeddings
 from rac_engine.engine.layer import Layer
+from rac_engine.engine.recovery import records_of_recovery, recover, was_recovered
 from rac_engine.engine.rows import matrix_row
 from rac_engine.engine.stages import prune_layer
 from rac_engine.engine.streams import replay
 
 
 def prune_layers(context: Context) -> None:
-    """Prune all layers and enter them in the journal; those that an earlier job has finished are replayed."""
+    """Prune all layers and enter them in the journal; those that an earlier job has finished are replayed.
+
+    Then the model learns, where it is to, and everything that is in no layer is written.
+    """
+    if not (context.settings.recover and was_recovered(context)):
+        _prune_each(context)
+    if context.settings.recover:
+        recover(context)
+    context.files.journal.cut(1 + len(context.numbers) + records_of_recovery(context))
+    _write_rest(context)
+
+
+def _prune_each(context: Context) -> None:
+    """Prune the layers that no earlier job has finished, and send the tokens through those that one has."""
     files, journal = context.files, context.files.journal
     overlap = context.memory.choice.overlap
     trim_memory()  # what the tokenizer and the files of traces took
@@ -51,8 +65,6 @@ def prune_layers(context: Context) -> None:
             if more and not overlap:
                 files.begin_reading(number + 1)
         files.settle()
-    journal.cut(1 + len(context.numbers))
-    _write_rest(context)
 
 
 def _write_rest(context: Context) -> None:

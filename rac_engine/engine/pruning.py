@@ -191,7 +191,7 @@ def _begin(
 ) -> Context:
     """The job with its shards reserved on disk and its tokens embedded."""
     memory, timeline = setup.memory, Timeline()
-    beside = memory.disk if setup.packing is not None else 0
+    beside = memory.beside if setup.packing is not None else 0
     if setup.settings.pack:
         beside = max(beside, packed_bytes(setup.model, setup.settings, setup.skipped))
     writer = CheckpointWriter(setup.model.checkpoint, partial, beside)

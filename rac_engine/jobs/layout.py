@@ -54,6 +54,9 @@ RUN_JOURNAL = f"{RAC}/steps.jsonl"
 ALLOCATION = f"{RAC}/allocation.json"
 """The sparsities that a first pass over the model has found."""
 
+RECOVERY = f"{RAC}/recovery"
+"""The weights of a model that learns, as they were after a pass; removed when it has."""
+
 UNDER_WAY = "under-way"
 """What a sampling has begun and not yet finished, in OUT.partial or, where that is a file, behind its name."""
 

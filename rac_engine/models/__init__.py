@@ -16,11 +16,13 @@ from rac_engine.models.dtypes import working_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Matrix
 from rac_engine.models.model import Model
 from rac_engine.models.observers import Observer
+from rac_engine.models.readout import LOGIT_ROWS
 from rac_engine.models.recurrent import CALL_TOKENS, States, Workspace, run_on, run_packed, workspace
 
 __all__ = [
     "CALL_TOKENS",
     "EMBEDDINGS",
+    "LOGIT_ROWS",
     "Block",
     "Chunk",
     "Matrix",

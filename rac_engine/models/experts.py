@@ -96,7 +96,10 @@ class Mixture(nn.ModuleList):
                 continue
             inner = expert.inner(x)
             observation.show(names[1], inner, tokens)
-            if observation.through:
+            if observation.through and torch.is_grad_enabled():
+                given = expert.outer(inner) * shares.flatten()[slots, None].to(hidden.dtype)
+                out = out.index_add(0, tokens, given)
+            elif observation.through:
                 add_expert_(out, expert.outer(inner), tokens, shares.flatten()[slots])
         observation.left.difference_update(name for names in self.names for name in names)  # experts without a token
         observation.end_if_done()

@@ -31,6 +31,7 @@ from rac_engine.models.discovery.holding import hold
 from rac_engine.models.dtypes import compute_dtype
 from rac_engine.models.matrices import EMBEDDINGS, Group, Matrix
 from rac_engine.models.plans import Family
+from rac_engine.models.readout import Readout
 
 _COMPARED = 1024  # rows of a head and of embeddings that are read at a time, to tell whether they are the same
 
@@ -199,13 +200,26 @@ class Model(Architecture):
             for number, plan in enumerate(self.plans(layer))
         ]
 
+    def readout(self, dtype: torch.dtype, device: str) -> Readout:
+        """The final norm and lm_head as they are in the checkpoint."""
+        names = self.norm_names()
+        norm = self._filled_norm({name: self.checkpoint.read(name) for name in names}, dtype, device)
+        tied = self.config.tie_word_embeddings
+        head = self.embedding() if tied else self.checkpoint.read(self.family.head)
+        return Readout(norm, head.to(device, dtype), self.config)
+
     def _head(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Head:
+        norm = self._filled_norm(tensors, dtype, device)
+        (matrix,) = self.matrices(self.layers)
+        return Head(norm, matrix.group)
+
+    def _filled_norm(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> torch.nn.Module:
+        """The final norm with its weights from `tensors` (by on-disk names)."""
         norm = self._final_norm()
         own = torch.float32 if self._stays_fp32("norm", dtype) else dtype
         state = {name.rpartition(".")[2]: tensors[name].to(device, own) for name in self.norm_names()}
         norm.load_state_dict(state, assign=True)
-        (matrix,) = self.matrices(self.layers)
-        return Head(norm.requires_grad_(False).eval(), matrix.group)
+        return norm.requires_grad_(False).eval()
 
     def embedding(self) -> Tensor:
         """The table of embeddings [size, hidden], read from the checkpoint."""

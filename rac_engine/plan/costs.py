@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from rac_engine.calibrate import attention_inner, step_tokens, tuning_bytes
+from rac_engine.calibrate import (
+    PIECE,
+    attention_inner,
+    batch_tokens,
+    learning_bytes,
+    learning_files,
+    step_tokens,
+    tuning_bytes,
+)
+from rac_engine.models import LOGIT_ROWS
 from rac_engine.plan.shapes import Input, Shape, Stage
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import GroupShape, Needs, solving_bytes
@@ -97,13 +106,42 @@ def tuned_bytes(
 
     `on_grid`: whether kept weights are to stay on a grid.
     """
-    last, attention = stage.inputs[-1], shape.attention
     weights = stage.before + sum(found.weights for found in stage.inputs)
-    inner = last.inner * last.columns
+    size = min(max(step_tokens(tokens), longest), chunk)
+    inner = _inner_elements(shape, stage.inputs[-1], chunk, longest)
+    return tuning_bytes(weights, size, shape.hidden, inner, on_grid)
+
+
+def recovery_bytes(shape: Shape, settings: PruneSettings, tokens: int, chunk: int, longest: int) -> dict[str, int]:
+    """Bytes by purpose of what exists while the whole model learns, beside a layer and what is kept of the tokens."""
+    size = min(max(batch_tokens(tokens), longest), max(chunk, PIECE))
+    inner = sum(_inner_elements(shape, found, chunk, longest) for found in shape.inputs if _ends_block(found))
+    own = shape.layer_bytes // shape.weight_size
+    made = learning_bytes(own, 1 - settings.sparsity, shape.size, min(size, max(PIECE, longest)), shape.hidden, inner)
+    table = shape.vocabulary * shape.hidden * shape.size
+    return {
+        **made,
+        "embeddings and lm_head": shape.embedding_bytes + table,
+        "logits": 16 * LOGIT_ROWS * shape.vocabulary,
+    }
+
+
+def recovery_files(shape: Shape, settings: PruneSettings) -> int:
+    """Bytes of the files that hold the weights of a model that learns, at most."""
+    return min(settings.recover, 3) * learning_files(shape.weights, 1 - settings.sparsity)
+
+
+def _ends_block(found: Input) -> bool:
+    return found.last or found.count > 1
+
+
+def _inner_elements(shape: Shape, last: Input, chunk: int, longest: int) -> int:
+    """Elements that a token has between the entrance of the block that an input ends and its exit, and gradients."""
+    attention = shape.attention
     if last.recurrent:
-        inner = shape.recurrent.token // 2  # of what is made, kept for the gradient, and the gradient's own
-    elif last.attention:
-        in_the_open = attention.open or attention.window is not None
-        scores = min(longest, chunk) * attention.queries // attention.head if in_the_open else 0
-        inner = attention_inner(attention.queries, attention.key_values, scores)
-    return tuning_bytes(weights, min(max(step_tokens(tokens), longest), chunk), shape.hidden, inner, on_grid)
+        return shape.recurrent.token // 2  # of what is made, kept for the gradient, and the gradient's own
+    if not last.attention:
+        return last.inner * last.columns
+    in_the_open = attention.open or attention.window is not None
+    scores = min(longest, chunk) * attention.queries // attention.head if in_the_open else 0
+    return attention_inner(attention.queries, attention.key_values, scores)

@@ -36,6 +36,13 @@ class MemoryPlan:
     host_limit: int | None
     disk: int
     """Bytes of activations in files while the job runs."""
+    learning: int = 0
+    """Bytes of weights, activations and targets in files while the whole model learns, when those are gone."""
+
+    @property
+    def beside(self) -> int:
+        """Bytes of the disk that the job takes beside its output, at most."""
+        return max(self.disk, self.learning)
 
     @property
     def device_peak(self) -> int:
@@ -111,7 +118,13 @@ def plan_memory(
         )
         phases = planner.phases()
         plan = MemoryPlan(
-            machine.on_gpu, planner.choice, phases, machine.device_limit, machine.host_limit, planner.disk
+            machine.on_gpu,
+            planner.choice,
+            phases,
+            machine.device_limit,
+            machine.host_limit,
+            planner.disk,
+            planner.learning,
         )
         over = _excess(plan, device_room, host_room)
         if over <= 0:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rac_engine.calibrate import TOKEN_MEMORY, Place, keeps_inner, storing_bytes
+from rac_engine.calibrate import (
+    PIECE,
+    TARGET_BYTES,
+    TOKEN_MEMORY,
+    Place,
+    batch_tokens,
+    keeps_inner,
+    storing_bytes,
+)
 from rac_engine.models import working_dtype
 from rac_engine.plan.costs import (
     CUDA_HOST_BYTES,
@@ -20,6 +28,8 @@ from rac_engine.plan.costs import (
     gathered_bytes,
     observing_bytes,
     pruning_bytes,
+    recovery_bytes,
+    recovery_files,
     tuned_bytes,
 )
 from rac_engine.plan.shapes import Input, Shape, Stage
@@ -103,6 +113,8 @@ class PhasePlanner:
     machine: Machine
     disk: int = field(default=0, init=False)
     """Bytes of activations in files, at most, in the phases made so far."""
+    learning: int = field(default=0, init=False)
+    """Bytes in files while the whole model learns."""
 
     def __post_init__(self) -> None:
         self.needs = self.settings.solver.needs
@@ -137,6 +149,8 @@ class PhasePlanner:
             found += self.solve(stage, gathered, kept)
             if self.settings.epochs and self.tied and last.last:
                 found.append(self.tune(stage))
+        if self.settings.recover and self.calibrated:
+            found.append(self.recover())
         if self.choice.overlap and not self.on_gpu:
             self._wait_for_the_largest(found)
         return found
@@ -209,6 +223,23 @@ class PhasePlanner:
         on_grid = self.settings.values != "same"
         work = tuned_bytes(self.shape, stage, self.tokens.count, self.chunk, self.tokens.longest, on_grid)
         return self._phase(f"tune {stage.name}", stage, 0, work, done=True, key=stage.inputs[0].key)
+
+    def recover(self) -> Phase:
+        """The whole model learns, a layer at a time, once all is pruned and the streams are gone."""
+        shape, tokens = self.shape, self.tokens
+        batch = max(batch_tokens(tokens.count), min(tokens.longest, self.chunk))
+        states = max((shape.layers + 2) * batch, tokens.count) * shape.hidden * shape.size
+        moving = 2 * PIECE * shape.hidden * shape.size
+        whole = states + tokens.count * TARGET_BYTES
+        device, host, file = storing_bytes(self.choice.place, self.on_gpu, whole, moving)
+        self.learning = file + recovery_files(shape, self.settings)
+        work = recovery_bytes(shape, self.settings, tokens.count, self.chunk, tokens.longest)
+        layer = {"weights of the layer": shape.layer_bytes}
+        if self.on_gpu:
+            return Phase(
+                "recover", {**device, **work, "libraries": CUDA_WORKSPACE_BYTES}, {**self.base, **layer, **host}
+            )
+        return Phase("recover", {}, {**self.base, **layer, **host, **work})
 
     def _phase(
         self,

@@ -179,6 +179,10 @@ class Shape:
     head: Stage | None = None
     """The stage of lm_head, if it is to be pruned."""
     head_bytes: int = 0
+    layers: int = 0
+    weights: int = 0
+    """Elements of all matrices of the decoder layers."""
+    vocabulary: int = 0
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -214,6 +218,9 @@ class Shape:
             attention=Attention.of(model),
             recurrent=Recurrent.of(model, dtype.itemsize),
             stages=tuple(stages),
+            layers=model.layers,
+            weights=sum(matrix.rows * matrix.columns for matrix in model.prunable()),
+            vocabulary=infos[model.family.embedding].shape[0],
         )
 
 

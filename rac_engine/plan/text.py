@@ -37,6 +37,8 @@ def render(plan: Plan) -> str:
         lines.append(f"  beside it until it is whole, the plain form  {format_bytes(plan.disk)}")
     if plan.memory.disk:
         lines.append(f"  activations, while it runs  {format_bytes(plan.memory.disk)}")
+    if plan.memory.learning:
+        lines.append(f"  while it is recovered  {format_bytes(plan.memory.learning)}")
     if plan.work:
         total = Work("all", sum(work.flops for work in plan.work), "")
         lines += ["", "Arithmetic", *_columns([(w.name, _flops(w.flops), w.rule) for w in [*plan.work, total]])]

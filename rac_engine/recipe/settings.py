@@ -272,6 +272,14 @@ class PruneSettings(Settings):
         "states come nearer to the dense model's; 0 for none (by default none, but where the default method "
         f"is left less than {KEEPS_LITTLE:.0%} by a pattern)",
     )
+    recover: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="passes over the tokens, once all is pruned, in which the kept weights of the whole model are "
+        "moved together, so that it comes nearer to the dense model's next tokens; the pass that is best for the "
+        "tokens held out is kept",
+    )
     reorder: Literal["auto", "none", "mlp"] = Field(
         default="auto",
         description="order of an MLP's inner neurons, which makes no difference to the model but to a pattern: as it "
@@ -347,6 +355,10 @@ class PruneSettings(Settings):
             raise ValueError("reorder: mlp needs order: staged and a method with calibration")
         if self.tune and self.reconstructs == "layer":
             raise ValueError(f"tune: {self.tune} needs the dense model beside: reconstruct: residual or dense")
+        if self.recover and self.solver.needs == "nothing":
+            raise ValueError(f"recover: {self.recover} needs a method with calibration, not {self.method}")
+        if self.recover and self.also:
+            raise ValueError(f"recover: {self.recover} is for layers alone; drop also: {', '.join(self.also)}")
         return self
 
     def of(self, *names: str) -> PruneSettings:

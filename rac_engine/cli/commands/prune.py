@@ -99,7 +99,8 @@ def _prune(args: argparse.Namespace) -> int:
         )
     metrics = Metrics(done.run, done.matrices, done.end, done.blocks, done.layers)
     emit(
-        f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, {_errors(metrics)}, "
+        f"{done.out}: {percent(metrics.sparsity, 2)} zeros in {len(metrics.pruned)} matrices, {_errors(metrics)}"
+        f"{_recovered(metrics)}, "
         f"{format_seconds(done.end['seconds'])}"
     )
     for note in done.end["notes"]:
@@ -121,6 +122,17 @@ def _errors(metrics: Metrics) -> str:
     if (last := metrics.last_layer) is None:
         return text
     return f"{text}, behind the last layer {both(last['relative_error'], last['held_out_error'])}"
+
+
+def _recovered(metrics: Metrics) -> str:
+    """The divergence from the dense model before and after recovery in words, where there was one."""
+    from rac_engine.base.sizes import figure
+
+    found = metrics.end.get("recovery")
+    if found is None:
+        return ""
+    held = " held out" if found["held_out"] else ""
+    return f", KL{held} {figure(found['before'])} → {figure(found['after'])}"
 
 
 def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:

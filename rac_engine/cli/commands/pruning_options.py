@@ -7,7 +7,7 @@ from rac_engine.cli.options import Parser, add_fields
 GROUPS = {
     "pruning": ("method", "sparsity", "pattern", "values", "pack", "dense", "also"),
     "allocation of sparsity": ("allocation", "allocation_bounds"),
-    "solving": ("damping", "block_size", "order", "reconstruct", "reorder", "tune"),
+    "solving": ("damping", "block_size", "order", "reconstruct", "reorder", "tune", "recover"),
     "matrices without data": ("unseen", "nonfinite"),
     "computing": ("chunk_tokens", "dtype"),
 }

@@ -190,11 +190,11 @@ def test_what_is_left_dense_in_a_tuned_block_stays(checkpoint: Make, tmp_path: P
 
 def test_of_a_sequence_in_parts_attention_sees_the_first_and_an_mlp_all() -> None:
     packing = Packing.of(tiny.calibration([70, 20, 9, 3]), 32)
-    assert tuning._sequences(packing.chunks, attention=True) == [(0, 32), (70, 20), (90, 9), (99, 3)]
-    every = tuning._sequences(packing.chunks, attention=False)
+    assert tuning.sequences_of(packing.chunks, attention=True) == [(0, 32), (70, 20), (90, 9), (99, 3)]
+    every = tuning.sequences_of(packing.chunks, attention=False)
     assert every == [(0, 32), (32, 32), (64, 6), (70, 20), (90, 9), (99, 3)]
     for size in (1, 30, 64, 1000):
-        batches = list(tuning._batches(every, size))
+        batches = list(tuning.batches_of(every, size))
         assert sorted(each for some in batches for each in some) == every
         assert all(len(some) == 1 or sum(length for _, length in some) <= size for some in batches)
 
