@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from rac_engine.base.errors import Damaged
 from rac_engine.base.files import disk_errors, require_space, sha256_files, sync
 from rac_engine.calibrate import Lessons, Packing, Step, Storage
 from rac_engine.engine.context import Context
@@ -245,15 +246,18 @@ def _write(context: Context, found: _Records) -> None:
         for name, tensor in tensors.items():
             if name in moved:
                 digests[name] = writer.write(name, tensor)
-            else:
-                writer.reuse(name, records[1 + layer]["tensors"][name])
+            elif writer.reuse(name, records[1 + layer]["tensors"][name]) is None:
+                found.cut(0)
+                raise Damaged(f"{writer.folder}: {name} is not as it was written; run this again")
     writer.sync()
     found.append({"wrote": found.best}, tensors=digests)
 
 
 def _learning(context: Context, layer: int) -> list[Matrix]:
-    """The matrices of a layer that learn: those that were to be pruned."""
-    return [matrix for matrix in context.model.matrices(layer) if context.wants(matrix)]
+    """The matrices of a layer that learn: those that were pruned."""
+    rows = context.files.journal.records[1 + layer]["matrices"]
+    pruned = {row["name"] for row in rows if "skipped" not in row}
+    return [matrix for matrix in context.model.matrices(layer) if matrix.name in pruned]
 
 
 def _layer(context: Context, layer: int, source: Path | None) -> tuple[dict[str, Tensor], dict[str, KeptWeights]]:
