@@ -179,10 +179,10 @@ def job_work(
             flops += 2.0 * mixed * length * tokens
             work.append(Work("tuning", passes * flops, f"{passes} forward passes through the blocks without experts"))
     if settings.recover and needs != "nothing":
-        head = 2.0 * model.hidden_size * model.checkpoint.tensors[model.family.embedding].shape[0]
+        readout = 2.0 * model.hidden_size * model.checkpoint.tensors[model.family.embedding].shape[0]
         through = 2.0 * weights + 2.0 * mixed * length
         forward = 4 * settings.recover + 1  # forward twice, and a gradient costs two
-        learned = (forward * through + (2 * settings.recover + 1) * head) * tokens
+        learned = (forward * through + (2 * settings.recover + 1) * readout) * tokens
         work.append(Work("recovery", learned, f"{forward} forward passes, and lm_head", True))
     if arithmetic is not None:
         solving = sum(arithmetic.flops(rows, n) for n, rows in stages)
