@@ -357,6 +357,8 @@ class PruneSettings(Settings):
             raise ValueError(f"tune: {self.tune} needs the dense model beside: reconstruct: residual or dense")
         if self.recover and self.solver.needs == "nothing":
             raise ValueError(f"recover: {self.recover} needs a method with calibration, not {self.method}")
+        if self.recover and self.values != "same":
+            raise ValueError(f"recover: {self.recover} moves weights off what {self.values} can say; drop one")
         if self.recover and self.also:
             raise ValueError(f"recover: {self.recover} is for layers alone; drop also: {', '.join(self.also)}")
         return self

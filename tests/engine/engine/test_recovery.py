@@ -260,7 +260,7 @@ def test_damaged_files_of_a_pass_are_made_again(checkpoint: Make, tmp_path: Path
     assert same(whole, tmp_path / "out")
 
 
-@pytest.mark.parametrize("words", [{"method": "magnitude"}, {"also": ["embeddings"]}])
+@pytest.mark.parametrize("words", [{"method": "magnitude"}, {"also": ["embeddings"]}, {"values": "int8"}])
 def test_it_is_refused_where_it_cannot_be(words: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="recover: 2"):
         PruneSettings(recover=2, **words)
