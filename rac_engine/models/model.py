@@ -206,7 +206,9 @@ class Model(Architecture):
         norm = self._filled_norm({name: self.checkpoint.read(name) for name in names}, dtype, device)
         tied = self.config.tie_word_embeddings
         head = self.embedding() if tied else self.checkpoint.read(self.family.head)
-        return Readout(norm, head.to(device, dtype), self.config)
+        name = self.family.head.removesuffix("weight") + "bias"
+        bias = self.checkpoint.read(name).to(device, dtype) if name in self.checkpoint.tensors else None
+        return Readout(norm, head.to(device, dtype), bias, self.config)
 
     def _head(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> Head:
         norm = self._filled_norm(tensors, dtype, device)

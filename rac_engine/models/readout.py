@@ -12,10 +12,10 @@ LOGIT_ROWS = 512  # tokens whose logits exist at a time
 
 
 class Readout:
-    """The final norm, lm_head [vocabulary, hidden], and what a config has done to logits."""
+    """The final norm, lm_head [vocabulary, hidden] with its bias [vocabulary], and what a config has done to logits."""
 
-    def __init__(self, norm: nn.Module, head: Tensor, config: Any) -> None:
-        self._norm, self._head = norm, head
+    def __init__(self, norm: nn.Module, head: Tensor, bias: Tensor | None, config: Any) -> None:
+        self._norm, self._head, self._bias = norm, head, bias
         scaling = getattr(config, "logits_scaling", None)
         self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(scaling or 1.0)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -47,7 +47,7 @@ class Readout:
         return made
 
     def _logits(self, normed: Tensor) -> Tensor:
-        logits = (normed @ self._head.T).float()
+        logits = nn.functional.linear(normed, self._head, self._bias).float()
         if self._scale != 1:
             logits *= self._scale
         return logits if self._cap is None else logits.div_(self._cap).tanh_().mul_(self._cap)

@@ -148,7 +148,7 @@ def test_gradients_are_those_of_transformers_model(checkpoint: Make, tmp_path: P
             lost = lost + (p.exp() * (p - q)).sum(-1) @ w
             whole += float(w.sum())
     assert learned.weight == pytest.approx(whole)
-    assert learned.divergence == pytest.approx(float(lost), rel=1e-3)
+    assert learned.divergence == pytest.approx(float(lost.detach()), rel=1e-3)
     (lost / whole).backward()
     compared = 0
     for name, gradient in learner.gradients.items():
@@ -158,6 +158,20 @@ def test_gradients_are_those_of_transformers_model(checkpoint: Make, tmp_path: P
             assert (gradient - wanted).norm() < 1e-3 * wanted.norm() + 1e-8, name
             compared += 1
     assert compared >= 8
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phimoe"])
+def test_the_readout_is_transformers_own(checkpoint: Make, family: str) -> None:
+    """The bias of phimoe's lm_head included."""
+    source = checkpoint(family)
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if family == "phimoe":
+        assert whole.lm_head.bias.abs().max() > 0
+    readout = Model.open(Checkpoint.open(source)).readout(torch.float32, "cpu")
+    hidden = torch.randn(5, whole.config.hidden_size)
+    ((_, logits),) = readout.logits(hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, whole.lm_head(whole.model.norm(hidden)))
 
 
 def _fuse(model: Any, tensors: dict[str, Tensor]) -> None:
