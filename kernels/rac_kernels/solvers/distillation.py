@@ -18,7 +18,7 @@ from torch import Tensor
 from rac_kernels.solvers.adam import BETAS, SMALLEST
 from rac_kernels.solvers.tuning import rounded
 
-STEP = 0.003  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
+STEP = 0.0004  # of the first steps, by a weight's usual size; it falls to 0 along a cosine
 
 WARMING = 0.05  # share of the tokens in which it rises
 
