@@ -24,7 +24,7 @@ from rac_engine.solve import GroupShape, Needs, solving_bytes
 # the host.
 PROGRAM_BYTES = 560 << 20
 
-WORKSPACE_BYTES = {True: (32 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
+WORKSPACE_BYTES = {True: (28 << 20, 2 << 20), False: (18 << 20, 1 << 19)}
 
 UNUSED_BYTES = {True: 16 << 20, False: 10 << 20}
 

@@ -134,8 +134,9 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             digests[f"calibration of {label}"] = known.sha256
     if recipe.trace:
         prompts_of(recipe.trace)
-        for source in recipe.trace.sources:
-            digests[f"prompts {source.file}"] = _sha256(source.file)
+        sources = recipe.trace.sources
+        for source in sources:
+            digests["prompts" if len(sources) == 1 else f"prompts {source.file}"] = _sha256(source.file)
     if recipe.evaluate:
         load_problems(recipe.evaluate.problems, recipe.evaluate.column)
         digests["problems"] = _sha256(recipe.evaluate.problems)

@@ -49,7 +49,7 @@ before = state()
 import importlib, pkgutil
 import rac_engine
 for module in pkgutil.walk_packages(rac_engine.__path__, "rac_engine."):
-    if not module.name.endswith("__main__"):
+    if not module.name.endswith("__main__") and module.name != "rac_engine.serve.vllm":  # which vLLM alone imports
         importlib.import_module(module.name)
 
 with open(f"{folder}/problems.jsonl", "w") as file:
