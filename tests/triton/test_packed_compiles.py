@@ -40,7 +40,9 @@ def test_decode(capability: int, dtype: str, bits: int, tokens: int) -> None:
     tile = {"ROW_WARPS": op.ROW_WARPS, "PARTS": op.PARTS, "TOKENS": tokens}
     warps = op.ROW_WARPS * op.PARTS
     found = compiled(capability, op.decode_kernel, dtype, bits, warps, **tile)
-    assert found.fits(32 * warps, 1 if dtype == "fp32" else 2, capability), found.usage()
+    older = TRITON < (3, 9) and capability == 100  # takes a few registers more there, and spills two of int8's
+    together = 1 if dtype == "fp32" or older else 2
+    assert found.fits(32 * warps, together, capability) or (older and found.stack <= 8), found.usage()
     assert found.tensor_cores() == "mma.sync"
     loop = found.main_loop()
     if dtype != "fp32" and TRITON >= (3, 7):  # 3.6 moves weights through shared memory

@@ -26,7 +26,7 @@ if INTERPRETED or "triton" in sys.modules or torch.cuda.device_count():
     with suppress(ImportError):
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
 
-__all__ = ["INTERPRETED", "LOADED", "capability", "capturing", "jit", "kept", "processors", "tl"]
+__all__ = ["INTERPRETED", "LOADED", "capability", "capturing", "compiler", "jit", "kept", "processors", "tl"]
 
 LOADED = triton is not None
 
@@ -42,6 +42,12 @@ def jit(*not_specialized: str) -> Callable[[Any], Any]:
         return triton.jit(function, do_not_specialize=list(not_specialized)) if LOADED else function
 
     return decorate
+
+
+def compiler() -> tuple[int, int]:
+    """Triton's version, as (3, 9); (0, 0) where it is not loaded."""
+    major, minor = (triton.__version__.split(".") if LOADED else ("0", "0"))[:2]
+    return int(major), int(minor)
 
 
 def processors(device: torch.device) -> int:

@@ -525,7 +525,7 @@ def prefill_tile(tokens: int, bits: int, wide: bool, capability: int) -> Tile:
     multiplies. capability: 80, 90, …; before 90 the larger tiles take too many registers."""
     if wide:
         return Tile(64, 64 if capability >= 90 else 32, 4)
-    if tokens <= 64:
+    if tokens <= 64 or gpu.compiler() < (3, 9):  # older compilers spill registers with larger tiles
         return Tile(128, 64, 4)
     return Tile(128, 128, 4 if bits < 16 and capability >= 90 else 8)
 
