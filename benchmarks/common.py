@@ -274,3 +274,20 @@ def main(description: str | None, ops: Mapping[str, Run], choose: bool = False) 
         print(f"record: {out}")
     if args.plot:
         plot(args.plot, found)
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """Add --record, --out, --table and --into, of benchmarks that leave one record and show it in a page."""
+    parser.add_argument("--record", action="store_true", help="write the record to benchmarks/results")
+    parser.add_argument("--out", type=Path, help="file of the record (default: in WORK)")
+    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table, and do nothing else")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it into this page")
+
+
+def record_file(args: argparse.Namespace, name: str) -> Path:
+    """The file that a record goes to: the one asked for, a new one of results called `name`, or one in WORK."""
+    asked: Path | None = args.out
+    if asked is not None:
+        return asked
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return RESULTS / f"{name}-cpu-{date}.json" if args.record else Path(args.work) / "record.json"

@@ -13,7 +13,6 @@ rounds. An engine that is not there is skipped, and the record says why. What is
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine
+from common import add_record_options, machine, record_file
 from interop import TORCH
 from real import NAME, show
 from safetensors import safe_open
@@ -319,13 +318,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32, help="tokens generated (32)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every engine")
-    parser.add_argument("--record", action="store_true", help="write the record to benchmarks/results")
-    parser.add_argument("--out", type=Path, help="file of the record (default: in WORK)")
-    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table, and do nothing else")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it into this page")
+    add_record_options(parser)
     args = parser.parse_args()
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    args.out = args.out or (RESULTS / f"decode-cpu-{date}.json" if args.record else args.work / "record.json")
+    args.out = record_file(args, "decode")
     return args
 
 

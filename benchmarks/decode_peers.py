@@ -5,7 +5,6 @@ python -P benchmarks/decode_peers.py transformers MODEL --given settings.json --
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from peer_process import answer
 
 Given = dict[str, Any]
 """What `decode.py` asks: batches, prompt and tokens (their numbers), threads, packed, vocabulary, warm (a folder)."""
@@ -261,16 +262,5 @@ def vllm(model: Path, given: Given) -> Any:
 ENGINES: dict[str, Callable[[Path, Given], Any]] = {"transformers": transformers, "llama.cpp": llama, "vllm": vllm}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--given", type=Path, required=True, help="JSON file: what is asked")
-    parser.add_argument("--found", type=Path, required=True, help="JSON file to write: what was found")
-    args = parser.parse_args()
-    found = ENGINES[args.engine](args.model.resolve(), json.loads(args.given.read_text()))
-    args.found.write_text(json.dumps(found) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(__doc__.splitlines()[0], "engine", ENGINES)

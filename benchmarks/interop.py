@@ -13,7 +13,6 @@ and what is in WORK are made once: stopped, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine
+from common import add_record_options, machine, record_file
 from real import show
 from safetensors import safe_open
 from torch import Tensor
@@ -604,13 +603,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", help="environment with llm-compressor")
     parser.add_argument("--only", nargs="+", choices=CHECKS, help="these checks alone")
     parser.add_argument("--problems", type=int, default=16, help="problems that the models answer")
-    parser.add_argument("--record", action="store_true", help="write the record to benchmarks/results")
-    parser.add_argument("--out", type=Path, help="file of the record (default: in WORK)")
-    parser.add_argument("--table", type=Path, metavar="RECORD", help="print a record's table, and do nothing else")
-    parser.add_argument("--into", type=Path, metavar="PAGE", help="with --table: put it into this page")
+    add_record_options(parser)
     args = parser.parse_args()
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    args.out = args.out or (RESULTS / f"interop-cpu-{date}.json" if args.record else args.work / "record.json")
+    args.out = record_file(args, "interop")
     return args
 
 

@@ -5,13 +5,14 @@ python -P benchmarks/interop_peers.py vllm MODEL --given questions.json --found 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from peer_process import answer
 
 Given = dict[str, Any]
 """What `interop.py` asks."""
@@ -236,16 +237,5 @@ CHECKS: dict[str, Callable[[Path, Given], Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("check", choices=CHECKS)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--given", type=Path, required=True, help="JSON file: what is asked")
-    parser.add_argument("--found", type=Path, required=True, help="JSON file to write: what was found")
-    args = parser.parse_args()
-    found = CHECKS[args.check](args.model.resolve(), json.loads(args.given.read_text()))
-    args.found.write_text(json.dumps(found) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    answer(__doc__.splitlines()[0], "check", CHECKS)
