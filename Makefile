@@ -11,6 +11,8 @@ PEERS := .venv-peers
 INTEROP := .venv-interop
 # On a machine with a GPU: the Python that has its PyTorch and Triton.
 GPU_PYTHON ?= python3
+# After so many minutes it ends with what it has; the record goes to OUT, or to build/.
+MINUTES ?= 9
 
 .PHONY: help demo test soak lint bench real interop gpu clean
 help:
@@ -21,7 +23,8 @@ help:
 	@echo "make bench   the kernels against PyTorch, the published loop and llm-compressor, on this machine"
 	@echo "make real    a real model, SmolLM2-135M, pruned by every method beside llm-compressor: half an hour, then a table"
 	@echo "make interop a pruned model in vLLM, lm-eval, lighteval, peft, llm-compressor and llama.cpp's converter"
-	@echo "make gpu     on a machine with a GPU: build in place, test and measure there, without network"
+	@echo "make gpu     on a machine with a GPU: build in place, check, measure and test there, without network;"
+	@echo "             make gpu MINUTES=9 OUT=folder"
 	@echo "make clean   remove .venv and everything built"
 
 $(VENV)/.torch:
@@ -81,7 +84,7 @@ interop: $(PEERS)/.ready
 	$(BIN)/python benchmarks/interop.py --environments $(INTEROP) --peers $(PEERS) --record
 
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) benchmarks/gpu.py --minutes $(MINUTES) $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(INTEROP) build demo-out* *.egg-info

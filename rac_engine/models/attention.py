@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -48,6 +49,9 @@ def attend(
     sequences that lie behind one another, and what `scoring_of` reads. Returns [1, tokens, heads, e].
     """
     lengths: Sequence[int] = options["lengths"]
+    if torch.is_autocast_enabled(value.device.type):
+        # The rotary step leaves fp32 beside autocast's values, and no fused kernel takes two dtypes.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     return packed_attention(query[0], key[0], value[0], lengths, scoring_of(module, options))[None], None
 
 

@@ -173,10 +173,11 @@ def test_make_gpu_without_a_gpu() -> None:
 
 
 @pytest.fixture
-def gpu() -> Any:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     spec = importlib.util.spec_from_file_location("make_gpu", ROOT / "benchmarks" / "gpu.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_gpu", module)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -189,37 +190,48 @@ def test_sanitizer_summaries(gpu: Any) -> None:
     assert not gpu.refused("= ERROR SUMMARY: 1 error")
 
 
-def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any) -> None:
-    assert sum(gpu.LIMITS.values()) < 480
+@pytest.fixture
+def session(gpu: Any, tmp_path: Path) -> Any:
+    """Of five minutes."""
+    (tmp_path / "out").mkdir()
+    return gpu.Session(tmp_path / "out", time.perf_counter() + 300)
+
+
+def test_make_gpu_goes_on_after_a_part_that_hangs(gpu: Any, session: Any) -> None:
+    first = ["build", "small", "hot", "hot tests", "streaming"]
+    assert list(gpu.PARTS)[:5] == first and sum(gpu.LIMITS[part] for part in first) < 9 * 60
+    assert list(gpu.PARTS) == list(gpu.LIMITS)
     gpu.LIMITS["tests"] = 1
-    found = gpu.part("tests", [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"])
-    assert found["ended"] == "stopped after 1 s" and "so far" in found["output"]
-    assert gpu.part("build", [sys.executable, "-c", "raise SystemExit(3)"])["ended"] == "failed with 3"
+    found = session.run("tests", [sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"])
+    assert found["ended"] == "stopped after 1 s" and "so far" in found["output"] and gpu.is_failure(found)
+    assert session.run("build", [sys.executable, "-c", "raise SystemExit(3)"])["ended"] == "failed with 3"
+    assert "so far" in (session.out / "tests.log").read_text()
 
 
-def test_make_gpu_runs_the_tests_files_at_once(gpu: Any, tmp_path: Path) -> None:
+def test_make_gpu_runs_the_tests_files_at_once(gpu: Any, session: Any, tmp_path: Path) -> None:
     """Within one limit; one that has nothing to run is no failure, one that hangs is told from the others."""
     folder = tmp_path / "tests" / "gpu"
     folder.mkdir(parents=True)
-    (folder / "small.py").write_text("print('small')")
     (folder / "test_good.py").write_text("def test(): pass")
     (folder / "test_none.py").write_text("import pytest\npytest.skip('no GPU', allow_module_level=True)")
     (folder / "test_bad.py").write_text("def test(): assert False")
-    gpu.ROOT, gpu.LIMITS["tests"] = tmp_path, 60
-    found = gpu.tests()
-    assert found["ended"] == "test_bad failed with 1"
-    assert set(found["files"]) == {"small", "test_good", "test_none", "test_bad"}
-    assert found["files"]["test_none"]["ended"] == "failed with 5" and "small" in found["files"]["small"]["output"]
+    (folder / "test_sweep.py").write_text("def test(): pass")
+    gpu.ROOT, gpu.LIMITS["tests"] = tmp_path, 50
+    found = gpu.tests(session)
+    assert found["ended"] == "failed: test_bad failed with 1"
+    assert set(found["files"]) == {"good", "none", "bad"}
+    assert found["files"]["none"]["ended"].startswith("passed")
     (folder / "test_bad.py").write_text("import time\ndef test(): time.sleep(60)")
     gpu.LIMITS["tests"] = 10
-    found = gpu.tests()
-    assert "test_bad stopped after" in found["ended"] and found["seconds"] < 40
+    found = gpu.tests(session, some=("sweep", "bad", "not there"))
+    assert list(found["files"]) == ["sweep", "bad"]
+    assert "test_bad stopped" in found["ended"] and gpu.is_failure(found) and found["seconds"] < 40
 
 
-def test_make_gpu_stops_what_a_part_started(gpu: Any) -> None:
+def test_make_gpu_stops_what_a_part_started(gpu: Any, session: Any) -> None:
     gpu.LIMITS["tests"] = 5
     child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
-    found = gpu.part("tests", [sys.executable, "-c", f"{child}; import time; time.sleep(60)"])
+    found = session.run("tests", [sys.executable, "-c", f"{child}; import time; time.sleep(60)"])
     assert found["ended"] == "stopped after 5 s"
     stat = Path(f"/proc/{found['output'].strip()}/stat")
 
@@ -234,24 +246,53 @@ def test_make_gpu_stops_what_a_part_started(gpu: Any) -> None:
     assert stopped()
 
 
+ORDER = ["build", "small", "hot", "hot tests", "streaming", "packed", "benchmarks", "tests"]
+ORDER += ["memcheck", "racecheck", "initcheck"]
+
+
 def test_make_gpu_writes_after_each_part(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "record.json"
+    out = tmp_path / "out"
     before: list[list[str]] = []
 
-    def ended(*_: Any) -> dict[str, Any]:
-        before.append(list(json.loads(out.read_text())["parts"]) if out.exists() else [])
+    def ended(_: Any) -> dict[str, Any]:
+        file = out / "record.json"
+        before.append(list(json.loads(file.read_text())["parts"]) if file.exists() else [])
         return {"ended": "passed", "seconds": 1, "output": ""}
 
-    for name in ("build", "tests", "sanitize", "benchmarks", "streaming"):
-        monkeypatch.setattr(gpu, name, ended)
+    monkeypatch.setattr(gpu, "PARTS", dict.fromkeys(gpu.PARTS, ended))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(out)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.main() == 0
-    order = ["build", "tests", "memcheck", "racecheck", "initcheck", "benchmarks", "streaming"]
-    assert before == [order[:done] for done in range(len(order))]
-    assert list(json.loads(out.read_text())["parts"]) == order and "driver" in json.loads(out.read_text())
+    assert before == [ORDER[:done] for done in range(len(ORDER))]
+    record = json.loads((out / "record.json").read_text())
+    assert list(record["parts"]) == ORDER and record["not_reached"] == [] and "driver" in record
+
+
+def test_make_gpu_ends_with_its_minutes(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that fail, raise, hang and are left out; those that there is no time for are listed and are no failure."""
+
+    def python(name: str, code: str) -> Any:
+        return lambda session: session.run(name, [sys.executable, "-c", code])
+
+    def raises(_: Any) -> dict[str, Any]:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(gpu, "LEAST", 0.5)
+    monkeypatch.setattr(gpu, "SAVING", 0.5)
+    parts = {"build": python("build", "pass"), "small": raises, "hot": python("hot", "raise SystemExit(1)")}
+    parts |= {"hot tests": lambda _: gpu.left_out("nothing there")}
+    parts |= {"streaming": python("streaming", "import time; time.sleep(60)"), "packed": python("packed", "pass")}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    start = time.perf_counter()
+    assert gpu.go(gpu.Session(tmp_path, start + 6), {"device": "none"}) == ["small", "hot"]
+    assert time.perf_counter() - start < 20
+    record = json.loads((tmp_path / "record.json").read_text())
+    ends = {name: part["ended"] for name, part in record["parts"].items()}
+    assert ends["small"] == "failed: OSError('disk full')" and ends["hot"] == "failed with 1"
+    assert ends["streaming"].startswith("not done") and ends["packed"] == "not reached"
+    assert record["not_reached"] == ["streaming", "packed"] and record["device"] == "none"
 
 
 REACHED = """
@@ -267,7 +308,7 @@ def name(kernel):
 
 modules = [module for key, module in sys.modules.items() if key.startswith("rac_kernels.")]
 kernels = {value for module in modules for value in vars(module).values() if isinstance(value, Kernel)}
-seen, launch = set(), Kernel.__getitem__
+seen, launch, said = set(), Kernel.__getitem__, []
 
 def spy(kernel, grid):
     seen.add(name(kernel))
@@ -275,7 +316,7 @@ def spy(kernel, grid):
 
 Kernel.__getitem__ = spy
 rac_kernels.backends.gpu.processors = lambda device: 132  # sums are split as on a large GPU
-small.main("cpu", 132, 1100, (small.torch.float16,), 3000)
+assert small.main("cpu", 132, 1100, (small.torch.float16,), 3000, said.append) == [], said
 print(sorted({name(kernel) for kernel in kernels if kernel.fn.__name__.endswith("_kernel")} - seen))
 """
 

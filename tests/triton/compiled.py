@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -16,12 +17,14 @@ from triton.compiler import ASTSource
 
 from rac_kernels.ops import hessian
 
-CAPABILITIES = (80, 90, 100)
-SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program may have this much; for 80 what 86 and 89 have
+#: Those that every test compiles for; with RAC_ALL_GPUS=1 in the environment 120 as well, which some always do.
+CAPABILITIES = (80, 90, 100, 120) if os.environ.get("RAC_ALL_GPUS") else (80, 90, 100)
+#: Bytes that a program may have; for 80 what 86 and 89 have.
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 REGISTERS = 65536  # of a multiprocessor
 #: The instruction by which each capability multiplies tiles of at least 64 rows; all have mma.sync for smaller ones.
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 # Of what sums over tokens: dtype, weighted, the result's row stride: 16 stands for its multiples, 1 for one column, 7
 # for all others, and then results and weights begin anywhere.
 LAUNCHES = [(dtype, weighted, 16) for dtype in TYPES for weighted in (False, True)]
@@ -41,6 +44,20 @@ class Compiled:
     """bytes a program"""
     ptx: str = field(repr=False)
     cubin: bytes = field(repr=False)
+    ttgir: str = field(repr=False)
+
+    def conversions(self, shape: tuple[int, int]) -> int:
+        """How often a tensor of that shape in fp32, as sums are, is given another layout within a loop."""
+        depth, found, wanted = 0, 0, f"tensor<{shape[0]}x{shape[1]}xf32"
+        for line in self.ttgir.splitlines():
+            text = line.strip()
+            if depth:
+                # Every region within the loop counts, so that the loop's own end is known.
+                found += "ttg.convert_layout" in text and f": {wanted}" in text
+                depth += text.partition(" loc(")[0].endswith("{") - text.startswith("}")
+            elif "scf.for" in text or "scf.while" in text:
+                depth = 1
+        return found
 
     def main_loop(self) -> list[str]:
         """The machine instructions of the longest loop, without predicates and operands."""
@@ -88,8 +105,18 @@ def compile_for(
     source = ASTSource(kernel, signature, constants, attributes)
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return Compiled(
-        **_usage(found.asm["cubin"]), shared=found.metadata.shared, ptx=found.asm["ptx"], cubin=found.asm["cubin"]
+        **_usage(found.asm["cubin"]),
+        shared=found.metadata.shared,
+        ptx=found.asm["ptx"],
+        cubin=found.asm["cubin"],
+        ttgir=found.asm["ttgir"],
     )
+
+
+def copies(loop: list[str]) -> list[int]:
+    """Bytes that a thread copies by each cp.async of some machine instructions."""
+    widths = (re.search(r"^LDGSTS.*?(?:\.(64|128))?$", name) for name in loop)
+    return [int(width[1] or 32) // 8 for width in widths if width]
 
 
 def check_sums(

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.triton.compiled import CAPABILITIES, TENSOR_CORES, Compiled, compile_for
+from tests.triton.compiled import CAPABILITIES, TENSOR_CORES, Compiled, compile_for, copies
 
 # The packages' names are the functions.
 factor, product, select, sweep = (
@@ -24,6 +24,10 @@ CALLERS = ("A", "B", "H", "U", "scores")  # tensors that may be views, which beg
 #: What is known to be a multiple of 16, beside where the tensors made here begin: everything for most models; a block
 #: size of 60 leaves lo; an odd n leaves no size or stride; of a view of odd strides nothing is known at all.
 ALIGNED = {"whole": ("n", "lo", *STRIDES, *CALLERS), "odd block": ("n", *STRIDES, *CALLERS), "odd": CALLERS, "view": ()}
+
+#: What multiplies a step of 16 columns three times, in how many instructions a warp of four, and the barriers beside
+#: them at most: Triton waits for each of Blackwell's products by itself.
+PRODUCTS = {80: ("HMMA", 96, 2), 90: ("HGMMA", 6, 2), 100: ("UTCHMMA", 4, 18), 120: ("HMMA", 96, 2)}
 
 
 @pytest.fixture(params=CAPABILITIES)
@@ -58,23 +62,35 @@ def compiled(
     return found
 
 
+@pytest.mark.parametrize("capability", PRODUCTS)
 @pytest.mark.parametrize("transposed", [False, True])
-@variants("whole", "view")
-def test_product(capability, aligned, transposed):
+@pytest.mark.parametrize(("aligned", "whole"), [("whole", True), ("view", False)])
+def test_product(capability, aligned, whole, transposed):
+    warps = product.warps(transposed, whole, capability)
     found = compiled(
         capability,
         product.product_kernel,
-        aligned,
-        product.WARPS_TRANSPOSED if transposed else product.WARPS,
+        ALIGNED[aligned],
+        warps,
         product.STAGES,
-        programs=1 if transposed else 2,
-        registers=192 if transposed else 240,
+        programs=1 if warps == product.WARPS_SPILLING else 2,
+        registers=192 if warps == product.WARPS_SPILLING else 240,
         ROWS=product.ROWS,
         COLUMNS=product.COLUMNS,
         STEP=product.STEP,
+        WHOLE=whole,
         **{"b_row" if transposed else "b_column": 1},
     )
     assert found.tensor_cores() == TENSOR_CORES[capability] and "tf32" in found.ptx and "cp.async" in found.ptx
+    # The sums stay where they are while a step is done, and copies are of whole vectors where all is aligned.
+    assert not found.conversions((product.ROWS, product.COLUMNS))
+    loop = found.main_loop()
+    assert set(copies(loop)) == ({16} if whole else {4})
+    name, count, barriers = PRODUCTS[capability]
+    count = count * product.WARPS // warps if name == "HMMA" else count
+    assert sum(instruction.startswith(name) for instruction in loop) == count
+    assert sum(instruction.startswith("BAR") for instruction in loop) <= barriers
+    assert sum(instruction.startswith("DEPBAR") for instruction in loop) == 1  # one wait for copies a step
 
 
 @pytest.mark.parametrize("unit", [False, True])

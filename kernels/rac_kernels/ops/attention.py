@@ -4,6 +4,11 @@ PyTorch's fused kernels hold no scores, but know neither soft caps nor sinks, an
 fp32 with fewer queries than keys. What they do not know is computed here in plain torch, some queries at a time, so
 that the scores of all queries and keys never exist together. Both are plain torch, which gradients go through.
 
+On a GPU PyTorch's first choice among its fused kernels may be cuDNN's, which builds a plan for every shape that it has
+not seen: a fraction of a second for each length of a sequence, and for each step of decoding. The others, flash and
+memory-efficient attention, are compiled once and for all and take sizes as they come. So cuDNN's is ruled out here, and
+lengths need no rounding.
+
 Short sequences in bf16 on a CPU have a native kernel (csrc/cpu/attention.cpp), in 0.4 of the time of PyTorch's, made
 for long ones. Its shares are in fp32, not rounded to bf16 before the second product.
 """
@@ -13,6 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,7 +147,8 @@ def _attention_reference(
         queries, keys, values = (_unpack(x, start, length, count) if whole else x[None] for x in (q, k, v))
         own = replace(scoring, window=_within(scoring.window, keys))
         if scoring.is_plain and is_fused(q.device, q.dtype, q.shape[2], own.window):
-            attended = _fused(queries, keys, values, own)
+            with without_plans():
+                attended = _fused(queries, keys, values, own)
         else:
             attended = _blockwise(queries, keys, values, own)
         out[start : start + length * count] = attended.transpose(1, 2).flatten(0, 1)
@@ -157,7 +164,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scoring: Sco
         # Query heads that share a key are the rows of one small matrix.
         grouped = q.unflatten(1, (k.shape[1], -1))
         mask = seen[:, None, None]
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scoring.scale).flatten(1, 2)
+        with without_plans():
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scoring.scale).flatten(1, 2)
     return eager_attention(q[:, :, None], k, v, seen[:, None, None, None], scoring)[:, :, 0]
 
 
@@ -190,6 +198,18 @@ def is_fused(device: torch.device, dtype: torch.dtype, width: int, window: int |
     A GPU's knows neither masks, which a `window` needs, nor fp32 with fewer keys than queries.
     """
     return device.type == "cpu" or (window is None and dtype.itemsize == 2 and width <= FUSED_WIDTH)
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """Within this PyTorch leaves out cuDNN's attention, which builds a plan for each new shape; after it all is as it
+    was."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def workspace(shape: AttentionShape, fused: bool, mask_size: int = 0) -> int:

@@ -575,6 +575,7 @@ def packed_matmul_triton(X: Tensor, packed: Packed, bias: Tensor | None, first: 
     layout = packed.layout
     tokens, columns = X.shape
     Y = X.new_empty(tokens, count)
+    bias = None if bias is None else bias.contiguous()
     if not Y.numel():
         return Y
     if not columns:

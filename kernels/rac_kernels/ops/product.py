@@ -22,9 +22,9 @@ ROWS = 64  # rows of a product that a program makes
 
 STEP = 16
 
-WARPS = 4
+WARPS = 4  # a tile of wgmma's; with 8 Triton turns the sums over within each step, on capability 9.0
 
-WARPS_TRANSPOSED = 8  # where B's columns are what is contiguous: that takes more registers
+WARPS_SPILLING = 8  # where 4 have too few registers
 
 STAGES = 4
 
@@ -52,30 +52,45 @@ def product_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """out[m, p] = A[m, :, depths of part p] B[m, depths of part p, :]; A [m, rows, depth] has contiguous rows."""
+    """out[m, p] = A[m, :, depths of part p] B[m, depths of part p, :]; A [m, rows, depth] has contiguous rows.
+
+    WHOLE: depth is a multiple of STEP and columns is COLUMNS. Without their masks copies are of whole vectors.
+    """
     part = tl.program_id(1)
     matrix = tl.program_id(2).to(tl.int64)
     A += matrix * a_matrix
     B += matrix * b_matrix
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
-    k = part * part_depth + tl.arange(0, STEP)
+    begin = tl.multiple_of(part * part_depth, STEP)  # as `parts` cuts them, which the compiler cannot know
+    k = begin + tl.arange(0, STEP)
     last = tl.minimum(depth, (part + 1) * part_depth)
     b_row = tl.cast(b_row, tl.int64)
     b_column = tl.cast(b_column, tl.int64)
     left = A + i[:, None] * tl.cast(a_row, tl.int64) + k[None, :]
     right = B + k[:, None] * b_row + j[None, :] * b_column
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(part * part_depth, last, STEP):
-        live = first + tl.arange(0, STEP) < last
-        a = tl.load(left, mask=(i < rows)[:, None] & live[None, :], other=0.0)
-        b = tl.load(right, mask=live[:, None] & (j < columns)[None, :], other=0.0)
+    for first in range(begin, last, STEP):
+        if WHOLE:
+            a = tl.load(left, mask=(i < rows)[:, None], other=0.0)
+            b = tl.load(right)
+        else:
+            live = first + tl.arange(0, STEP) < last
+            a = tl.load(left, mask=(i < rows)[:, None] & live[None, :], other=0.0)
+            b = tl.load(right, mask=live[:, None] & (j < columns)[None, :], other=0.0)
         sums = tl.dot(a, b, sums, input_precision="tf32x3")
         left += STEP
         right += STEP * b_row
     own = out + ((matrix * tl.num_programs(1) + part) * rows + i[:, None]) * COLUMNS + j[None, :]
     tl.store(own, sums, mask=(i < rows)[:, None])
+
+
+def warps(transposed: bool, whole: bool, capability: int) -> int:
+    """Warps of a program. `transposed`: B's columns are what is contiguous; `whole` as in the kernel."""
+    spilling = transposed and not whole and not 90 <= capability < 120  # which have wgmma or tcgen05
+    return WARPS_SPILLING if spilling else WARPS
 
 
 def parts(tiles: int, depth: int) -> tuple[int, int]:
@@ -95,6 +110,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
     matrices, rows, depth = A.shape
     tiles = -(-rows // ROWS)
     count, each = parts(tiles, depth) if rows and depth else (0, 0)
+    whole = depth % STEP == 0 and B.shape[2] == COLUMNS
     out = torch.empty(matrices, count, rows, COLUMNS, dtype=torch.float32, device=A.device)
     if out.numel():
         product_kernel[(tiles, count, matrices)](
@@ -113,7 +129,8 @@ def product(A: Tensor, B: Tensor) -> Tensor:
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             STEP=STEP,
-            num_warps=WARPS if B.stride(2) == 1 else WARPS_TRANSPOSED,
+            WHOLE=whole,
+            num_warps=warps(B.stride(2) != 1, whole, gpu.capability(A.device)),
             num_stages=STAGES,
             enable_fp_fusion=True,
         )

@@ -29,6 +29,8 @@ from rac_engine.solve.method import Solution
 from rac_engine.solve.methods import admm, wanda
 from rac_engine.traces.calibration import Calibration
 from rac_engine.traces.held_out import hold_out
+from rac_kernels import packed_attention
+from rac_kernels.ops.attention import is_fused
 from rac_kernels.solvers import tuning as steps
 from tests import tiny
 
@@ -142,6 +144,32 @@ def test_it_makes_no_difference_where_activations_live(checkpoint: Make, tmp_pat
     assert host is not None and disk is not None
     assert (host.before, host.after) == (disk.before, disk.after) and host.after < host.before
     assert all(torch.equal(host.weights[name], disk.weights[name]) for name in weights)
+
+
+def test_under_autocast_attention_is_one_that_a_gpu_has_a_fused_kernel_for(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU tunes: the rotary step leaves queries and keys in fp32 beside values in bf16."""
+    model = Model.open(Checkpoint.open(checkpoint("qwen2")))
+    tensors = {name: model.checkpoint.read(name) for name in model.tensor_names(0)}
+    fused: list[bool] = []
+    monkeypatch.setattr(tuning, "_computing", lambda stream: torch.autocast("cpu", torch.bfloat16))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
+        assert q.dtype == k.dtype == v.dtype
+        fused.append(is_fused(torch.device("cuda"), q.dtype, q.shape[2], None))
+        return packed_attention(q, k, v, *given)
+
+    monkeypatch.setattr("rac_engine.models.attention.packed_attention", attention)
+    with torch.inference_mode():
+        block, dense = (model.build_layer(0, tensors, torch.bfloat16, "cpu")[0] for _ in range(2))
+        stream, wanted = (Stream(model, Packing.of(tiny.calibration(), 64), torch.bfloat16) for _ in range(2))
+        wanted.advance(dense)
+        fused.clear()
+        weights = {name: linear.get_parameter("weight") * 0.9 for name, linear in block.linears.items()}
+        found = tuning.tune(stream, wanted, block, weights, 1)
+    assert found is not None and math.isfinite(found.after)
+    assert fused and all(fused)
 
 
 def test_the_epoch_that_is_best_for_what_is_held_out_is_kept(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:

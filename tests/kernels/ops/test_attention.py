@@ -162,3 +162,26 @@ def test_a_gpu_is_given_what_its_kernels_take_without_holding_scores() -> None:
     assert attention.is_fused(gpu, torch.bfloat16, 128, None) and attention.is_fused(cpu, torch.float32, 300, 5)
     for dtype, width, window in ((torch.float32, 128, None), (torch.bfloat16, 128, 4096), (torch.float16, 512, None)):
         assert not attention.is_fused(gpu, dtype, width, window)
+
+
+def test_attention_that_plans_for_each_shape_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's, in whole sequences, in parts and in decoding; afterwards it may be chosen as before."""
+    allowed: list[bool] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*given: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*given, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", watch)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    q, k, v = (torch.randn(2, 12, 8) for _ in range(3))
+    packed_attention(q, k, v, [7, 5], Scoring(0.3), backend="reference")
+    packed_attention(q[:, 8:], k, v, [4], Scoring(0.3), backend="reference")
+    decode_attention(q[:, None, 0], k[:, None], v[:, None], torch.ones(2, 12, dtype=torch.bool), Scoring(0.3))
+    assert allowed == [False] * 4 and before
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packed_attention(q, k, v, [12], Scoring(0.3), backend="reference")
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
