@@ -14,6 +14,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -172,8 +173,7 @@ def csrc(n: int = 150, scores: int = 21_000) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a process that is stopped has said what it found
     if "--csrc" in sys.argv:
         csrc()
-    elif wrong := main():
+    elif wrong := main(say=partial(print, flush=True)):  # who is stopped has said what was found
         sys.exit(f"wrong: {', '.join(wrong)}")

@@ -74,7 +74,7 @@ def test_product(capability, aligned, whole, transposed):
         warps,
         product.STAGES,
         programs=1 if warps == product.WARPS_SPILLING else 2,
-        registers=192 if warps == product.WARPS_SPILLING else 240,
+        registers=192 if warps == product.WARPS_SPILLING else 248 if transposed else 240,
         ROWS=product.ROWS,
         COLUMNS=product.COLUMNS,
         STEP=product.STEP,
