@@ -35,7 +35,8 @@ BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": BF16, "amx": AMX}
 # What a file needs beyond its instruction set, which bindings.cpp asks the processor for before it calls that version.
-FURTHER = {"packed": {isa: ["-mavx512vbmi", "-mavx512vbmi2"] for isa in ("avx512bf16", "amx")}}
+EXPANDING = {isa: ["-mavx512vbmi", "-mavx512vbmi2"] for isa in ("avx512bf16", "amx")}
+FURTHER = {"packed": EXPANDING, "packed_tiles": EXPANDING}
 # Not for speed alone: without -ftz the hardware's reciprocal roots are wrapped in code for denormal numbers.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 CAPABILITIES = (80, 90, 100)  # with code of their own; later devices compile the PTX of the last

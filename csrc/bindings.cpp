@@ -334,6 +334,18 @@ PYBIND11_MODULE(_native, m) {
         },
         NoGil());
     m.def(
+        "packed_tiles",
+        [](Address Y, int64_t y_stride, Address X, int dtype, int64_t tokens, int64_t x_stride,
+           const std::vector<Address>& parts, int w_dtype, int values, int64_t rows, int64_t columns, int64_t group,
+           Address bias, int threads) {
+            if (!RAC_OP_OF(packed_tiles, expanding_isa())(pointer<void>(Y), y_stride, pointer<const void>(X),
+                                                           static_cast<rac::DType>(dtype), tokens, x_stride,
+                                                           packed_rows(parts, w_dtype, values, rows, columns, group),
+                                                           pointer<const float>(bias), threads))
+                throw std::bad_alloc();
+        },
+        NoGil());
+    m.def(
         "packed_expand",
         [](Address out, int dtype, const std::vector<Address>& parts, int w_dtype, int values, int64_t rows,
            int64_t columns, int64_t group, int threads) {

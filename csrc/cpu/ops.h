@@ -97,5 +97,9 @@ bool attention(void* out, const void* q, const void* k, const void* v, const Att
 bool packed_matmul(void* Y, int64_t y_stride, const void* X, DType x_dtype, int64_t tokens, int64_t x_stride,
                    const PackedRows& W, const float* bias, int threads);
 
+// The same for many tokens, a tile of W being expanded for all of them; int8 and int4 values are rounded to W's dtype.
+bool packed_tiles(void* Y, int64_t y_stride, const void* X, DType x_dtype, int64_t tokens, int64_t x_stride,
+                  const PackedRows& W, const float* bias, int threads);
+
 // out [rows, columns] of `dtype`, which is W's own or fp32, = W in full, rounded to W's own.
 bool packed_expand(void* out, DType dtype, const PackedRows& W, int threads);

@@ -710,8 +710,9 @@ def _check_values(packed: Packed, kept: Tensor) -> None:
             raise ValueError("what fills up its rows to 4 bytes is not zero")
     if layout.values == "same":
         return
-    for at in range(0, layout.value_bytes, 4 * _BLOCK):
-        codes = packed.codes[at : at + 4 * _BLOCK]
+    # A little at a time: what was needed for it stays with the process, beside the loaded model.
+    for at in range(0, layout.value_bytes, _BLOCK // 4):
+        codes = packed.codes[at : at + _BLOCK // 4]
         none = (codes == 0x80) if layout.values == "int8" else ((codes & 15) == 8) | (codes >> 4 == 8)
         if bool(none.any()):
             raise ValueError(f"its values hold a code below {-LARGEST[layout.values]}")

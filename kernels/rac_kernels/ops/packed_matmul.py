@@ -1,12 +1,13 @@
 """The product with a packed matrix, Y = X Wᵀ + bias, W being read as it is stored: mask and kept values.
 
 A few tokens (`FEW`) are bound by the bytes of W: the native kernel (csrc/cpu/packed.cpp) expands W in registers, word
-by word of the mask, and multiplies at once. For more tokens the matrix is expanded a tile at a time, small enough to
-stay in the cache, and torch multiplies the tile. A dense matrix never exists. packed_triton.py is
-the way of a GPU.
+by word of the mask, and multiplies at once. For more tokens the matrix is expanded a few rows at a time, which stay in
+the cache, and all tokens are multiplied by them (csrc/cpu/packed_tiles.cpp). A dense matrix never exists.
+packed_triton.py is the way of a GPU.
 
-int8 and int4 values are multiplied as integers. Each run of at most 256 columns of a bf16 or fp16 X becomes 16-bit
-integers with a scale of its own, which is finer than bf16 and fp16 are next to the largest of the run.
+For a few tokens int8 and int4 values are multiplied as integers. Each run of at most 256 columns of a bf16 or fp16 X
+becomes 16-bit integers with a scale of its own, which is finer than bf16 and fp16 are next to the largest of the run.
+For more tokens they are rounded to the matrix's dtype, as `unpack` does. Beyond `MANY` torch multiplies larger tiles.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from rac_kernels.ops.limits import PRODUCT_PEAKS, Limit
 from rac_kernels.ops.packed import DTYPES, VALUES, Packed, PackedLayout, unpack
 from rac_kernels.ops.packed_triton import packed_matmul_triton
 
-FEW = 16  # tokens, at most, for which W is expanded in registers
+FEW = 4  # tokens, at most, for which W is expanded in registers
 
-TILE_BYTES = 2 << 20  # of W, expanded, for more tokens: a share of the cache
+MANY = 512  # tokens, at most, that are multiplied here by rows of W that are expanded for them
+
+TILE_BYTES = 2 << 20  # of W, expanded, for more tokens, which torch multiplies: a share of the cache
 
 
 def packed_matmul(
@@ -54,7 +57,7 @@ def packed_matmul(
     if packed.data.device != X.device or (bias is not None and bias.device != X.device):
         raise ValueError(f"the packed matrix is on {packed.data.device} and X on {X.device}")
     chosen = choose(backend, X.device, triton=True)
-    if backend == "auto" and chosen == "native" and not native.has("packed_matmul"):
+    if backend == "auto" and chosen == "native" and not native.has("packed_tiles"):
         chosen = "reference"  # the extension was built from older sources
     size = layout.rows, layout.columns, (matrix or 0) * count, count
     kind = DTYPES.index(layout.dtype), VALUES.index(layout.values), layout.group
@@ -155,11 +158,12 @@ def _native(X: Tensor, data: Tensor, layout: PackedLayout, bias: Tensor | None, 
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     tokens = Y.numel() // count
-    if tokens > FEW:
+    if tokens > MANY:
         _native_many(X.reshape(tokens, -1), data, layout, bias, first, Y.view(tokens, count))
         return Y
     X = X if X.is_contiguous() else X.contiguous()
-    native.library().packed_matmul(
+    library = native.library()
+    (library.packed_matmul if tokens <= FEW else library.packed_tiles)(
         Y.data_ptr(),
         count,
         X.data_ptr(),

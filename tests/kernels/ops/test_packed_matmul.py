@@ -97,10 +97,37 @@ def test_dtypes(name: str, dtype: torch.dtype, values: Values) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_every_number_of_tokens(name: str, values: Values) -> None:
     packed = packed_matrix(11, 320, values)
-    X = torch.randn(module.FEW + 2, 320).bfloat16()
+    X = torch.randn(18, 320).bfloat16()
     with running(name) as backend:
-        for tokens in range(module.FEW + 3):
+        for tokens in range(19):
             check(X[:tokens], packed, None, backend)
+
+
+@pytest.mark.parametrize("values", KINDS)
+@pytest.mark.parametrize("name", NATIVE)
+def test_tiles_of_any_shape(name: str, values: Values) -> None:
+    """More rows than are expanded together, columns in several blocks, the last of them short, and many tokens."""
+    packed = surrounded(packed_matrix(37, 3700, values))
+    for tokens in (6, 65):
+        X = Poisoned(torch.randn(tokens, 3700).bfloat16()).view
+        with running(name) as backend:
+            check(X, packed, torch.randn(37).bfloat16(), backend)
+    for dtype in (torch.float16, torch.float32):
+        with running(name) as backend:
+            check(torch.randn(9, 300).to(dtype), packed_matrix(9, 300, values, dtype=dtype), None, backend)
+
+
+@pytest.mark.parametrize("values", KINDS)
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_token_of_a_tile_is_the_same_whatever_the_threads_and_the_others(name: str, values: Values) -> None:
+    packed = packed_matrix(599, 640, values)
+    X = torch.randn(23, 640).bfloat16()
+    with running(name) as backend:
+        one = packed_matmul(X, packed, backend=backend)
+        torch.set_num_threads(3)  # a fixture puts it back
+        assert torch.equal(one, packed_matmul(X, packed, backend=backend))
+        assert torch.equal(one[5:16], packed_matmul(X[5:16], packed, backend=backend))
+        assert torch.equal(one[:, 7:500], packed_matmul(X, packed.rows(7, 500), backend=backend))
 
 
 @pytest.mark.parametrize("values", KINDS)
@@ -135,9 +162,10 @@ def test_largest_values_and_outliers(name: str, values: Values) -> None:
 @pytest.mark.parametrize("name", CPU)
 def test_threads_and_slices_of_a_batch(name: str, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TILE_BYTES", 40_000)
+    monkeypatch.setattr(module, "MANY", 20)
     for values in KINDS:
         packed = packed_batch(values)
-        for tokens in (2, 20):
+        for tokens in (2, 20, 21):
             X = torch.randn(tokens, 640).bfloat16()
             with running(name) as backend:
                 dense = weights(packed, backend, tokens).float()
@@ -181,6 +209,7 @@ def test_tiles_hold_the_dense_matrix_bit_for_bit(name: str, monkeypatch: pytest.
 
     monkeypatch.setattr(F, "linear", noted)
     monkeypatch.setattr(module, "TILE_BYTES", 3000)
+    monkeypatch.setattr(module, "MANY", 16)
     for own in (torch.bfloat16, torch.float16, torch.float32):
         W = matrix(13, 201, dtype=own)
         W[0, :4] = torch.tensor([-0.0, torch.nan, torch.finfo(own).smallest_normal / 8, torch.inf]).to(own)
