@@ -63,6 +63,7 @@ class RacQuantizer(HfQuantizer):
         return place(model, files, weight_conversions)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from rac_engine.base.process import trim_memory
         from rac_engine.serve.modules import PackedExperts, PackedLinear
 
         for name, module in model.named_modules():
@@ -71,6 +72,7 @@ class RacQuantizer(HfQuantizer):
                     module.take()
                 except ValueError as why:
                     raise ValueError(f"{name}: {why}") from None
+        trim_memory()  # the checks' own
         return model
 
     def is_serializable(self) -> bool:
