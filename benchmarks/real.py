@@ -95,7 +95,7 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    _same_settings(args)
+    require_same_settings(args)
     made = Made(args)
     for what in made.parts():
         record = made.record()
@@ -126,21 +126,19 @@ class Made:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work = args, args.work
         self.model = self.work / "model"
-        self.jobs = [
-            *(Job(tool, *what, run) for what in PAIRED for run in range(args.runs) for tool in (OURS, PEER)),
+        self._dense: tuple[dict[str, list[Tensor]], Tensor] | None = None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All prunings, those that both tools do in turns."""
+        return [
+            *(Job(tool, *what, run) for what in PAIRED for run in range(self.args.runs) for tool in (OURS, PEER)),
             *(Job(OURS, *what, 0) for what in ALONE),
         ]
-        self._dense: tuple[dict[str, list[Tensor]], Tensor] | None = None
 
     def parts(self) -> Iterator[str]:
         """Make everything that is not there, and tell of each part when it is."""
-        if not self.model.exists():
-            self._fetch()
-            yield f"model: {self.model}"
-        for split, tokens in (("calibration", self.args.tokens), ("held-out", parse_size("10k"))):
-            if not self._traces(split).exists():
-                self._sample(split, tokens)
-                yield f"traces: {self._traces(split)}"
+        yield from self.sources()
         yield f"limit: {self._part('limit', self._limit)['seconds']} s"
         yield f"dense: {self._part('quality-dense', partial(self._quality, self.model))}"
         for job in self.jobs:
@@ -149,6 +147,16 @@ class Made:
             quality = self._part(f"quality-{found['sha256']}", partial(self._quality, self._out(job)))
             shutil.rmtree(self._out(job), ignore_errors=True)
             yield f"{job.name}: {usage}, KL {quality['held-out']['kl']:.4f}"
+
+    def sources(self) -> Iterator[str]:
+        """Make the model and its traces, which all else is made of."""
+        if not self.model.exists():
+            self._fetch()
+            yield f"model: {self.model}"
+        for split, tokens in (("calibration", self.args.tokens), ("held-out", parse_size("10k"))):
+            if not self._traces(split).exists():
+                self._sample(split, tokens)
+                yield f"traces: {self._traces(split)}"
 
     def record(self) -> dict[str, Any]:
         """All parts that are there."""
@@ -258,7 +266,7 @@ class Made:
             words = ["--method", job.method, "--sparsity", share, "--structure", PATTERNS[job.sparsity]]
             command = self._peer("prune", str(self.model), str(out), "--ids", str(ids), *words)
         usage = self._run(command, job.name)
-        return {**asdict(usage), **_zeros(out)}
+        return {**asdict(usage), **zeros_in(out)}
 
     def _ours(self, *words: str) -> list[str]:
         return [sys.executable, "-P", "-m", "rac_engine", "-q", *words]
@@ -386,7 +394,7 @@ def compared(
     }
 
 
-def _zeros(folder: Path) -> dict[str, Any]:
+def zeros_in(folder: Path) -> dict[str, Any]:
     """Share of zeros in the matrices of the layers, in all and the least of one, and a SHA-256 of all tensors."""
     zeros = weights = 0
     least, digest = 1.0, hashlib.sha256()
@@ -469,7 +477,7 @@ def _limits(record: dict[str, Any]) -> Iterator[str]:
         yield f"- {OURS}'s SparseGPT took {times} times that"
 
 
-def _same_settings(args: argparse.Namespace) -> None:
+def require_same_settings(args: argparse.Namespace) -> None:
     """Parts that are there were made with the same settings: others ask for another WORK."""
     kept = args.work / "settings.json"
     settings = {"tokens": args.tokens, "threads": args.threads, "package": PACKAGE, "measured": MEASURED}

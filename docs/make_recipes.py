@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from rac_engine.recipe import Recipe
-from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModelPath, ModuleName, PatternText, Source
-from rac_engine.recipe.settings import PromptFiles
+from rac_engine.recipe.fields import FilePath, JobName, MethodName, ModelPath, ModuleName, PatternText
+from rac_engine.recipe.settings import PromptFiles, Sources
 from rac_engine.solve import method_names
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -66,6 +66,7 @@ SECTIONS = {
     "trace": "Leave the section out if there are traces already, and name them in `calibration: {source: …}`.",
     "trace.prompts[]": "An entry may also be text: `FILE`, or `FILE:SHARE`.",
     "calibration": "",
+    "calibration.source[]": "An entry may also be text: `SOURCE`, or `SOURCE:SHARE`.",
     "prune": "",
     "prune.experts": "See [families](families.md#mixtures-of-experts).",
     "prune.overrides[]": "A list; of several entries that fit a matrix the last one wins. "
@@ -76,7 +77,7 @@ SECTIONS = {
 NAMES: list[tuple[Any, str]] = [
     (FilePath, "path"),
     (PromptFiles, "path, or a list"),
-    (Source, "path or `text:FILE`, or a list"),
+    (Sources, "path or `text:FILE`, or a list"),
     (ModelPath, "path or name on the hub"),
     (PatternText, "`N:M`"),
     (ModuleName, "regular expression"),

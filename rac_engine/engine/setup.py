@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rac_engine.jobs.layout import PRUNE_JOURNAL
 from rac_engine.jobs.surroundings import code_sha256, machine, surroundings, versions
 from rac_engine.models import Model
 from rac_engine.plan import MemoryPlan, Shape, Tokens, not_finite, plan_memory, skipped_matrices
-from rac_engine.recipe import TEXT_PREFIX, PruneSettings, Recipe, with_share
+from rac_engine.recipe import TEXT_PREFIX, CalibrationSource, PruneSettings, Recipe
 from rac_engine.solve import DAMPING, Reason, find_method
 from rac_engine.traces import (
     Calibration,
@@ -32,6 +32,7 @@ from rac_engine.traces import (
     load_tokenizer,
     mixed,
     require_embedding,
+    source_of,
 )
 
 
@@ -111,27 +112,33 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     return Setup(model, settings, skipped, device, calibration, packing, memory, begun, remarks)
 
 
-def calibration_of(recipe: Recipe) -> Calibration:
-    """The calibration that a recipe names, with its model's tokenizer; `BadInput` where it names none."""
+def calibration_of(recipe: Recipe, own: Path | None = None) -> Calibration:
+    """The calibration that a recipe names, with its model's tokenizer; `BadInput` where it names none.
+
+    `own` is the folder of this job's own traces, which are called by the last two parts of its path.
+    """
     wanted = recipe.calibration
-    if not wanted.sources:
+    if wanted.takes_own_traces and own is None:
         raise BadInput(f"calibration is missing: {recipe.prune.method} needs traces, a .jsonl or text:FILE")
     tokenizer = load_tokenizer(recipe.model)
-    several = len(wanted.sources) > 1 or with_share(wanted.sources[0])[1] is not None
+    sources = wanted.sources or [CalibrationSource()]
+    several = len(sources) > 1 or source_of(sources[0]) != CalibrationSource(source=source_of(sources[0]).source)
 
     def load(source: str, tokens: int | None) -> Calibration:
         whole = several and source.startswith(TEXT_PREFIX)  # of text nothing is a prompt's or a completion's
-        return load_calibration(
-            source,
+        found = load_calibration(
+            source or str(own),
             part="all" if whole else wanted.part,
             tokens=tokens,
             tokenizer=tokenizer,
             sequence_length=wanted.sequence_length,
             weighting=Weighting() if whole else Weighting(wanted.weight_completion, wanted.weight_column),
             columns=wanted.column,
+            template_arguments=wanted.template_arguments,
         )
+        return found if source or own is None else replace(found, source="/".join(own.parts[-2:]))
 
-    return mixed(wanted.sources, wanted.tokens, load) if several else load(wanted.sources[0], wanted.tokens)
+    return mixed(sources, wanted.tokens, load) if several else load(source_of(sources[0]).source or "", wanted.tokens)
 
 
 def calibration_remarks(recipe: Recipe, calibration: Calibration, checkpoint: Checkpoint) -> list[str]:

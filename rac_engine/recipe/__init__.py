@@ -7,6 +7,7 @@ from rac_engine.recipe.files import absolute, build, dump, load_recipe
 from rac_engine.recipe.settings import (
     SERVING,
     CalibrationSettings,
+    CalibrationSource,
     EvalSettings,
     PromptSource,
     PruneSettings,
@@ -19,6 +20,7 @@ __all__ = [
     "SERVING",
     "TEXT_PREFIX",
     "CalibrationSettings",
+    "CalibrationSource",
     "EvalSettings",
     "PromptSource",
     "PruneSettings",

@@ -57,7 +57,8 @@ def _resolve(path: str, info: ValidationInfo) -> Path:
     return expanded if base is None else Path(base) / expanded
 
 
-def _path(value: Any, info: ValidationInfo) -> Any:
+def resolved_path(value: Any, info: ValidationInfo) -> Any:
+    """A path that is text, from the recipe's folder on and with ~ in full; what is neither text nor path stays."""
     if isinstance(value, str):
         if not value or "\0" in value:
             raise ValueError("should be the path of a file or folder")
@@ -67,23 +68,15 @@ def _path(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _sources(value: Any, info: ValidationInfo) -> str | list[str]:
-    """Check one source, or a list of several; a list of one is that one."""
-    given = value if isinstance(value, list) else [value]
-    if not 0 < len(given) <= MOST_SOURCES or not all(isinstance(each, str) for each in given):
-        raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE, or a list of such")
-    made = [_source(each, info) for each in given]
-    return made if len(made) > 1 else made[0]
-
-
 def _model(value: Any, info: ValidationInfo) -> Any:
     """A folder's path, or a model's name on the hub as it is, unless it is also a path from the recipe's folder."""
-    path = _path(value, info)
+    path = resolved_path(value, info)
     named = isinstance(value, str) and hub_name(value) is not None and not os.path.lexists(path)
     return Path(value) if named else path
 
 
-def _source(value: str, info: ValidationInfo) -> str:
+def resolved_source(value: str, info: ValidationInfo) -> str:
+    """A source with its path resolved as all paths of a recipe are; a share behind it stays."""
     prefix, path = (TEXT_PREFIX, value[len(TEXT_PREFIX) :]) if value.startswith(TEXT_PREFIX) else ("", value)
     if not path or "\0" in path:
         raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE")
@@ -208,9 +201,7 @@ Count = Annotated[int, BeforeValidator(_size), Field(gt=0, le=1 << 53)]
 
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
-FilePath = Annotated[Path, BeforeValidator(_path), PlainSerializer(str, return_type=str)]
-
-Source = Annotated[str | list[str], BeforeValidator(_sources)]
+FilePath = Annotated[Path, BeforeValidator(resolved_path), PlainSerializer(str, return_type=str)]
 
 ModelPath = Annotated[Path, BeforeValidator(_model), PlainSerializer(shown_model, return_type=str)]
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from rac_engine.base.errors import BadInput
 from rac_engine.base.hubnames import hub_name
 from rac_engine.recipe.fields import TEXT_PREFIX, Settings
-from rac_engine.recipe.settings import CalibrationSettings, Recipe
+from rac_engine.recipe.settings import CalibrationSettings, CalibrationSource, Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -83,7 +83,10 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _absolute(source: str) -> str:
+def _absolute(source: str | CalibrationSource) -> str | CalibrationSource:
+    if isinstance(source, CalibrationSource):
+        path = None if source.source is None else _absolute(source.source)
+        return source.model_copy(update={"source": path})
     prefix = TEXT_PREFIX if source.startswith(TEXT_PREFIX) else ""
     return prefix + str(Path(source.removeprefix(prefix)).absolute())
 
@@ -93,8 +96,8 @@ def absolute(recipe: Recipe) -> Recipe:
 
     def resolved(value: Any) -> Any:
         if isinstance(value, CalibrationSettings) and value.source is not None:
-            sources = [_absolute(source) for source in value.sources]
-            return value.model_copy(update={"source": sources if len(sources) > 1 else sources[0]})
+            made = [_absolute(source) for source in value.sources]
+            return value.model_copy(update={"source": made[0] if isinstance(value.source, str) else made})
         if isinstance(value, Settings):
             return value.model_copy(update={name: resolved(getattr(value, name)) for name in value.model_fields_set})
         if isinstance(value, list):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
@@ -34,16 +35,19 @@ from rac_engine.recipe.fields import (
     Seed,
     ServerURL,
     Settings,
-    Source,
     TemplateArguments,
     names_matrix,
     pruning_pattern,
+    resolved_path,
+    resolved_source,
     with_share,
 )
 from rac_engine.solve import DEFAULT_METHOD, find_method, method_names
 
 if TYPE_CHECKING:
     from rac_engine.solve import Method
+
+S = TypeVar("S", bound=Settings)
 
 RESERVED_NAMES = ("dense", "pruned")
 
@@ -91,14 +95,17 @@ def _prompt_files(value: Any, info: ValidationInfo) -> Any:
 
 def _prompt_source(given: Any, info: ValidationInfo) -> PromptSource:
     if isinstance(given, str):
-        base = (info.context or {}).get("base")
-        there = base is not None and (Path(base) / given).exists()
-        name, share = (given, None) if there else with_share(given)
+        name, share = with_share(str(resolved_path(given, info)))
         given = {"file": name, "share": share}
     elif isinstance(given, Path):
         given = {"file": given}
+    return _checked(PromptSource, given, info)
+
+
+def _checked(model: type[S], given: Any, info: ValidationInfo) -> S:
+    """Settings of one of several sources; the message of a mistake names the field."""
     try:
-        return PromptSource.model_validate(given, context=info.context)
+        return model.model_validate(given, context=info.context)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "a source"
@@ -152,15 +159,61 @@ class TraceSettings(Settings):
         return [each if each.column else each.model_copy(update={"column": self.column}) for each in self.prompts]
 
 
+SourceText = Annotated[str, AfterValidator(resolved_source)]
+
+
+class CalibrationSource(Settings):
+    """One of several sources of calibration."""
+
+    source: SourceText | None = Field(
+        default=None, description="traces folder or file, other records, or text:FILE; none: this job's own traces"
+    )
+    share: float | None = Field(
+        default=None, gt=0, le=1, description="part of the tokens that it gives (by default an equal part of the rest)"
+    )
+    weight: float = Field(
+        default=1.0, gt=0, le=1e6, description="how much its tokens count, times all other weights of a token"
+    )
+
+
+def _sources(value: Any, info: ValidationInfo) -> Any:
+    """Check one source, or a list of several; a list of one that is text is that one."""
+    given = value if isinstance(value, list) else [value]
+    fits = all(isinstance(each, str | CalibrationSource | Mapping) for each in given)
+    if not 0 < len(given) <= MOST_SOURCES or not fits or (given is not value and not isinstance(value, str)):
+        raise ValueError("should be a traces folder or file, a .jsonl file, or text:FILE, or a list of such")
+    made = [
+        resolved_source(each, info) if isinstance(each, str) else _checked(CalibrationSource, each, info)
+        for each in given
+    ]
+    return made[0] if len(made) == 1 and isinstance(made[0], str) else made
+
+
+def _shown_sources(value: str | list[str | CalibrationSource]) -> Any:
+    if isinstance(value, str):
+        return value
+    return [each if isinstance(each, str) else each.model_dump(mode="json", exclude_defaults=True) for each in value]
+
+
+Sources = Annotated[
+    str | list[str | CalibrationSource],
+    BeforeValidator(_sources),
+    PlainSerializer(_shown_sources, return_type=Any),
+]
+
+
 class CalibrationSettings(Settings):
     """Which tokens the Hessians are gathered from."""
 
-    source: Source | None = Field(
+    source: Sources | None = Field(
         default=None,
         description="traces folder or file, other records, or text:FILE; or a list of several, each with :SHARE of the "
         "tokens behind it, which sum to 1 (without, in equal parts); none: this job's own traces",
     )
     column: Columns = Field(default={}, description=COLUMN)
+    template_arguments: TemplateArguments = Field(
+        default={}, description="what the chat template is told besides the messages, where records hold no tokens"
+    )
     part: Literal["all", "prompt", "completion"] = Field(
         default="all", description="which part of a trace enters the Hessians"
     )
@@ -181,9 +234,14 @@ class CalibrationSettings(Settings):
     )
 
     @property
-    def sources(self) -> list[str]:
-        """The sources as they were given; none for this job's own traces."""
+    def sources(self) -> list[str | CalibrationSource]:
+        """The sources as they were given; none for this job's own traces alone."""
         return [self.source] if isinstance(self.source, str) else list(self.source or [])
+
+    @property
+    def takes_own_traces(self) -> bool:
+        """Whether this job's own traces are a source, or the only one."""
+        return self.source is None or any(not isinstance(each, str) and each.source is None for each in self.sources)
 
 
 class ExpertSettings(Settings):

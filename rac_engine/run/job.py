@@ -31,7 +31,7 @@ from rac_engine.recipe import Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
-from rac_engine.traces import TRACE_TOKEN_BYTES, dated, has_date, load_tokenizer, moment_of, prompts_of
+from rac_engine.traces import TRACE_TOKEN_BYTES, dated, has_date, load_tokenizer, moment_of, prompts_of, source_of
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,18 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             raise BadInput(f"{label}: {error}") from None
         if find_method(settings.method).needs == "nothing":
             continue
-        if calibration.source is None and recipe.trace is None:
+        if calibration.takes_own_traces and recipe.trace is None:
             raise BadInput(f"{label}: give the recipe a `trace` section, or `calibration` a source")
-        if calibration.source is not None:
+        if not calibration.takes_own_traces:
             known = calibration_of(recipe.model_copy(update={"calibration": calibration}))
             digests[f"calibration of {label}"] = known.sha256
+            continue
+        # Shares are of the whole, which is not there yet: what stands beside this job's traces is read alone.
+        for number, source in enumerate(map(source_of, calibration.sources), 1):
+            if source.source is not None:
+                alone = calibration.model_copy(update={"source": [source.model_copy(update={"share": None})]})
+                known = calibration_of(recipe.model_copy(update={"calibration": alone}))
+                digests[f"source {number} of the calibration of {label}"] = known.sha256
     if recipe.trace:
         prompts_of(recipe.trace)
         sources = recipe.trace.sources

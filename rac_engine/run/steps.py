@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -242,10 +242,7 @@ class Run:
 
     def _tokens(self, recipe: Recipe) -> Calibration:
         """The calibration of a recipe, in which no source means this job's traces."""
-        if recipe.calibration.source is not None:
-            return calibration_of(recipe)
-        here = recipe.calibration.model_copy(update={"source": str(self.rac / TRACES)})
-        return replace(calibration_of(recipe.model_copy(update={"calibration": here})), source=f"{RAC}/{TRACES}")
+        return calibration_of(recipe, self.rac / TRACES)
 
     def _home(self, name: str) -> Path:
         """The folder that keeps the metrics of a model."""

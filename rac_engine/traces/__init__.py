@@ -14,7 +14,7 @@ from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
 from rac_engine.traces.layouts import answer_of, id_of, question_of
-from rac_engine.traces.mixture import mixed
+from rac_engine.traces.mixture import mixed, source_of
 from rac_engine.traces.prompts import prompts_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
@@ -59,5 +59,6 @@ __all__ = [
     "read_records",
     "request_key",
     "require_embedding",
+    "source_of",
     "stop_rendering",
 ]

@@ -137,12 +137,14 @@ def load_calibration(
     sequence_length: int = 2048,
     weighting: Weighting = Weighting(),
     columns: Mapping[str, str] | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Calibration sequences from traces, JSONL or text.
 
     `source` is a folder of `rac trace`, another file or folder of records (see `read_records` and `exchange_of`;
     records with a prompt alone are prompt-only calibration), or "text:FILE", which is read as far as it is needed and
-    cut into sequences of `sequence_length`. `columns` says which column of the records plays a role. Of part "prompt"
+    cut into sequences of `sequence_length`. `columns` says which column of the records plays a role, and
+    `template_arguments` what the chat template is told where they hold no tokens. Of part "prompt"
     the completion is left away; of "completion" the whole sequence is run, but only the completion's tokens count.
     Sequences are taken in order until `tokens` count, the last one cut so that just as many do, whatever the
     `weighting` says that they count for.
@@ -150,7 +152,13 @@ def load_calibration(
     Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
     """
     tally = Tally()
-    traces, kind = _open_source(source, part, tokenizer, sequence_length, weighting, columns or {}, tally)
+    path = _source_path(source, part, weighting)
+    traces: Iterable[Trace]
+    if source.startswith(TEXT_PREFIX):
+        traces, kind = from_text(path, tokenizer, sequence_length), "pieces of text"
+    else:
+        kind = "traces" if path.is_dir() or path.suffix == ".parquet" else "sequences"
+        traces = from_records(path, tokenizer, weighting.column, columns or {}, template_arguments or {}, tally)
     size = len(tokenizer)
     sequences: list[TokenSequence] = []
     left, completions = tokens, 0
@@ -186,28 +194,16 @@ def load_calibration(
     return Calibration(source, kind, part, sequences, weighting.describe(), tuple(remarks), frozenset(tally.models))
 
 
-def _open_source(
-    source: str,
-    part: Part,
-    tokenizer: Any,
-    sequence_length: int,
-    weighting: Weighting,
-    columns: Mapping[str, str],
-    tally: Tally,
-) -> tuple[Iterable[Trace], str]:
-    """The traces of a `source` and what to call them, in the plural (see `load_calibration`)."""
+def _source_path(source: str, part: Part, weighting: Weighting) -> Path:
+    """The file or folder of a `source` (see `load_calibration`); `BadInput` where it cannot be what is asked for."""
     if source.startswith(TEXT_PREFIX):
-        pieces = from_text(Path(source.removeprefix(TEXT_PREFIX)), tokenizer, sequence_length)
         if part != "all":
             raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
         if weighting.describe():
             raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
-        return pieces, "pieces of text"
-    path = Path(source)
-    if not path.exists():
+    elif not Path(source).exists():
         raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
-    kind = "traces" if path.is_dir() or path.suffix == ".parquet" else "sequences"
-    return from_records(path, tokenizer, weighting.column, columns, tally), kind
+    return Path(source.removeprefix(TEXT_PREFIX))
 
 
 def _sequence(prompt: Sequence[int], completion: Sequence[int], part: Part, left: int | None) -> TokenSequence | None:

@@ -27,12 +27,17 @@ def from_text(path: Path, tokenizer: Any, length: int) -> Iterator[Trace]:
 
 
 def from_records(
-    source: Path, tokenizer: Any, weights: str | None, columns: Mapping[str, str], tally: Tally
+    source: Path,
+    tokenizer: Any,
+    weights: str | None,
+    columns: Mapping[str, str],
+    arguments: Mapping[str, Any],
+    tally: Tally,
 ) -> Iterator[Trace]:
     """Traces of a file or folder of records in any layout (see layouts), one for each completion.
 
-    `weights` names their field of weights, if they have one; `columns` says which column plays a role. What is to be
-    remarked on goes into the `tally`.
+    `weights` names their field of weights, if they have one; `columns` says which column plays a role, and
+    `arguments` are the chat template's own. What is to be remarked on goes into the `tally`.
     """
     also = [] if weights is None else [weights]
     for where, record in read_records(source, columns, also):
@@ -45,7 +50,7 @@ def from_records(
             tally.unrendered += not any(token in exchange.prompt for token in tokenizer.all_special_tokens)
         own = record.get(weights) if weights else None
         tally.count(record, bool(exchange.completions))
-        for prompt, completion in _token_ids(exchange, tokenizer, where):
+        for prompt, completion in _token_ids(exchange, tokenizer, arguments, where):
             yield prompt, completion, own, where
 
 
@@ -90,7 +95,9 @@ class Tally:
         return said
 
 
-def _token_ids(exchange: Exchange, tokenizer: Any, where: str) -> Iterator[tuple[list[int], list[int]]]:
+def _token_ids(
+    exchange: Exchange, tokenizer: Any, arguments: Mapping[str, Any], where: str
+) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of a prompt with each of its completions, or of the prompt alone."""
     prompt = exchange.prompt
     conversation = cast(Messages, prompt) if is_conversation(prompt) else None
@@ -98,11 +105,11 @@ def _token_ids(exchange: Exchange, tokenizer: Any, where: str) -> Iterator[tuple
         prompt = encode(tokenizer, prompt, where)
     ids = [] if conversation is not None else token_ids(prompt, where)
     if not exchange.completions:
-        yield (ids if conversation is None else render(tokenizer, conversation, where)), []
+        yield (ids if conversation is None else render(tokenizer, conversation, where, arguments)), []
     for said in exchange.completions:
         if conversation is None:
             yield ids, encode(tokenizer, said.text, where) if isinstance(said, Said) else said
         elif isinstance(said, Said):
-            yield answer_ids(tokenizer, conversation, said, where)
+            yield answer_ids(tokenizer, conversation, said, where, arguments)
         else:
-            yield render(tokenizer, conversation, where), said
+            yield render(tokenizer, conversation, where, arguments), said

@@ -32,19 +32,22 @@ _TAGS = (
 )
 
 
-def answer_ids(tokenizer: Any, messages: Messages, said: Said, where: str) -> tuple[list[int], list[int]]:
+def answer_ids(
+    tokenizer: Any, messages: Messages, said: Said, where: str, given: Mapping[str, Any]
+) -> tuple[list[int], list[int]]:
     """Token ids of a conversation by the chat template, and of the answer to it as the model would have written it.
 
     A thought goes where the template puts it: as its own message field has it, where it knows one; else between the
-    tags that the template opens or names, by default <think> and </think>. No token that ends a message is added.
+    tags that the template opens or names, by default <think> and </think>. `given` are arguments of the template; those
+    that switch thinking on are added where a thought needs it. No token that ends a message is added.
     Raises `BadInput` where the template closes the thought before the answer begins.
     """
     thinks = bool(said.thought) or _thinks(said.text)
-    arguments: dict[str, Any] = {}
-    prompt = render_text(tokenizer, messages, where)
+    arguments = dict(given)
+    prompt = render_text(tokenizer, messages, where, arguments)
     if thinks and _closed(prompt) is not None:
         template = str(tokenizer.chat_template)
-        arguments = {name: True for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+        arguments = {name: True for name in _SWITCHES if re.search(rf"\b{name}\b", template)} | arguments
         prompt = render_text(tokenizer, messages, where, arguments)
         if (tags := _closed(prompt)) is not None:
             raise BadInput(

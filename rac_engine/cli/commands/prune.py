@@ -69,7 +69,7 @@ def _prune(args: argparse.Namespace) -> int:
     from rac_engine.solve import find_method
 
     recipe = _recipe(args)
-    if recipe.calibration.source is None and find_method(recipe.prune.method).needs != "nothing":
+    if recipe.calibration.takes_own_traces and find_method(recipe.prune.method).needs != "nothing":
         raise BadInput(
             f"--calibration is missing: {recipe.prune.method} needs a traces folder, a .jsonl or text:FILE "
             "(`rac trace` samples the model's own traces)"

@@ -135,6 +135,20 @@ def test_every_model_is_calibrated_on_what_its_recipe_says(finished):
     assert main["calibration"]["tokens"] == json.loads((rac / "traces" / "traces.json").read_text())["tokens"]
 
 
+def test_own_traces_are_a_source_beside_others(home, tmp_path):
+    mixed = {"source": [{"share": 0.5}, {"source": "text:text.txt", "share": 0.5, "weight": 0.5}], "tokens": 60}
+    prune = {"method": "sparsegpt"}
+    made = run(recipe(home, calibration=mixed, prune=prune, evaluate=None, compare=[]), tmp_path / "out")
+    found = load_metrics(made.out / "rac").run["calibration"]
+    assert [(each["source"], each["tokens"]) for each in found["sources"]] == [
+        ("rac/traces", 30),
+        (f"text:{home}/text.txt", 30),
+    ]
+    assert found["weighting"] == "weighted traces × 1, text × 0.5"
+    with pytest.raises(BadInput, match="give the recipe a `trace` section"):
+        run(recipe(home, trace=None, calibration=mixed, evaluate=None, compare=[]), tmp_path / "other")
+
+
 def test_a_run_stopped_before_every_step_ends_with_the_same_bytes(finished, home, tmp_path, monkeypatch):
     done: list[str] = []
     for name in ("generate", "evaluate", "prune"):

@@ -295,6 +295,27 @@ def test_a_template_that_knows_thoughts_places_them(
     )  # the earlier thought is the template's to keep
 
 
+SWITCHED = """\
+{%- for m in messages -%}{{- '<|' + m.role + '|>' + m.content + '<|end|>' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' + ('' if thinking else '<think></think>') -}}{%- endif -%}"""
+
+
+def test_the_template_is_told_what_the_calibration_says(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", SWITCHED)
+    records = [{"problem": ASKED}, {"problem": ASKED, "response": SAID}]
+    for thinking, ends in ((True, "<|assistant|>"), (False, "<think></think>")):
+        found = calibration(records, tmp_path, tokenizer, template_arguments={"thinking": thinking})
+        assert all(prompt.endswith(ends) for prompt, _ in texts(found, tokenizer))
+    thought = {"messages": [USER, APART]}  # thinking is switched on for it, unless that was decided
+    assert calibration([thought], tmp_path, tokenizer).tokens
+    with pytest.raises(BadInput, match="a thought has no place behind it"):
+        calibration([thought], tmp_path, tokenizer, template_arguments={"thinking": False})
+    with pytest.raises(BadInput, match="has no argument 'effort'"):
+        calibration(records, tmp_path, tokenizer, template_arguments={"effort": "high"})
+
+
 def test_a_calibration_without_completions_says_so(tmp_path: Path, tokenizer: Any) -> None:
     found = calibration([{"problem": "a"}, {"problem": "b"}], tmp_path, tokenizer)
     assert found.label == "prompt" and "no record of the calibration has a completion" in found.remarks[0]

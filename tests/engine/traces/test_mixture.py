@@ -10,7 +10,7 @@ import pytest
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe.fields import with_share
 from rac_engine.recipe.files import absolute, dump, load_recipe
-from rac_engine.recipe.settings import CalibrationSettings, Recipe
+from rac_engine.recipe.settings import CalibrationSettings, CalibrationSource, Recipe
 from rac_engine.traces.calibration import Calibration, TokenSequence
 from rac_engine.traces.mixture import mixed
 
@@ -91,3 +91,56 @@ def test_a_recipe_lists_them(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"calibration\.source"):
             load_recipe(file)
     assert CalibrationSettings(source=["x"]).sources == ["x"] and Recipe(model=Path("m")).calibration.sources == []
+
+
+def test_a_source_has_a_weight_for_all_of_its_tokens() -> None:
+    made = mixed(["A", CalibrationSource(source="B", share=0.2, weight=0.5)], 1000, load)
+    assert [part.tokens for part in made.parts] == [800, 200]  # the budget counts tokens, whatever their weight
+    for sequence in made.sequences:
+        if sequence.source:
+            assert sequence.weights is not None and (sequence.weights == np.float32(0.5)).all()
+        else:
+            assert sequence.weights is None
+    assert made.weighting == "weighted traces × 1, text × 0.5" and made.weighting in made.describe()
+    plain = mixed(["A", CalibrationSource(source="B", share=0.2)], 1000, load)
+    assert made.sha256 != plain.sha256 == mixed(["A:0.8", "B:0.2"], 1000, load).sha256
+
+
+def test_a_weight_multiplies_what_a_token_has() -> None:
+    def weighed(source: str, tokens: int | None) -> Calibration:
+        return Calibration(source, "traces", "all", [TokenSequence(np.arange(2), 1, np.array([1, 3], np.float32))])
+
+    (one,) = mixed([CalibrationSource(source="A", weight=2)], None, weighed).sequences
+    assert one.weights is not None and one.weights.tolist() == [2, 6]
+
+
+def test_a_recipe_lists_sources_with_weights_and_its_own_traces(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    listed = "[{share: 0.8}, {source: 'text:a.txt', share: 0.2, weight: 2}]"
+    file.write_text(f"model: m\ncalibration:\n  source: {listed}\n")
+    recipe = load_recipe(file)
+    own, text = recipe.calibration.sources
+    assert own == CalibrationSource(share=0.8) and recipe.calibration.takes_own_traces
+    assert text == CalibrationSource(source=f"text:{tmp_path}/a.txt", share=0.2, weight=2)
+    file.write_text(dump(absolute(recipe)))
+    assert load_recipe(file).calibration == recipe.calibration
+    assert not CalibrationSettings(source=["x", "y"]).takes_own_traces and CalibrationSettings().takes_own_traces
+    for wrong, why in (("[{weight: 0}]", "weight"), ("[{part: all}]", "part"), ("[{source: ''}]", "source")):
+        file.write_text(f"model: m\ncalibration:\n  source: {wrong}\n")
+        with pytest.raises(BadInput, match=rf"calibration\.source: {why}"):
+            load_recipe(file)
+
+
+def test_shares_of_prompts_are_told_from_paths_as_those_of_calibration_are(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    (tmp_path / "P:0.8").touch()
+    listed = "['P:0.8', 'P:0.2']"
+    file.write_text(f"model: m\ntrace: {{prompts: {listed}}}\ncalibration: {{source: {listed}}}\n")
+    recipe = load_recipe(file)
+    assert recipe.trace is not None
+    assert [(each.file, each.share) for each in recipe.trace.sources] == [
+        (tmp_path / "P:0.8", None),
+        (tmp_path / "P", 0.2),
+    ]
+    told = [with_share(each) for each in recipe.calibration.sources if isinstance(each, str)]
+    assert told == [(f"{tmp_path}/P:0.8", None), (f"{tmp_path}/P", 0.2)]
