@@ -29,6 +29,7 @@ from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
+from rac_engine.solve import enough_tokens, expected_gap
 from rac_engine.traces import FEWEST
 from rac_kernels.measure.roofline import Peaks
 
@@ -42,6 +43,12 @@ class PlannedGroup:
     columns: int
     bytes: int
     """Bytes of the Hessian, or of the norms where the method needs no more."""
+    tokens: float = 0.0
+    """Calibration tokens that reach it: of experts, in the mean."""
+    gap: float | None = None
+    """The error on tokens held out over that on tokens seen that is to be expected; None: not known of the method."""
+    enough: int | None = None
+    """Calibration tokens, of the whole job, with which that is no more than `rac_engine.solve.MOST`."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def make_plan(
         matrices=len(pruned),
         left_dense=left_dense,
         tokens=tokens,
-        groups=[_planned(group, settings) for group in [*first, head] if group],
+        groups=[_planned(group, settings, calibrated) for group in [*first, head] if group],
         memory=memory,
         passes=passes,
         disk=disk,
@@ -170,12 +177,19 @@ def _kinds_of_groups(model: Model, layers: list[list[Matrix]]) -> list[list[Matr
     return list(found.values())
 
 
-def _planned(matrices: list[Matrix], settings: PruneSettings) -> PlannedGroup:
+def _planned(matrices: list[Matrix], settings: PruneSettings, tokens: int) -> PlannedGroup:
+    method, share, columns = settings.solver, matrices[0].group.share, matrices[0].columns
+    # The constant of the method is that of what it reconstructs by default.
+    known = settings.reconstructs == method.reconstruct
+    enough = enough_tokens(method, columns)
     return PlannedGroup(
         modules=[matrix.module for matrix in matrices],
         rows=sum(matrix.rows for matrix in matrices),
-        columns=matrices[0].columns,
-        bytes=statistic_bytes(matrices[0].columns, settings.solver.needs),
+        columns=columns,
+        bytes=statistic_bytes(columns, method.needs),
+        tokens=tokens * share,
+        gap=expected_gap(method, columns, tokens * share) if known else None,
+        enough=math.ceil(enough / share) if known and enough is not None and share else None,
     )
 
 

@@ -6,6 +6,7 @@ from rac_engine.base.sizes import format_bytes, format_count, format_seconds, pe
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.plan import Plan
 from rac_engine.plan.work import Work
+from rac_engine.solve import MOST
 
 
 def render(plan: Plan) -> str:
@@ -28,6 +29,7 @@ def render(plan: Plan) -> str:
     for why, names in by_reason.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"  {why}: {', '.join(names[:3])}{more}")
+    lines += _gaps(plan)
     lines += ["", *_memory(plan)]
     lines += ["", "Disk"]
     if plan.packed is None:
@@ -45,6 +47,23 @@ def render(plan: Plan) -> str:
     if plan.seconds is not None:
         lines += ["", f"Time: about {format_seconds(plan.seconds)}, at half of the peaks of what computes"]
     return "\n".join(lines)
+
+
+def _gaps(plan: Plan) -> list[str]:
+    """Lines on how far errors on other tokens are to be from those on the calibration's, and a warning."""
+    known = [(group, group.gap) for group in plan.groups if group.gap is not None]
+    if not known:
+        return []
+    said = dict.fromkeys(
+        f"  {format_count(round(group.tokens))} tokens, {group.columns:,} inputs, {group.rows:,} outputs: "
+        f"expect a held-out error {gap:.{2 if gap < 10 else 0}f} times the seen"
+        for group, gap in known
+    )
+    lines = ["", "What the tokens teach, as measured on SmolLM2-135M (docs/methods.md)", *said]
+    if max(gap for _, gap in known) > MOST:
+        enough = format_count(max(group.enough or 0 for group, _ in known))
+        lines.append(f"  warning: too few tokens; with {enough} no held-out error is beyond {MOST:g} times the seen")
+    return lines
 
 
 def _memory(plan: Plan) -> list[str]:

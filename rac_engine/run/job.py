@@ -134,9 +134,9 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
             digests[f"calibration of {label}"] = known.sha256
             continue
         # Shares are of the whole, which is not there yet: what stands beside this job's traces is read alone.
-        for number, source in enumerate(map(source_of, calibration.sources), 1):
-            if source.source is not None:
-                alone = calibration.model_copy(update={"source": [source.model_copy(update={"share": None})]})
+        for number, given in enumerate(map(source_of, calibration.sources), 1):
+            if given.source is not None:
+                alone = calibration.model_copy(update={"source": [given.model_copy(update={"share": None})]})
                 known = calibration_of(recipe.model_copy(update={"calibration": alone}))
                 digests[f"source {number} of the calibration of {label}"] = known.sha256
     if recipe.trace:

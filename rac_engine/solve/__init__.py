@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rac_engine.solve.allocation import levelled, settled, zeros_at
     from rac_engine.solve.costs import GroupShape, solving_bytes
     from rac_engine.solve.damping import CHOOSING, choosing_flops
+    from rac_engine.solve.generalisation import MOST, enough_tokens, expected_gap
     from rac_engine.solve.matrices import (
         MatrixResult,
         joined,
@@ -33,6 +34,7 @@ __all__ = [
     "CHOOSING",
     "DAMPING",
     "DEFAULT_METHOD",
+    "MOST",
     "Gram",
     "GroupShape",
     "HeldOut",
@@ -46,6 +48,8 @@ __all__ = [
     "Solution",
     "Target",
     "choosing_flops",
+    "enough_tokens",
+    "expected_gap",
     "find_method",
     "joined",
     "left_dense",
@@ -68,7 +72,16 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         """A name of `__all__`, from the module that has it."""
         if name in __all__:
-            for module in ("method", "matrices", "costs", "damping", "allocation", "outputs", "reasons"):
+            for module in (
+                "method",
+                "matrices",
+                "costs",
+                "damping",
+                "allocation",
+                "outputs",
+                "reasons",
+                "generalisation",
+            ):
                 found = vars(importlib.import_module(f"{__name__}.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

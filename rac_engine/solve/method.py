@@ -204,6 +204,8 @@ class Method:
     """Whether its damping is chosen by the error on tokens that are held out, where none is given."""
     reconstruct: Literal["residual", "dense", "layer"] = "layer"
     """The meaning of `reconstruct: auto`, where the order is staged."""
+    learns: float | None = None
+    """The constant of `expected_gap`, how much it learns by heart, with its own settings; None: not measured."""
     epochs: int = 0
     """The default of `tune` where a pattern keeps little."""
     reorders: bool = False
