@@ -23,6 +23,7 @@ from rac_kernels.ops.objective import (
     objective,
     reconstruction_error,
     reported_objective,
+    reported_objectives,
     squared_outputs,
     squared_outputs_of,
 )
@@ -45,7 +46,7 @@ from rac_kernels.ops.select import kth_smallest, mask_by_score
 from rac_kernels.ops.spread import pattern_order, spread_columns
 from rac_kernels.ops.squared_norm import squared_gaps, squared_norm_accumulate_
 from rac_kernels.ops.sweep import sweep
-from rac_kernels.ops.zeros import count_zeros
+from rac_kernels.ops.zeros import count_zeros, zeroed
 from rac_kernels.solvers.adam import MaskedAdam
 from rac_kernels.solvers.admm import admm_
 from rac_kernels.solvers.alps import alps
@@ -111,6 +112,7 @@ __all__ = [
     "refine",
     "relative_error",
     "reported_objective",
+    "reported_objectives",
     "residual_gap",
     "roofline",
     "round_in_order",
@@ -128,4 +130,5 @@ __all__ = [
     "symmetrize_",
     "take_rows",
     "unpack",
+    "zeroed",
 ]

@@ -23,7 +23,7 @@ from rac_kernels import (
     matched_target,
     objective,
     reconstruction_error,
-    reported_objective,
+    reported_objectives,
     squared_outputs,
     squared_outputs_of,
 )
@@ -218,17 +218,21 @@ def _measured(
     `number` is the matrix's place among those whose `outputs` are known.
     """
     candidate = _by_magnitude(weight, target)
+    judged: tuple[float, float] | None = None
     if outputs is None:
-        whole, *others = squared_outputs_of(weight, [H] if held is None else [H, held.gram])
-        cost = reported_objective(weight, result.weight, H)
+        grams = [H] if held is None else [H, held.gram]
+        wholes, costs = squared_outputs_of(weight, grams), reported_objectives(weight, result.weight, grams)
+        whole, cost = wholes[0], costs[0]
+        judged = None if held is None else (costs[1], wholes[1])
         # Of the weights that went, to fewer digits: where both are the same, so are their errors.
         by_magnitude = cost if torch.equal(result.weight, candidate) else squared_outputs(weight - candidate, H)
     else:
-        cross, whole, others = outputs.of(weight), outputs.dense[number], []
+        cross, whole = outputs.of(weight), outputs.dense[number]
         cost = reconstruction_error(result.weight, H, cross, outputs.power[number])
         by_magnitude = reconstruction_error(candidate, H, cross, outputs.power[number])
-    if held is not None:
-        cost_held, whole_held = held.error(weight, result.weight, number, *others)
+        judged = None if held is None else held.error(weight, result.weight, number)
+    if judged is not None:
+        cost_held, whole_held = judged
         share_held = cost_held / whole_held if whole_held else 0.0
         result = replace(result, held_out_error=share_held, held_out_power=whole_held)
     share, simple = (each / whole if whole else 0.0 for each in (cost, by_magnitude))

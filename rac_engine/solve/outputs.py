@@ -79,15 +79,14 @@ class HeldOut:
         """Whether there are enough of them to choose by: an expert may have been sent few."""
         return self.tokens >= FEWEST_TOKENS
 
-    def error(self, weight: Tensor, pruned: Tensor, number: int, whole: float | None = None) -> tuple[float, float]:
+    def error(self, weight: Tensor, pruned: Tensor, number: int) -> tuple[float, float]:
         """The squared error of a pruned matrix's outputs, and the square of the dense one's.
 
         `weight` and `pruned` are [rows, columns], any float dtype; `number` is the matrix's place among those whose
-        `outputs` are known. `whole` is the dense one's square where no outputs are and it is known already.
+        `outputs` are known.
         """
         if self.outputs is None:
-            whole = squared_outputs(weight, self.gram) if whole is None else whole
-            return reported_objective(weight, pruned, self.gram), whole
+            return reported_objective(weight, pruned, self.gram), squared_outputs(weight, self.gram)
         own, cross = squared_outputs(pruned, self.gram), self.outputs.of(weight)
         return (
             reconstruction_error(pruned, self.gram, cross, self.outputs.power[number], own=own),

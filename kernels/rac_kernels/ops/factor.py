@@ -254,7 +254,7 @@ def _cholesky_exact_(H: Tensor) -> Tensor:
     done = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     for one, ended in zip(H, done, strict=True):
         L, info = torch.linalg.cholesky_ex(one.flip(0, 1).double())
-        one.tril_(-1).add_(L.flip(0, 1).to(H.dtype).triu_())
+        one.tril_(-1).add_(L.to(H.dtype).flip(0, 1))  # nothing but zeros lies above L's diagonal
         ended.copy_(info == 0)
     return done
 

@@ -50,29 +50,36 @@ def row_objectives(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
 
 
 def reported_objective(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """`objective` for reports, with errors of some 1e-6 of it: on a CPU by products in fp32, in half the time.
+    """`objective` for reports, with errors of some 1e-6 of it; see `reported_objectives`."""
+    return reported_objectives(W, Q, [H])[0]
 
-    W, Q: [rows, n], any float dtype. H: [n, n] fp32, of which only the upper triangle is read. An element of (W − Q) H
-    is off by fp32's rounding of what it would be without the correlations in H, so how much less the whole is than
-    Σ H_jj (W − Q)_ij² tells how much of fp32 is left: if more than ``CANCELLED`` times, `objective` is asked.
+
+def reported_objectives(W: Tensor, Q: Tensor, Hs: Sequence[Tensor]) -> list[float]:
+    """`objective` for each of several H, for reports: on a CPU by products in fp32, which all of them share.
+
+    W, Q: [rows, n], any float dtype. Hs: [n, n] fp32 each, of which only the upper triangles are read. With D = W − Q
+    it is Σ H ∘ DᵀD, and an element of DᵀD is off by fp32's rounding of what its column's squares add up to. So how much
+    less the whole is than Σ H_jj D_ij² tells how much of fp32 is left: if more than ``CANCELLED`` times, or for other
+    dtypes, `objective` is asked. Errors are some 1e-6 of what is found.
     """
     rows, n = W.shape
-    if W.device.type != "cpu" or H.dtype != torch.float32 or W.dtype == torch.float64 or Q.shape != W.shape:
-        return objective(W, Q, H)
-    found, alone, step = 0.0, 0.0, 2 * _rows(n)
+    if W.device.type != "cpu" or W.dtype == torch.float64 or Q.shape != W.shape:
+        return [objective(W, Q, H) for H in Hs]
+    found, alone, step = [0.0] * len(Hs), [0.0] * len(Hs), 2 * _rows(n)
     for top in range(0, rows, step):
         D = W[top : top + step].float() - Q[top : top + step]
         for lo in range(0, n, COLUMNS):
             hi = min(lo + COLUMNS, n)
-            own, corner = D[:, lo:hi], H[lo:hi, lo:hi]
-            half = own @ corner.triu(1)
-            if lo:
-                half.addmm_(D[:, :lo], H[:lo, lo:hi])
-            by_itself = own.square().sum(0, dtype=torch.float64) @ corner.diagonal().double()
-            alone += float(by_itself)
-            found += float(2 * half.mul_(own).sum(dtype=torch.float64) + by_itself)
-    # Also false where fp32 does not hold it.
-    return found if alone <= CANCELLED * found < math.inf else objective(W, Q, H)
+            gram = D[:, :hi].T @ D[:, lo:hi]
+            for number, H in enumerate(Hs):
+                off_diagonal, diagonal = _shared_sums(gram, H[:hi, lo:hi])
+                found[number] += 2 * off_diagonal + diagonal
+                alone[number] += diagonal
+    return [
+        # Also false where fp32 does not hold it.
+        whole if H.dtype == torch.float32 and parts <= CANCELLED * whole < math.inf else objective(W, Q, H)
+        for H, whole, parts in zip(Hs, found, alone, strict=True)
+    ]
 
 
 def squared_outputs(W: Tensor, H: Tensor) -> float:
@@ -99,14 +106,25 @@ def squared_outputs_of(W: Tensor, Hs: Sequence[Tensor]) -> list[float]:
 
 
 def _shared_trace(G: Tensor, H: Tensor) -> float:
-    """tr(G H) of two symmetric matrices [n, n], of which only the upper triangles are read; summed in fp64."""
+    """tr(G H) of two symmetric matrices [n, n], of which only the upper triangles are read."""
     n, total = len(G), 0.0
     for lo in range(0, n, COLUMNS):
         hi = min(lo + COLUMNS, n)
-        corner = G[lo:hi, lo:hi] * H[lo:hi, lo:hi]
-        total += float(2 * corner.triu_().sum(dtype=torch.float64) - corner.diagonal().sum(dtype=torch.float64))
-        total += 2 * float((G[lo:hi, hi:] * H[lo:hi, hi:]).sum(dtype=torch.float64))
+        off_diagonal, diagonal = _shared_sums(G[:hi, lo:hi], H[:hi, lo:hi])
+        total += 2 * off_diagonal + diagonal
     return total
+
+
+def _shared_sums(G: Tensor, H: Tensor) -> tuple[float, float]:
+    """Σ G ∘ H above the diagonals and on them, of some columns [hi, columns] of symmetric matrices down to these.
+
+    A row's products are summed in fp32, which is many times faster, and the rows' sums in fp64.
+    """
+    products = G * H
+    corner = products[-products.shape[1] :]
+    diagonal = corner.diagonal().sum(dtype=torch.float64)
+    corner.triu_(1)
+    return float(products.sum(1).sum(dtype=torch.float64)), float(diagonal)
 
 
 def reconstruction_error(Q: Tensor, H: Tensor, C: Tensor, power: float, own: float | None = None) -> float:

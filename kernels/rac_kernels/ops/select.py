@@ -140,7 +140,7 @@ def mask_by_score(
 @torch.library.custom_op("rac::mask_by_score", mutates_args=())
 def _mask_op(scores: Tensor, k: int, per_row: bool, keep: int, group: int, backend: str) -> Tensor:
     """group = 0: k go, chosen within each row or in all; else group - keep of each group."""
-    if not gpu.capturing() and scores.isnan().any():
+    if not gpu.capturing() and scores.numel() and scores.amax().isnan():
         raise ValueError("scores contain NaN")
     if group:
         return smallest_per_group(scores, (keep, group))

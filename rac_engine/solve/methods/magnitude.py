@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rac_engine.solve.method import SOLVING, LayerProblem, Method, Solution
-from rac_kernels import mask_by_score
+from rac_kernels import mask_by_score, zeroed
 from rac_kernels.ops import select
 
 
@@ -15,7 +15,7 @@ def solve(problem: LayerProblem) -> Solution:
         mask_by_score(weight.float().abs(), target.sparsity, target.pattern, per="matrix")
         for weight in problem.weights.split(problem.rows)
     ]
-    return Solution(problem.weights.masked_fill(torch.cat(masks), 0))
+    return Solution(zeroed(problem.weights, torch.cat(masks)))
 
 
 METHOD = Method(

@@ -7,7 +7,15 @@ import sys
 import pytest
 import torch
 
-from rac_kernels import factor_, objective, reported_objective, squared_outputs, squared_outputs_of, sweep
+from rac_kernels import (
+    factor_,
+    objective,
+    reported_objective,
+    reported_objectives,
+    squared_outputs,
+    squared_outputs_of,
+    sweep,
+)
 from rac_kernels.testing import gram
 
 
@@ -67,6 +75,13 @@ def test_reported_objective_goes_on_in_fp64_where_fp32_has_no_digits_left(monkey
     huge = torch.full((2, 3), 1e30, dtype=torch.bfloat16)
     assert reported_objective(huge, torch.zeros_like(huge), torch.eye(3)) > 1e60
     assert reported_objective(W, W, H) == 0
+
+
+def test_reported_objectives_by_several_matrices_at_once():
+    W, Q, Hs = torch.randn(9, 300), torch.randn(9, 300), [torch.randn(400, 300) for _ in range(2)]
+    Hs = [X.T @ X for X in Hs]
+    assert reported_objectives(W, Q, Hs) == [reported_objective(W, Q, H) for H in Hs]
+    assert reported_objectives(W, Q, Hs) == pytest.approx([objective(W, Q, H) for H in Hs], rel=2e-6)
 
 
 def test_squared_outputs_by_several_matrices_at_once():
