@@ -20,8 +20,9 @@ SPINS = "GOMP_SPINCOUNT"
 
 _ENVIRONMENT = {
     # oneDNN, torch's arithmetic on a CPU, keeps what it has compiled for each of up to a thousand shapes: as an expert
-    # has another number of tokens in every chunk, memory would grow by a hundred megabytes.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+    # has another number of tokens in every chunk, memory would grow by a hundred megabytes. A layer's own are some 50,
+    # and to compile one anew takes a tenth of its product.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     # Where freed memory is given back at once, what is asked for anew comes in pages of 2 MiB: a fifth less time for
     # the whole job than with those of 4 KiB.
     "THP_MEM_ALLOC_ENABLE": "1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -21,6 +22,7 @@ from rac_engine.models.recurrent import States, cache_name, run_on, run_packed
 from rac_kernels import add_residual, residual_gap
 
 PIECE = 512  # tokens that are gone on with at a time on a CPU
+GRAIN = 64  # of which their number is a multiple where it can be: oneDNN compiles a product for each number anew
 
 
 class Block:
@@ -218,9 +220,17 @@ class Block:
         return inner
 
     def _attend(self, x: Tensor, chunk: Chunk, room: Tensor | None) -> Tensor:
+        """By pieces of whole sequences, each with some of the next one's tokens that make its size a common one."""
         pieces = {each.start - chunk.start: each for each in chunk.pieces(PIECE)}
         spans = [slice(at, at + each.stop - each.start) for at, each in pieces.items()]
-        return _piecewise(lambda some: self._attend_to(x[some], pieces[some.start]), spans, room)
+
+        def attended(some: slice) -> Tensor:
+            piece = pieces[some.start].filled(GRAIN, chunk.stop)
+            return self._attend_to(x[some.start : some.start + piece.stop - piece.start], piece)[
+                : some.stop - some.start
+            ]
+
+        return _piecewise(attended, spans, room)
 
     def _attend_to(self, x: Tensor, chunk: Chunk) -> Tensor:
         lengths = chunk.lengths
@@ -275,9 +285,13 @@ def _goes_by_pieces(x: Tensor) -> bool:
 
 
 def _pieces(tokens: int) -> list[slice]:
-    """Even runs of at most `PIECE` tokens, in order: of very few some products are others."""
-    count = max(-(-tokens // PIECE), 1)
-    return [slice(tokens * at // count, tokens * (at + 1) // count) for at in range(count)]
+    """Even runs of at most `PIECE` tokens, in order: of very few some products are others.
+
+    All but the last are multiples of `GRAIN`, so that few sizes occur.
+    """
+    count, grains = max(-(-tokens // PIECE), 1), -(-tokens // GRAIN)
+    edges = [min(grains * at // count * GRAIN, tokens) for at in range(count + 1)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
 def _piecewise(make: Callable[[slice], Tensor], pieces: Sequence[slice], room: Tensor | None = None) -> Tensor:

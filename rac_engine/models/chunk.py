@@ -51,3 +51,13 @@ class Chunk:
             pieces[-1] += last
         ends = list(itertools.accumulate(map(sum, pieces), initial=self.start))
         return [Chunk(start, stop, own) for start, stop, own in zip(ends, ends[1:], pieces, strict=False)]
+
+    def filled(self, grain: int, end: int) -> Chunk:
+        """The chunk with tokens behind it, as a sequence of their own, so that their number is a multiple of `grain`.
+
+        There are tokens up to `end`; where they do not suffice, and of a part of a sequence, the chunk is as it was.
+        """
+        more = -(self.stop - self.start) % grain
+        if self.is_part or not more or self.stop + more > end:
+            return self
+        return Chunk(self.start, self.stop + more, (*self.lengths, more))

@@ -81,7 +81,7 @@ def test_the_program_sets_what_the_user_has_not(monkeypatch: pytest.MonkeyPatch)
     prepare_process()
     assert os.environ == {
         "THP_MEM_ALLOC_ENABLE": "0",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
         "GOMP_SPINCOUNT": "1000",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

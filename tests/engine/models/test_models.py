@@ -252,6 +252,23 @@ def test_some_tokens_at_a_time_have_the_same_bits(
             monkeypatch.undo()
 
 
+def test_a_piece_is_filled_with_tokens_behind_it_to_a_common_size() -> None:
+    piece = Chunk(100, 170, (40, 30))
+    assert piece.filled(64, 228) == Chunk(100, 228, (40, 30, 58))
+    assert piece.filled(64, 227) == piece and piece.filled(70, 300) == piece
+    part = Chunk(0, 70, (90,), 0)
+    assert part.filled(64, 300) == part
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63, 511, 512, 513, 1025, 3878, 4097])
+def test_pieces_are_of_few_sizes(tokens: int) -> None:
+    pieces = blocks._pieces(tokens)
+    assert [at for piece in pieces for at in range(piece.start, piece.stop)] == list(range(tokens))
+    sizes = [piece.stop - piece.start for piece in pieces]
+    assert max(sizes) <= blocks.PIECE and not any(size % blocks.GRAIN for size in sizes[:-1])
+    assert len(sizes) == 1 or min(sizes) > blocks.PIECE // 4
+
+
 def test_pieces_of_a_chunk() -> None:
     chunk = Chunk(10, 310, (100, 60, 60, 40, 33, 7))
     assert [(each.start, each.stop, each.lengths) for each in chunk.pieces(96)] == [
