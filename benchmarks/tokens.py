@@ -169,12 +169,12 @@ def errors(cell: dict[str, Any], columns: int) -> tuple[float, float]:
 
 
 def fitted(cells: Sequence[dict[str, Any]], method: str) -> float:
-    """The constant c of a method for which 1 + c · inputs / tokens is nearest to the ratios that were measured.
+    """The constant c of a method for which `expected_gap` is nearest to the ratios that were measured.
 
     By least squares of logarithms, with a golden section.
     """
     points = [
-        (columns / cell["tokens"], math.log(held / seen))
+        ((1 - cell["sparsity"]) * columns / cell["tokens"], math.log(held / seen))
         for cell in cells
         if cell["method"] == method and cell["way"] is None
         for columns in widths(cell)
@@ -207,13 +207,13 @@ def table(record: dict[str, Any]) -> str:
     for cell in sorted(counted, key=lambda c: (c["method"], c["sparsity"], c["tokens"])):
         for columns in widths(cell):
             seen, held = errors(cell, columns)
-            law = expected_gap(find_method(cell["method"]), columns, cell["tokens"])
+            law = expected_gap(find_method(cell["method"]), columns, cell["tokens"], cell["sparsity"])
             named = f"{cell['method']}, {cell['sparsity']:g} | {cell['tokens']:,} | {cell['prompts']} | {columns}"
             said = "" if law is None else f"{law:.2f}"
             lines.append(f"| {named} | {seen:.4f} | {held:.4f} | {held / seen:.2f} | {said} |")
     fits = {method: fitted(cells, method) for method in dict.fromkeys(cell["method"] for cell in counted)}
     told = "; ".join(f"{method} c = {c:.1f}" for method, c in fits.items())
-    lines += ["", f"The law is 1 + c · inputs / tokens. These points fit best with {told}.", ""]
+    lines += ["", f"The law is 1 + c · (1 − sparsity) · inputs / tokens. These points fit best with {told}.", ""]
     spent = [cell for cell in cells if cell["way"] is not None]
     heads = [f"held out, {columns} inputs" for columns in widths(cells[0])]
     heads = ["tokens that count", "run", "prompts", *heads, "hidden states held out"]

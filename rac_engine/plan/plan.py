@@ -179,16 +179,17 @@ def _kinds_of_groups(model: Model, layers: list[list[Matrix]]) -> list[list[Matr
 
 def _planned(matrices: list[Matrix], settings: PruneSettings, tokens: int) -> PlannedGroup:
     method, share, columns = settings.solver, matrices[0].group.share, matrices[0].columns
+    sparsity = settings.of(matrices[0].path, matrices[0].module).sparsity
     # The constant of the method is that of what it reconstructs by default.
     known = settings.reconstructs == method.reconstruct
-    enough = enough_tokens(method, columns)
+    enough = enough_tokens(method, columns, sparsity)
     return PlannedGroup(
         modules=[matrix.module for matrix in matrices],
         rows=sum(matrix.rows for matrix in matrices),
         columns=columns,
         bytes=statistic_bytes(columns, method.needs),
         tokens=tokens * share,
-        gap=expected_gap(method, columns, tokens * share) if known else None,
+        gap=expected_gap(method, columns, tokens * share, sparsity) if known else None,
         enough=math.ceil(enough / share) if known and enough is not None and share else None,
     )
 
