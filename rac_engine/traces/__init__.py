@@ -13,9 +13,9 @@ from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
-from rac_engine.traces.layouts import answer_of, id_of, question_of
 from rac_engine.traces.mixture import mixed, source_of
 from rac_engine.traces.prompts import prompts_of
+from rac_engine.traces.questions import answer_of, id_of, question_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampler import Sampler, require_embedding

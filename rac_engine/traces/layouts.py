@@ -1,18 +1,16 @@
-"""Layouts of records, as many programs and data sets write them: where the question, the answers and the thoughts are.
+"""Layouts of calibration records: where prompts, answers and thoughts are, as many programs and data sets write them.
 
-One list serves prompts (`question_of`), problems (`question_of` and `answer_of`) and calibration (`exchange_of`).
-docs/traces.md has it as a table. A name is the same in any case, and with spaces for underscores.
+`exchange_of` tries one after the other; what a record asks is found as in `questions`. docs/traces.md has them as a
+table.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rac_engine.base.errors import BadInput
-from rac_engine.traces.choices import CHOICES, letter_of, with_choices
 from rac_engine.traces.conversation import (
     THOUGHT,
     THOUGHTS,
@@ -26,37 +24,20 @@ from rac_engine.traces.conversation import (
     split_answer,
     written_down,
 )
-
-PROMPT_IDS = ("prompt_token_ids", "prompt_ids")
-COMPLETION_IDS = ("completion_token_ids", "completion_ids", "output_token_ids", "response_token_ids", "token_ids")
-CONVERSATIONS = ("messages", "conversations", "conversation")
-QUESTIONS = ("question", "query", "instruction")
-GENERATIONS = ("completion", "generations", "generation", "responses", "response", "generated_solution", "output")
-ANSWERS = ("answer", "final_answer", "expected_answer", "ground_truth", "correct_answer", "answerkey", "answer_index")
-IDS = ("unique_id", "uuid", "problem_id", "question_id", "task_id", "custom_id", "record_id")
-
-_WRITTEN = re.compile(r"\s*(array\()?\[?\s*\{\s*['\"](role|from|content)['\"]\s*:")
+from rac_engine.traces.questions import (
+    COMPLETION_IDS,
+    GENERATIONS,
+    PROMPT_IDS,
+    Fields,
+    asked_in,
+    conversation_of,
+    hint,
+    text_of,
+    text_question,
+    user,
+)
 
 _SWITCHES = ("on", "off", "low", "medium", "high", "true", "false", "")  # of `reasoning`, where it is a setting
-
-COLUMNS = frozenset(
-    [
-        *PROMPT_IDS,
-        *COMPLETION_IDS,
-        *CONVERSATIONS,
-        *QUESTIONS,
-        *GENERATIONS,
-        *ANSWERS,
-        *IDS,
-        *THOUGHTS,
-        *CHOICES,
-        *("id", "kind", "subject", "problem", "prompt", "text", "input", "system", "solution", "reward_model"),
-        *("input_ids", "num_prompt_tokens", "attention_mask", "labels", "output_ids", "meta_info", "outputs"),
-        *("doc", "model_response", "example", "full_prompt", "predictions", "gold", "input_tokens", "cont_tokens"),
-        *("body", "request", "choices", "error", "model", "model_sha256"),
-    ]
-)
-"""Every name that is read: of a wide table only these columns are."""
 
 
 @dataclass(frozen=True)
@@ -69,98 +50,6 @@ class Exchange:
 
     prompt: Messages | str | list[int]
     completions: list[Said | list[int]]
-
-
-class Fields:
-    """The fields of a record by their plain names; it notes which were looked at."""
-
-    def __init__(self, record: dict[str, Any], where: str) -> None:
-        self.where = where
-        self.own = list(record)
-        self.values = {plain(name): value for name, value in record.items()} | record
-        self.used: set[str] = set()
-
-    def get(self, *names: str) -> Any:
-        """The first of these fields that is there; None if there is none."""
-        return next((value for _, value in self.all(*names)), None)
-
-    def all(self, *names: str) -> Iterator[tuple[str, Any]]:
-        """Those of these fields that are there."""
-        for name in names:
-            if not absent(value := self.values.get(name)):
-                self.used.add(name)
-                yield name, value
-
-    def inside(self, name: str) -> Fields | None:
-        """The fields of an object that is a field."""
-        value = written_down(self.values.get(name))
-        if not isinstance(value, dict):
-            return None
-        return Fields(value, self.where)
-
-    def names(self) -> str:
-        """The record's own names, for a message."""
-        return ", ".join(f"`{name}`" for name in self.own[:20]) or "nothing"
-
-
-def plain(name: str) -> str:
-    """A column's name as it is looked up: in small letters, with underscores."""
-    return name.strip().lower().replace(" ", "_")
-
-
-def question_of(record: dict[str, Any], where: str) -> Messages:
-    """The conversation that a model is to answer: `problem` or `prompt`, else `messages` up to the last user's turn.
-
-    A record may hold the answer too (OpenR1-Math-220k gives `problem`, `answer`, and `messages` with a solution): the
-    model must not be shown it. Raises `BadInput` for a conversation of which nothing else is left.
-    """
-    fields = Fields(record, where)
-    asked = _asked(fields)
-    if asked is None:
-        asked = _text_question(fields) or _conversation(fields)
-    if asked is None:
-        raise BadInput(f"{where}: needs `problem`, `prompt` or `messages`, with text in it; {_hint(fields, 'problem')}")
-    while asked and asked[-1]["role"] == "assistant":
-        asked.pop()
-    if not asked:
-        raise BadInput(f"{where}: the conversation asks nothing: all of it is the assistant's; give a user's message")
-    return asked
-
-
-def answer_of(record: dict[str, Any], where: str) -> str:
-    """The right answer of a problem, as text; empty if the record has none.
-
-    Of GSM8K's `answer` it is what stands behind the last ####, of a list of one its only entry, of a multiple choice
-    the letter. Raises `BadInput` for an answer that is neither text nor a number.
-    """
-    fields = Fields(record, where)
-    reward, doc = fields.inside("reward_model"), fields.inside("doc")
-    value = next((given for name in ANSWERS if not _missing(given := fields.values.get(name))), None)
-    if value is None and reward is not None:
-        value = reward.get("ground_truth")
-    if value is None and doc is not None:
-        value = _gold(doc)
-    if value is None:
-        value = fields.get("gold")
-    value = written_down(value)
-    if isinstance(value, list) and value and all(_is_answer(each) for each in value):
-        value = ", ".join(str(each).strip() for each in value)
-    if value is None or value == []:
-        return ""
-    if not _is_answer(value):
-        raise BadInput(f"{where}: needs `answer`, as text or a number, not {str(value)[:40]!r}")
-    if (letter := letter_of(fields.values, value)) is not None:
-        return letter
-    return str(value).rpartition("####")[2].strip()
-
-
-def id_of(record: dict[str, Any]) -> tuple[str | None, bool]:
-    """A record's id, and whether it is its `id`; (None, False) where it has none, or null for one."""
-    fields = Fields(record, "")
-    if (own := fields.get("id")) is not None:
-        return str(own), True
-    other = next((value for _, value in fields.all(*IDS) if isinstance(value, str | int) and str(value)), None)
-    return (None if other is None else str(other)), False
 
 
 def exchange_of(record: dict[str, Any], where: str) -> Exchange | None:
@@ -176,7 +65,7 @@ def exchange_of(record: dict[str, Any], where: str) -> Exchange | None:
         if (found := layout(fields)) is not None:
             _refuse_loss(fields, found)
             return found
-    raise BadInput(f"{where}: needs `problem`, `prompt` or `messages`, with text in it; {_hint(fields, 'problem')}")
+    raise BadInput(f"{where}: needs `problem`, `prompt` or `messages`, with text in it; {hint(fields, 'problem')}")
 
 
 def token_ids(value: Any, where: str) -> list[int]:
@@ -202,11 +91,11 @@ def _ids(fields: Fields) -> Exchange | None:
     if there.isdisjoint(PROMPT_IDS):
         if _is_text(prompt := fields.values.get("prompt")):
             return Exchange(str(prompt), [of[True]])
-        return Exchange(_text_question(fields) or _conversation(fields) or [], [of[True]])
+        return Exchange(text_question(fields) or conversation_of(fields) or [], [of[True]])
     if there.isdisjoint(COMPLETION_IDS):
         completions: list[Said | list[int]] = [*_generations(fields)]
         if text := fields.get("text"):
-            completions = completions or [Said(_text(text, "text", fields.where))]
+            completions = completions or [Said(text_of(text, "text", fields.where))]
         return Exchange(of[False], completions)
     return Exchange(of[False], [of[True]])
 
@@ -251,9 +140,9 @@ def _vllm_outputs(fields: Fields) -> Exchange | None:
         rendered = prompt if prompt is not None else text if isinstance(text, str) else None
     else:
         said, rendered = [*_said(outputs, "outputs", fields.where)], prompt
-    asked = rendered if rendered is not None else _text_question(fields) or _conversation(fields)
+    asked = rendered if rendered is not None else text_question(fields) or conversation_of(fields)
     if asked is None:
-        raise BadInput(f"{fields.where}: `outputs` without a `prompt`; {_hint(fields, 'prompt')}")
+        raise BadInput(f"{fields.where}: `outputs` without a `prompt`; {hint(fields, 'prompt')}")
     return Exchange(asked, said)
 
 
@@ -284,7 +173,7 @@ def _lighteval(fields: Fields) -> Exchange | None:
         return Exchange(messages_from(prompt, fields.where), [*answers])
     if isinstance(prompt, str) and prompt:
         return Exchange(prompt, [*answers])
-    return Exchange(_user(_text(asked, "query", fields.where)), [*answers])
+    return Exchange(user(text_of(asked, "query", fields.where)), [*answers])
 
 
 def _openai(fields: Fields) -> Exchange | None:
@@ -295,7 +184,7 @@ def _openai(fields: Fields) -> Exchange | None:
     objects = isinstance(choices, list) and bool(choices) and all(isinstance(each, dict) for each in choices)
     if not objects or not any(key in choices[0] for key in ("message", "text", "token_ids")):
         body = fields.inside("body")
-        if body is None or (asked := _text_question(body) or _conversation(body)) is None:
+        if body is None or (asked := text_question(body) or conversation_of(body)) is None:
             return None
         messages, last = split_answer(asked)
         return Exchange(messages, [] if last is None else [last])
@@ -303,7 +192,7 @@ def _openai(fields: Fields) -> Exchange | None:
     ids = next((each["prompt_token_ids"] for each in (reply.values, choices[0]) if each.get("prompt_token_ids")), None)
     if ids is not None:
         return Exchange(token_ids(ids, f"{fields.where}: prompt_token_ids"), said)
-    if (asked := _asked(fields) or _text_question(fields) or _conversation(fields)) is None:
+    if (asked := asked_in(fields) or text_question(fields) or conversation_of(fields)) is None:
         raise BadInput(
             f"{fields.where}: an answer without its prompt, which the batch's input file has under the same "
             "`custom_id`; put both files into a folder and give that"
@@ -323,10 +212,10 @@ def _rendered(fields: Fields) -> Exchange | None:
         return Exchange(str(prompt), [token_ids(ids, f"{where}: output_ids")])
     if plain_prompt and not absent(said := fields.values.get("completion")) and not isinstance(said, list):
         fields.used |= {"prompt", "completion"}
-        return Exchange(str(prompt), [Said(_text(said, "completion", where))])
+        return Exchange(str(prompt), [Said(text_of(said, "completion", where))])
     if (text := fields.get("text")) is None:
         return None
-    text = _text(text, "text", where)
+    text = text_of(text, "text", where)
     if plain_prompt and prompt:
         fields.used.add("prompt")
         if text.startswith(str(prompt)):
@@ -337,7 +226,7 @@ def _rendered(fields: Fields) -> Exchange | None:
                 "remove `prompt`, or call the answer `completion`"
             )
         return Exchange(str(prompt), [Said(text)])
-    asked = _text_question(fields) or _conversation(fields) or []
+    asked = text_question(fields) or conversation_of(fields) or []
     if lost := next((each["content"] for each in asked if each["content"].strip() not in text), None):
         raise BadInput(
             f"{where}: `text` does not hold {lost.strip()[:40]!r} of the question beside it; remove one of them, or "
@@ -348,7 +237,7 @@ def _rendered(fields: Fields) -> Exchange | None:
 
 def _templated(fields: Fields) -> Exchange | None:
     """A question for the chat template, and answers to it in words: TRL, ShareGPT, OpenR1, verl and most data sets."""
-    asked = _conversation(fields) or _asked(fields) or _text_question(fields)
+    asked = conversation_of(fields) or asked_in(fields) or text_question(fields)
     if asked is None:
         return None
     if is_conversation(turns := written_down(fields.values.get("completion"))) and len(turns) > 1:
@@ -389,63 +278,9 @@ _LAYOUTS: tuple[Callable[[Fields], Exchange | None], ...] = (
 )
 
 
-def _asked(fields: Fields) -> Messages | None:
-    """The question of a record that keeps it in an object: a request's `body`, or lighteval's `doc`."""
-    for name in ("body", "request"):
-        if (body := fields.inside(name)) is not None and (found := _conversation(body) or _text_question(body)):
-            return found
-    doc = fields.inside("doc")
-    text = doc.get("query") if doc is not None else fields.get("example", "full_prompt")
-    return None if text is None else _user(_text(text, "query", fields.where))
-
-
-def _text_question(fields: Fields) -> Messages | None:
-    """The question that a record has as a text of its own (or as a conversation in `prompt`)."""
-    name = next((n for n in ("problem", "prompt", *QUESTIONS, "input") if not absent(fields.values.get(n))), None)
-    if name is None or (name not in ("problem", "prompt") and _has_conversation(fields)):
-        return None
-    text = fields.get(name)
-    if is_conversation(listed := written_down(text)):
-        return messages_from(listed, fields.where, name)
-    if not isinstance(text, str) or not text.strip():
-        raise BadInput(f"{fields.where}: needs `problem`, `prompt` or `messages`, with text in it; `{name}` has none")
-    if _WRITTEN.match(text):
-        raise BadInput(
-            f"{fields.where}: `{name}` is a conversation written down as text, and not as JSON; save it as one"
-        )
-    if name == "instruction" and isinstance(more := fields.get("input"), str) and more.strip():
-        text = f"{text}\n\n{more}"
-    return _user(with_choices(fields.values, text))
-
-
-def _conversation(fields: Fields) -> Messages | None:
-    """The conversation of a record that has one, behind its `system` prompt if that stands apart."""
-    for name, value in fields.all(*CONVERSATIONS):
-        made = messages_from(value, fields.where, name)
-        system = fields.values.get("system") if name != "messages" else None
-        if isinstance(system, str) and system.strip() and made[0]["role"] != "system":
-            made.insert(0, {"role": "system", "content": system})
-        return made
-    return None
-
-
-def _has_conversation(fields: Fields) -> bool:
-    return any(not absent(fields.values.get(name)) for name in CONVERSATIONS)
-
-
 def _is_text(value: Any) -> bool:
     """Whether a prompt is text, and no conversation that was written down as text."""
     return isinstance(value, str) and not is_conversation(written_down(value))
-
-
-def _user(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise BadInput(f"{where}: `{name}` should be text")
-    return value
 
 
 def _one_row(value: Any) -> Any:
@@ -480,7 +315,7 @@ def _choice(fields: Fields) -> Said | list[int]:
     if (message := fields.get("message")) is not None:
         return said_in(message, fields.where)
     thought = fields.get(*THOUGHTS)
-    return Said(_text(fields.get("text"), "text", fields.where), thought if isinstance(thought, str) else "")
+    return Said(text_of(fields.get("text"), "text", fields.where), thought if isinstance(thought, str) else "")
 
 
 def _same(one: Said, other: Said) -> bool:
@@ -514,32 +349,3 @@ def _refuse_loss(fields: Fields, found: Exchange) -> None:
                 f"{fields.where}: `{name}` is not read here and would be lost; a thought goes into `{THOUGHT}` beside "
                 "`response`, and an answer into `completion` (or name its column, --column completion=NAME)"
             )
-
-
-def _gold(doc: Fields) -> Any:
-    """The right answer of lighteval's `doc`: those of its `choices` that `gold_index` names."""
-    choices, index = written_down(doc.get("choices")), written_down(doc.get("gold_index"))
-    if not isinstance(choices, list):
-        return None
-    wanted = index if isinstance(index, list) else [index]
-    if not all(type(at) is int and 0 <= at < len(choices) for at in wanted):
-        return None
-    found = [choices[at] for at in wanted]
-    return found[0] if len(found) == 1 else found
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == []
-
-
-def _is_answer(value: Any) -> bool:
-    return (
-        isinstance(value, str | int | float)
-        and not isinstance(value, bool)
-        and value == value
-        and bool(str(value).strip())
-    )
-
-
-def _hint(fields: Fields, role: str) -> str:
-    return f"it has {fields.names()}: name the column with --column {role}=NAME"

@@ -9,8 +9,8 @@ from pathlib import Path
 from rac_engine.base.errors import BadInput
 from rac_engine.recipe import TraceSettings
 from rac_engine.traces.conversation import Messages
-from rac_engine.traces.layouts import id_of, question_of
 from rac_engine.traces.mixture import shares_of
+from rac_engine.traces.questions import id_of, question_of
 from rac_engine.traces.records import read_records
 
 

@@ -16,7 +16,7 @@ from rac_engine.base.files import sha256_files
 from rac_engine.base.jsonfiles import read_json_object
 from rac_engine.jobs.layout import TRACES_JOURNAL, TRACES_SUMMARY
 from rac_engine.traces.formats import PACKED, SUFFIXES, records_in
-from rac_engine.traces.layouts import COLUMNS, plain
+from rac_engine.traces.questions import COLUMNS, plain
 from rac_engine.traces.tables import Records
 
 _SUMMARY = 64 << 20  # bytes of the summary beside the traces, or of what `datasets` says of a folder, at most

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from rac_engine.checkpoint.reader import Checkpoint
 from rac_engine.models.model import Model
 from rac_engine.recipe.files import load_recipe
-from rac_engine.traces.layouts import question_of
+from rac_engine.traces.questions import question_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.template import render
 

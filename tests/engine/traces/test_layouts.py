@@ -11,8 +11,9 @@ import pytest
 from rac_engine.base.errors import BadInput
 from rac_engine.evaluation.problems import load_problems
 from rac_engine.traces.calibration import Calibration, load_calibration
-from rac_engine.traces.layouts import COLUMNS, answer_of, exchange_of, question_of
+from rac_engine.traces.layouts import exchange_of
 from rac_engine.traces.prompts import load_prompts, notes_on
+from rac_engine.traces.questions import COLUMNS, answer_of, question_of
 from rac_engine.traces.tokenizer import load_tokenizer
 
 ABACUS = Path(__file__).parents[3] / "examples/abacus"
@@ -420,10 +421,10 @@ def test_every_name_that_is_read_is_among_the_columns() -> None:
     """What is read of a table must hold what is looked up in a record."""
     import ast
 
-    from rac_engine.traces import choices, layouts
+    from rac_engine.traces import choices, layouts, questions
 
     looked = set()
-    for module in (choices, layouts):
+    for module in (choices, layouts, questions):
         for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "all"):
                 owner = ast.unparse(node.func.value)
