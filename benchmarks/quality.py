@@ -8,9 +8,10 @@
 
 A cell is accuracy with its 95% interval, decode length, share of answers cut off, perplexity on held-out traces of the
 dense model (completions only) and on general text, and the time to prune. Cells count the same number of calibration
-tokens and answer the same problems with the same random numbers, unless `--token-counts` says otherwise or `--without`,
-which leaves a kind of problem out of the traces and answers the problems of that kind alone. Every finished cell is a
-file in WORK, and so are the dense model's traces; the table and the JSON record are of all the cells that are there.
+tokens and answer the same problems with the same random numbers, unless `--token-counts` or `--replaced` says otherwise
+(the latter adds copies with replaced tokens to the traces), or `--without`, which leaves a kind of problem out of the
+traces and answers the problems of that kind alone. Every finished cell is a file in WORK, and so are the dense model's
+traces; the table and the JSON record are of all the cells that are there.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class Cell:
     """Which of EFFORTS, where it is not what the pattern has by default."""
     allocation: str = "uniform"
     """How the sparsity is spread over the model."""
+    replaced: float = 0.0
+    """Copies with replaced tokens, so many tokens for each of the traces."""
 
     @property
     def variant(self) -> list[str]:
@@ -81,6 +84,7 @@ class Cell:
         found += [] if self.tokens is None else [f"{self.tokens / 1000:g}k tokens"]
         found += [] if self.effort is None else [self.effort]
         found += [] if self.allocation == "uniform" else [f"allocation {self.allocation}"]
+        found += [f"replaced {self.replaced:g}"] if self.replaced else []
         return found + ([] if self.without is None else [f"no {self.without} in the traces, all answered are"])
 
     @property
@@ -91,6 +95,7 @@ class Cell:
         parts += [] if self.tokens is None else [f"tokens{self.tokens}"]
         parts += [] if self.effort is None else [self.effort.replace(" ", "-")]
         parts += [] if self.allocation == "uniform" else [self.allocation]
+        parts += [f"replaced{self.replaced:g}"] if self.replaced else []
         return "-".join(parts + ([] if self.without is None else [f"without-{self.without}"]))
 
 
@@ -142,6 +147,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
         args.without or [None],
         args.efforts or [None],
         args.allocations,
+        args.replaced,
     )
     return [
         Cell(method, calibration, sparsity, *variant)
@@ -267,7 +273,9 @@ def _recipe(args: argparse.Namespace, cell: Cell) -> Recipe:
     tokens = cell.tokens or args.tokens
     return Recipe(
         model=args.model,
-        calibration=CalibrationSettings(source=_source(args, cell), tokens=tokens, sequence_length=256),
+        calibration=CalibrationSettings(
+            source=_source(args, cell), tokens=tokens, sequence_length=256, replaced=cell.replaced
+        ),
         prune=PruneSettings.model_validate(asked),
     )
 
@@ -387,6 +395,7 @@ def _arguments() -> argparse.Namespace:
         help="less than the default does at 1:4, or tuning elsewhere",
     )
     parser.add_argument("--allocations", nargs="+", choices=("uniform", "error"), default=["uniform"])
+    parser.add_argument("--replaced", nargs="+", type=float, default=[0.0], metavar="SHARE", help="of copies")
     parser.add_argument("--without", nargs="+", metavar="KIND", help="kinds of problem, each left out of the traces")
     parser.add_argument("--tokens", type=parse_size, default=38_000, help="calibration tokens (default 38k)")
     parser.add_argument("--samples", type=int, default=1, help="traces a prompt (default 1)")

@@ -8,7 +8,7 @@ from rac_engine.engine.limits import require_memory
 from rac_engine.engine.masks import MaskReport, apply_masks
 from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of, source_name
 from rac_engine.engine.pruning import prune
-from rac_engine.engine.setup import calibration_of
+from rac_engine.engine.setup import arranged_of, calibration_of
 from rac_engine.engine.verify import verify
 from rac_engine.engine.zeros import KeptZeros, keep_zeros
 
@@ -18,6 +18,7 @@ __all__ = [
     "Metrics",
     "PruneReport",
     "apply_masks",
+    "arranged_of",
     "calibration_of",
     "environment",
     "keep_zeros",

@@ -26,13 +26,16 @@ from rac_engine.recipe import TEXT_PREFIX, CalibrationSource, PruneSettings, Rec
 from rac_engine.solve import DAMPING, Reason, find_method
 from rac_engine.traces import (
     Calibration,
+    HoldingOut,
     Weighting,
     hold_out,
     load_calibration,
     load_tokenizer,
     mixed,
+    ordinary_tokens,
     require_embedding,
     source_of,
+    with_replaced,
 )
 
 
@@ -96,9 +99,9 @@ def set_up(request: PruneRequest, partial: Path) -> Setup:
     require_embedding(highest, embedded, f"calibration {calibration.source}")
     remarks = calibration_remarks(request.recipe, calibration, model.checkpoint)
     if find_method(settings.method).needs == "hessian":  # without one no error is measured
-        held = hold_out(calibration, request.recipe.calibration.held_out)
-        calibration = held.calibration
-        remarks += [] if held.remark is None else [held.remark]
+        arranged = arranged_of(request.recipe, calibration)
+        calibration = arranged.calibration
+        remarks += [] if arranged.remark is None else [arranged.remark]
     lengths = [len(sequence.token_ids) for sequence in calibration.sequences]  # tokens that do not count too
     chunk, judged = (None, None) if request.restart else _begun_with(partial)
     weighted = any(sequence.weights is not None for sequence in calibration.sequences)
@@ -139,6 +142,16 @@ def calibration_of(recipe: Recipe, own: Path | None = None) -> Calibration:
         return found if source or own is None else replace(found, source="/".join(own.parts[-2:]))
 
     return mixed(sources, wanted.tokens, load) if several else load(source_of(sources[0]).source or "", wanted.tokens)
+
+
+def arranged_of(recipe: Recipe, calibration: Calibration) -> HoldingOut:
+    """A calibration with sequences held out and copies with replaced tokens, as the recipe says."""
+    wanted = recipe.calibration
+    held = hold_out(calibration, wanted.held_out)
+    if not wanted.replaced:
+        return held
+    ordinary = ordinary_tokens(load_tokenizer(recipe.model))
+    return HoldingOut(with_replaced(held.calibration, wanted.replaced, ordinary), held.remark)
 
 
 def calibration_remarks(recipe: Recipe, calibration: Calibration, checkpoint: Checkpoint) -> list[str]:

@@ -226,6 +226,13 @@ class CalibrationSettings(Settings):
         description="share of the sequences, 8 at least, by which the result is judged and from which no solver "
         "learns; 0: none. Of fewer than 40 sequences none are held out",
     )
+    replaced: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="copies of sequences in which three of ten tokens are others, so many tokens for each that is not "
+        "held out: they keep more of what no trace shows; for methods with a Hessian",
+    )
     weight_completion: float = Field(
         default=1.0, ge=0, le=1e6, description="how much a completion's token counts; a prompt's counts 1"
     )

@@ -18,6 +18,7 @@ from rac_engine.traces.prompts import prompts_of
 from rac_engine.traces.questions import answer_of, id_of, question_of
 from rac_engine.traces.records import read_records
 from rac_engine.traces.rendering import stop_rendering
+from rac_engine.traces.replaced import ordinary_tokens, with_replaced
 from rac_engine.traces.sampler import Sampler, require_embedding
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
 from rac_engine.traces.served import open_sampler
@@ -53,6 +54,7 @@ __all__ = [
     "mixed",
     "moment_of",
     "open_sampler",
+    "ordinary_tokens",
     "prompts_of",
     "question_of",
     "read_moment",
@@ -61,4 +63,5 @@ __all__ = [
     "require_embedding",
     "source_of",
     "stop_rendering",
+    "with_replaced",
 ]

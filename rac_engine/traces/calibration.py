@@ -24,6 +24,9 @@ from rac_engine.traces.files import Tally, Trace, from_records, from_text
 
 Part = Literal["all", "prompt", "completion"]
 
+REPLACED = "copies with replaced tokens"
+"""The `kind` of a calibration of such copies."""
+
 
 @dataclass(frozen=True)
 class TokenSequence:
@@ -115,9 +118,9 @@ class Calibration:
         """A word for tables: "traces" (prompts with completions), "prompt", "completion" or "text"."""
         if self.parts:
             return " + ".join(dict.fromkeys(part.label for part in self.parts))
-        if self.part != "all":
+        if self.part != "all" and self.kind != REPLACED:
             return self.part
-        return {"pieces of text": "text", "prompts": "prompt"}.get(self.kind, "traces")
+        return {"pieces of text": "text", "prompts": "prompt", REPLACED: "replaced"}.get(self.kind, "traces")
 
     def describe(self) -> str:
         """The calibration in words: tokens, sequences, the part that counts, weights."""

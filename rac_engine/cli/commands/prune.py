@@ -138,7 +138,7 @@ def _recovered(metrics: Metrics) -> str:
 def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
     """Print the recipe and the plan of the job; nothing is written."""
     from rac_engine.checkpoint import local_folder
-    from rac_engine.engine import calibration_of
+    from rac_engine.engine import arranged_of, calibration_of
     from rac_engine.plan import Machine, make_plan, render
     from rac_engine.recipe import dump
     from rac_engine.solve import find_method
@@ -150,7 +150,10 @@ def _dry_run(recipe: Recipe, args: argparse.Namespace, device: str) -> int:
         plan = make_plan(recipe.model, recipe.prune, machine=machine)
     else:
         folder = local_folder(recipe.model, weights=False)
-        calibration = calibration_of(recipe.model_copy(update={"model": folder}))
+        there = recipe.model_copy(update={"model": folder})
+        calibration = calibration_of(there)
+        if find_method(recipe.prune.method).needs == "hessian":
+            calibration = arranged_of(there, calibration).calibration
         lengths = [len(sequence.token_ids) for sequence in calibration.sequences]
         plan = make_plan(
             recipe.model,

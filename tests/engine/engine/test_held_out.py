@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +209,24 @@ def test_errors_of_each_source_make_up_those_of_all(checkpoint: Make, tmp_path: 
             assert len(shares) == 2 and min(shares) < row[key] < max(shares)
     page = write_report(tmp_path / "out").read_text()
     assert "Source 2" in page and "random: " in page
+
+
+def test_copies_with_replaced_tokens_are_learned_from_and_reported_apart(checkpoint: Make, tmp_path: Path) -> None:
+    source, whole = checkpoint("qwen2"), tiny.calibration(LENGTHS)
+    tiny.save_tokenizer(folder := tmp_path / "model")
+    for file in source.iterdir():
+        shutil.copy(file, folder)
+    asked = recipe(folder, damping=0.01)
+    asked = asked.model_copy(update={"calibration": CalibrationSettings(replaced=0.5)})
+    report = prune(folder, tmp_path / "out", asked, whole)
+    plain = prune(folder, tmp_path / "plain", recipe(folder, damping=0.01), whole)
+    assert weights(report.out) != weights(plain.out)
+    first, copies = report.run["calibration"]["sources"]
+    assert first["held_out"] == plain.run["calibration"]["held_out"] == report.run["calibration"]["held_out"]
+    assert copies["label"] == "replaced" and copies["held_out"] == {"sequences": 0, "tokens": 0}
+    assert copies["tokens"] == math.ceil(0.5 * (whole.tokens - first["held_out"]["tokens"]))
+    assert all(row["by_source"][1]["held_out_error"] is None for row in report.layers)
+    assert "Source 2" in write_report(report.out).read_text()
 
 
 def test_without_room_for_it_matrices_are_not_judged(
