@@ -46,6 +46,8 @@ def trace(
     *,
     device: str = "auto",
     restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     progress: Callable[[Any], None] = _silent,
 ) -> TraceReport:
     """Sample traces of the checkpoint `model` into the new folder `out`.
@@ -56,6 +58,8 @@ def trace(
         out: Folder for Parquet files (a row a trace, token ids and text) and the summary traces.json.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished sampling in OUT.partial would go on.
+        device_memory: Bytes of the GPU that the job keeps to; where the model does not fit, its layers are streamed.
+        host_memory: Bytes of this machine that the job keeps to, the whole process included, as for `prune`.
         progress: Called with what is being done; its `str` is for people.
 
     Returns the counts of traces and tokens. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
@@ -64,7 +68,16 @@ def trace(
     from rac_engine.jobs.surroundings import usable_device
     from rac_engine.traces import generate
 
-    return generate(model, settings, out, device=usable_device(device), restart=restart, progress=progress)
+    return generate(
+        model,
+        settings,
+        out,
+        device=usable_device(device),
+        restart=restart,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        progress=progress,
+    )
 
 
 def prune(
@@ -125,6 +138,8 @@ def evaluate(
     baseline: str | Path | None = None,
     device: str = "auto",
     restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     progress: Callable[[Any], None] = _silent,
 ) -> EvalResult:
     """Let `model` answer problems, and write the results to the new JSON file `out`.
@@ -136,6 +151,8 @@ def evaluate(
         baseline: Results of another model on the same problems, to be compared with problem by problem.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished evaluation in OUT.partial would go on.
+        device_memory: Bytes of the GPU that the job keeps to; where the model does not fit, its layers are streamed.
+        host_memory: Bytes of this machine that the job keeps to, the whole process included, as for `prune`.
         progress: Called with what is being done; its `str` is for people.
 
     Returns the results. Raises `rac_engine.base.errors.BadInput` for what cannot work, and
@@ -151,6 +168,8 @@ def evaluate(
         baseline=baseline,
         device=usable_device(device),
         restart=restart,
+        device_memory=device_memory,
+        host_memory=host_memory,
         progress=progress,
     )
 

@@ -161,7 +161,7 @@ def add_device(parser: Parser) -> None:
 
 def add_limits(parser: Parser) -> None:
     """Add --device-memory and --host-memory."""
-    group = parser.add_argument_group("memory that pruning keeps to")
+    group = parser.add_argument_group("memory that the job keeps to")
     for name, what in (("device", "of the GPU"), ("host", "of this machine, the program itself included")):
         group.add_argument(f"--{name}-memory", type=size, metavar="BYTES", help=f"at most so much {what}, like 6GiB")
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from rac_engine.traces import (
     read_moment,
     request_key,
     stop_rendering,
+    text_bytes,
 )
 
 _PROMPTS = "prompts_sha256"
@@ -66,22 +68,28 @@ def evaluate(
     baseline: str | Path | None = None,
     device: str = "cpu",
     restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> EvalResult:
     """Let `model`, a folder or `org/name[@revision]` on the hub, answer the problems into the JSON file `out`.
 
     An evaluation found unfinished in OUT.partial goes on, unless `restart`. `baseline` names the results of another
-    model on the same problems, to be compared with problem by problem.
+    model on the same problems, to be compared with problem by problem. It keeps to `device_memory` and `host_memory`,
+    in bytes: where the model does not fit, its layers are streamed.
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out = Path(out)
-    with FileJob(out, Path(model)) as job:  # before anything is read: a second process is refused at once
+    # The claim comes before anything is read: a second process is refused at once.
+    with FileJob(out, Path(model)) as job, ExitStack() as opened:
         problems = load_problems(settings.problems, settings.column)[: settings.limit]
         digest = problems_sha256(problems)
         earlier = None if baseline is None else _baseline(Path(baseline), settings, digest)
         folder = local_folder(model, progress)
-        decoder = open_sampler(folder, device, settings)
+        longest = max((text_bytes(problem.messages) for problem in problems), default=0)
+        limits = device_memory, host_memory
+        decoder = opened.enter_context(closing(open_sampler(folder, device, settings, *limits, text=longest)))
         # Where a model is compared, a date in its prompts is that of the answers it is compared with.
         moment = read_moment(earlier or {}) or moment_of(job.partial, restart)
         with dated(moment) as dating:
@@ -116,7 +124,7 @@ def evaluate(
         result: dict[str, Any] = {
             "summary": summary,
             "comparison": comparison,
-            "notes": notes,
+            "notes": [*decoder.planned, *notes],
             "settings": settings.model_dump(mode="json", exclude=set(SERVING)),
             **decoder.record(),
         }

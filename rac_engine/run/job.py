@@ -55,8 +55,8 @@ def run(
 ) -> RunResult:
     """Do the whole job of `recipe` into the new folder `out`.
 
-    Goes on with a job found unfinished in OUT.partial, unless `restart`. What is pruned keeps to `device_memory` and
-    `host_memory` (see `prune`); a job may go on with others, where a step that has begun keeps its chunks. Raises
+    Goes on with a job found unfinished in OUT.partial, unless `restart`. It keeps to `device_memory` and `host_memory`
+    (see `prune`); a job may go on with others, where a step that has begun keeps its chunks. Raises
     `BadInput` for what cannot work, before anything is sampled where it can be known, and `Interrupted` on SIGINT,
     after which the same call goes on.
     """

@@ -48,7 +48,7 @@ _REWRITTEN = (CARD, f"{RAC}/{RECIPE}")  # at the end, to tell of the whole job
 
 @dataclass(frozen=True)
 class Limits:
-    """The device of a job, and the bytes that pruning keeps to."""
+    """The device of a job, and the bytes that it keeps to."""
 
     device: str
     device_memory: int | None
@@ -187,7 +187,7 @@ class Run:
         out = self.rac / TRACES
         if not (out / TRACES_SUMMARY).exists():
             model, trace = self.recipe.model, self.recipe.trace
-            report = generate(model, trace, out, device=self.limits.device, progress=self.console.progress)
+            report = generate(model, trace, out, **vars(self.limits), progress=self.console.progress)
             self.console.say(f"  {report.describe()}")
             self._say_notes(out / TRACES_SUMMARY)
 
@@ -197,7 +197,7 @@ class Run:
         if file.exists():
             partial_of(file).unlink(missing_ok=True)
         else:
-            evaluate(model, self.recipe.evaluate, file, device=self.limits.device, progress=self.console.progress)
+            evaluate(model, self.recipe.evaluate, file, **vars(self.limits), progress=self.console.progress)
         figures = read_json(file)["summary"]
         self.console.say(
             f"  {percent(figures['accuracy'])} of {figures['problems']} right, "

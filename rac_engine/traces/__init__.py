@@ -21,7 +21,7 @@ from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.replaced import ordinary_tokens, with_replaced
 from rac_engine.traces.sampler import Sampler, require_embedding
 from rac_engine.traces.sampling import Request, Sampling, at_a_time, request_key
-from rac_engine.traces.served import open_sampler
+from rac_engine.traces.served import open_sampler, text_bytes
 from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import dated, has_date, moment_of, read_moment
 from rac_engine.traces.tokenizer import load_tokenizer
@@ -63,5 +63,6 @@ __all__ = [
     "require_embedding",
     "source_of",
     "stop_rendering",
+    "text_bytes",
     "with_replaced",
 ]

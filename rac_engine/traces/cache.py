@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rac_engine.base.files import pages
 from rac_engine.models import States
 
 
@@ -18,26 +20,43 @@ class Cache:
     Of recurrent mixers, their states, a row each for those that have been in a step.
     """
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, longest: int | None = None, on_host: bool = False) -> None:
+        """Room for `rows` sequences, of no more than `longest` tokens if that is known.
+
+        Keys and values are in the host's memory, or where they are made.
+        """
         self.rows, self.capacity = rows, 0
+        self._longest, self._on_host = longest, on_host
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.states: dict[int, States] = {}
 
     def reserve(self, length: int) -> None:
         """Make room for sequences of `length` tokens."""
         if length > self.capacity:
-            self.capacity = max(length, self.capacity * 3 // 2)
+            grown = self.capacity * 3 // 2
+            self.capacity = max(length, grown if self._longest is None else min(grown, self._longest))
             for layer, tensors in self.layers.items():
                 self.layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))
 
-    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Put key and value [tokens, heads, d] at their slots [tokens] = row * capacity + position."""
         if layer not in self.layers:
             self.layers[layer] = (self._empty(key), self._empty(value))
         held = self.layers[layer]
         for buffer, new in zip(held, (key, value), strict=True):
-            buffer.view(-1, *new.shape[1:]).index_copy_(0, slots, new)
-        return held
+            home = buffer.device
+            buffer.view(-1, *new.shape[1:]).index_copy_(0, slots.to(home), new.to(home))
+
+    def read(self, layer: int, lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, span, heads, d] on a device, of rows with so many tokens; zeros behind the shorter.
+
+        They are the cache's own where that is their place.
+        """
+        span = max(lengths)
+        keys, values = (held[: len(lengths), :span] for held in self.layers[layer])
+        if keys.device == device:
+            return keys, values
+        return _copied(keys, lengths, device), _copied(values, lengths, device)
 
     def drop(self, row: int, last: int, length: int) -> None:
         """Let row `row` hold what the `last` one, of `length` tokens, holds, which goes."""
@@ -79,12 +98,25 @@ class Cache:
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: what is masked is multiplied by zero, which memory that holds NaN would survive.
-        return like.new_zeros(self.rows, self.capacity, *like.shape[1:])
+        shape = (self.rows, self.capacity, *like.shape[1:])
+        if not self._on_host:
+            return like.new_zeros(shape)
+        # Page-locked: they go to the GPU in every step.
+        memory = pages(math.prod(shape) * like.dtype.itemsize, pin=torch.cuda.is_available())
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
     def _grown(self, tensor: Tensor) -> Tensor:
         grown = self._empty(tensor[0])
         grown[:, : tensor.shape[1]] = tensor
         return grown
+
+
+def _copied(held: Tensor, lengths: Sequence[int], device: torch.device) -> Tensor:
+    """A copy on a device, row by row: what lies behind a row's tokens is not moved."""
+    made = held.new_zeros(held.shape, device=device)
+    for row, length in enumerate(lengths):
+        made[row, :length].copy_(held[row, :length], non_blocking=True)
+    return made
 
 
 def _parts(states: States) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

@@ -12,12 +12,13 @@ a step follows from the requests.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from rac_engine.jobs.journal import first_record
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.models import Model, States, run_on, run_packed, scoring_of, working_dtype
 from rac_engine.traces.cache import Cache
+from rac_engine.traces.layers import LayerReader, Placement, StreamedLayers
 from rac_engine.traces.loading import load_causal_lm, refuse_generation_config
+from rac_engine.traces.memory import PROMPT_TOKENS, Room, SamplingPlan, SamplingShape, Sequences, plan_sampling
 from rac_engine.traces.sampler import Sampler
 from rac_engine.traces.sampling import (
     Completion,
@@ -50,11 +53,13 @@ from rac_kernels import Scoring, decode_attention, packed_attention
 
 DECODE_ATTENTION = "rac_decode"
 
-PROMPT_TOKENS = 8192  # that join in one step, or one prompt that is longer
-
 _SMALL = 50_000_000  # parameters
 
 _THREADS = "threads"
+
+_CACHE = "cache_bytes"
+
+_SLACK = 32 << 20  # bytes by which what a process has already differs from time to time
 
 _PROBE = 16  # tokens of a prompt by which steps are timed
 
@@ -76,9 +81,9 @@ class _InFlight:
 class _Batch:
     """The requests of a call: those that wait, those in flight with what is cached of them, and those completed."""
 
-    def __init__(self, requests: Sequence[Request], rows: int) -> None:
+    def __init__(self, requests: Sequence[Request], cache: Cache) -> None:
         self.requests = requests
-        self.cache = Cache(min(rows, len(requests)))
+        self.cache = cache
         self.waiting = deque(enumerate(requests))
         self.flying: list[_InFlight] = []
         self.completions: dict[int, Completion] = {}
@@ -136,7 +141,7 @@ class _DecodeStep:
         self.cache, self.old, self.device, self.threads = cache, old, device, threads
         self.lengths = [len(sequence.tokens) for sequence in sequences[old:]]
         ends = np.array([len(sequence.tokens) for sequence in sequences[:old]], dtype=np.int64)
-        self.span = int(ends.max(initial=0))
+        self.ends = ends.tolist()
         tokens = [sequence.tokens[-1] for sequence in sequences[:old]]
         positions, rows = [ends - 1], [np.arange(old)]
         for row, sequence in enumerate(sequences[old:], start=old):
@@ -154,14 +159,14 @@ class _DecodeStep:
 
         Returns [1, tokens, heads, d].
         """
-        keys, values = self.cache.write(layer, self.slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        self.cache.write(layer, self.slots, k[0].transpose(0, 1), v[0].transpose(0, 1))
         parts = []
         # PyTorch's kernel adds up in another order with another number of threads; linear layers do not.
         before = torch.get_num_threads()
         if before != self.threads:
             torch.set_num_threads(self.threads)
         if self.old:
-            held, worth = (x[: self.old, : self.span].transpose(1, 2) for x in (keys, values))
+            held, worth = (x.transpose(1, 2) for x in self.cache.read(layer, self.ends, self.device))
             queries = q[0, :, : self.old].transpose(0, 1)
             parts.append(decode_attention(queries, held, worth, self._mask(scoring.window), scoring))
         if self.lengths:
@@ -183,7 +188,7 @@ class _DecodeStep:
     def _mask(self, window: int | None) -> Tensor:
         """[old, span] bool: which positions of the cache each row sees."""
         if window not in self._masks:
-            at, end = torch.arange(self.span, device=self.device), self.positions[: self.old, None]
+            at, end = torch.arange(max(self.ends), device=self.device), self.positions[: self.old, None]
             self._masks[window] = at <= end if window is None else (at <= end) & (at > end - window)
         return self._masks[window]
 
@@ -227,6 +232,25 @@ def _take_mixers(model: Any, source: Model) -> None:
                 layer.set_submodule(plan.module, _RecurrentMixer(number, layer.get_submodule(plan.module)))
 
 
+def _move_around(model: Any, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move what lies around a model's layers to a device, numbers with fractions to `dtype` if that is given.
+
+    What is tied stays tied, and what is on the meta device there.
+    """
+    moved = dict[int, Tensor]()
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if id(tensor) not in moved:
+                    change = dtype if tensor.is_floating_point() else None
+                    there = tensor.detach().to(device, change)
+                    learned = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(there, requires_grad=False) if learned else there
+                held[name] = moved[id(tensor)]
+
+
 class Decoder(Sampler):
     """A causal LM and its tokenizer, loaded from a local folder (safetensors only, no remote code).
 
@@ -235,24 +259,57 @@ class Decoder(Sampler):
     its checksum was taken.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        room: Room | None = None,
+        asked: Sequences | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """With a `placement` layers are streamed as it says, with `room` as is planned for what is `asked`."""
         source = Model.open(Checkpoint.open(path))
         super().__init__(source)
         self.device = torch.device(device)
+        on_gpu = self.device.type != "cpu"
+        working = dtype or working_dtype(source.dtype, on_gpu)
+        self._room = room
+        self.plan: SamplingPlan | None = None
+        """How sampling keeps to its limits; None where there are none, and the model fits."""
+        if room is not None and asked is not None:
+            self._shape = SamplingShape.of(source, working)
+            if room.limited or not self._shape.fits(room.device if on_gpu else room.host):
+                self.plan = plan_sampling(self._shape, room, self._cut(asked), on_gpu)
+                placement = self.plan.placement
+                self.planned = (self.plan.describe(),)
+                self.notes += self.planned
+        self._budget = 0 if self.plan is None else self.plan.cache
+        """Bytes that keys, values and states may take, under a plan."""
         self.threads = torch.get_num_threads()
         """Threads that a CPU samples with (see `choose_threads`); attention has all that there are."""
         refuse_generation_config(source.checkpoint.path)
-        model = load_causal_lm(source, dtype or source.dtype, DECODE_ATTENTION)
+        loaded = dtype or source.dtype
+        model = load_causal_lm(source, loaded, DECODE_ATTENTION, layers=placement is None)
         stored = source.checkpoint.tensors
         for name, tensor in model.state_dict().items():  # those that it does not fuse, widen or rename
             bare = name.partition(".")[2]  # in a checkpoint without `model.` before its names
             info = stored.get(name) or stored.get(bare)
-            if info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape):
+            same = info is not None and (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape)
+            if info is not None and same and not tensor.is_meta:
                 source.checkpoint.check_unchanged(info.name, bytes_of(tensor))
-        self.model = model.eval().to(self.device)
-        _take_mixers(self.model, source)
-        if dtype is None and source.dtype != (quicker := working_dtype(source.dtype, self.device.type != "cpu")):
-            self.model.to(quicker)
+        self.model = model.eval()
+        self._layers: StreamedLayers | None = None
+        if placement is None:
+            self.model.to(self.device)
+            _take_mixers(self.model, source)
+            if working != loaded:
+                self.model.to(working)
+        else:
+            reader = LayerReader(source, model, loaded, working)
+            _move_around(model, self.device, working if working != loaded else None)
+            self._layers = StreamedLayers(model, reader, placement, self.device)
+            _take_mixers(self.model, source)
         if self.device.type == "cpu" and self.model.num_parameters() < _SMALL:
             self.threads = 1  # its steps are too short for threads that wait for each other
         self._most = self.threads
@@ -260,6 +317,17 @@ class Decoder(Sampler):
 
     def identity(self) -> dict[str, Any]:
         return surroundings(str(self.device))
+
+    def _cut(self, asked: Sequences) -> Sequences:
+        """What is asked, with sequences that fit the model's context."""
+        return asked if self.context is None else replace(asked, longest=min(asked.longest, self.context))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self._layers is not None:
+            self._layers.close()
+        self.model = None
+        gc.collect()  # modules and their hooks name each other
 
     @torch.inference_mode()
     def choose_threads(self, journal: Path, rows: int, restart: bool = False) -> dict[str, Any]:
@@ -277,12 +345,18 @@ class Decoder(Sampler):
         else:
             self.threads = self._quickest(rows, sorted({1, most}))
         if self.threads != most:
-            self.notes = [f"sampled with {self.threads} of {most} threads, which a measurement found the quickest"]
-        return {_THREADS: self.threads}
+            self.notes.append(f"sampled with {self.threads} of {most} threads, which a measurement found the quickest")
+        if self.plan is None:
+            return {_THREADS: self.threads}
+        # A job that goes on has as many sequences in flight as before, for the same tokens.
+        before = known.get(_CACHE)
+        if type(before) is int and before <= self._budget + _SLACK:
+            self._budget = before
+        return {_THREADS: self.threads, _CACHE: self._budget}
 
     def _quickest(self, rows: int, choices: list[int]) -> int:
         """The number of threads among `choices`, in ascending order, by which to sample."""
-        if self.device.type != "cpu" or len(choices) == 1:
+        if self.device.type != "cpu" or len(choices) == 1 or self._layers is not None:
             return choices[-1]
         best = {count: self._step_seconds(rows, count) for count in choices}
         found = choices[0]
@@ -294,13 +368,13 @@ class Decoder(Sampler):
     def _step_seconds(self, rows: int, threads: int) -> float:
         """The shortest of some steps' times, after one that takes in the prompts and one that is not counted."""
         prompt = [min(self.vocabulary, self.embedded) - 1] * _PROBE
-        batch = _Batch([Request(prompt, row) for row in range(rows)], rows)
+        batch = _Batch([Request(prompt, row) for row in range(rows)], Cache(rows))
         sampling = Sampling(_PROBE)
         with self._with_threads(threads):
             times, until = list[float](), 0.0
             while len(times) < 4 or (len(times) < 12 and time.monotonic() < until):
                 old = len(batch.flying)
-                _join(batch.flying, batch.waiting, rows)
+                _join(batch.flying, batch.waiting, rows, PROMPT_TOKENS)
                 began = time.monotonic()
                 self._extend(batch.cache, batch.flying, old, sampling)
                 times.append(time.monotonic() - began)
@@ -331,14 +405,16 @@ class Decoder(Sampler):
         Returns a completion a request, in their order. Where there are `snapshots` the batch is written there now and
         then, and one that is found there goes on, to the same tokens.
         """
-        batch, snapshots = _Batch(requests, rows), self.snapshots
+        rows, prompts, longest = self._in_flight(requests, sampling, rows)
+        cache = Cache(min(rows, len(requests)), longest, self.plan is not None and self.plan.cache_on_host)
+        batch, snapshots = _Batch(requests, cache), self.snapshots
         key = "" if snapshots is None else batch_key(requests, sampling, rows)
         if snapshots is not None:
             batch.take_up(snapshots, key, self.device)
         with self._with_threads(self.threads):
             while len(batch.completions) < len(requests):
                 old = len(batch.flying)
-                _join(batch.flying, batch.waiting, batch.cache.rows)
+                _join(batch.flying, batch.waiting, batch.cache.rows, prompts)
                 self._extend(batch.cache, batch.flying, old, sampling)
                 batch.sampled += len(batch.flying)
                 batch.completions.update(self._retire(batch.cache, batch.flying, sampling))
@@ -346,6 +422,21 @@ class Decoder(Sampler):
                     batch.keep(snapshots, key)
                 progress(batch.progress())
         return [batch.completions[index] for index in range(len(requests))]
+
+    def _in_flight(self, requests: Sequence[Request], sampling: Sampling, rows: int) -> tuple[int, int, int | None]:
+        """Sequences in flight, tokens of prompts in a step, and of the longest sequence, as the plan has room for.
+
+        Where sequences cannot become as long as was planned for, more of them are in flight than was planned.
+        """
+        if self.plan is None or self._room is None or not requests:
+            return rows, PROMPT_TOKENS, None
+        prompt = max(len(request.prompt) for request in requests)
+        asked = self._cut(Sequences(rows, prompt + sampling.max_new_tokens, prompt))
+        each = asked.longest * self._shape.cached + self._shape.state
+        fit = self._budget // max(each, 1)
+        if fit < 1 or prompt > max(self.plan.prompt_tokens, 1):
+            plan_sampling(self._shape, self._room, replace(asked, rows=1), self.device.type != "cpu")
+        return max(min(rows, fit), 1), self.plan.prompt_tokens, asked.longest
 
     def _retire(self, cache: Cache, flying: list[_InFlight], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Take out the sequences that have ended; the last row takes the place that becomes free."""
@@ -392,9 +483,9 @@ class Decoder(Sampler):
             sequence.tokens.append(token)
 
 
-def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: int) -> None:
-    """Let requests join, in their order, while rows are free and one step has room for their prompts."""
-    old, room = len(flying), PROMPT_TOKENS
+def _join(flying: list[_InFlight], waiting: deque[tuple[int, Request]], rows: int, room: int) -> None:
+    """Let requests join, in their order, while rows are free and one step has `room` for tokens of their prompts."""
+    old = len(flying)
     while waiting and len(flying) < rows:
         index, request = waiting[0]
         if len(request.prompt) > room and len(flying) > old:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rac_engine.traces.prompts import Prompt, notes_on, prompts_of
 from rac_engine.traces.rendering import stop_rendering
 from rac_engine.traces.sampler import Sampler
 from rac_engine.traces.sampling import Progress, Request, Sampling, at_a_time, request_key
-from rac_engine.traces.served import open_sampler
+from rac_engine.traces.served import open_sampler, text_bytes
 from rac_engine.traces.snapshot import Snapshots
 from rac_engine.traces.template import Dating, dated, has_date, moment_of, template_sha256, tokenizer_sha256
 
@@ -79,6 +80,8 @@ def generate(
     *,
     device: str = "cpu",
     restart: bool = False,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
     progress: Callable[[Any], None] = lambda _: None,
 ) -> TraceReport:
     """Sample traces of `model` into the folder `out`, as Parquet files and a summary.
@@ -86,17 +89,21 @@ def generate(
     The model is a folder, or `org/name[@revision]` on the hub.
 
     All work happens in OUT.partial; a sampling found unfinished there goes on behind its last whole batches, to the
-    same traces, unless `restart`.
+    same traces, unless `restart`. It keeps to `device_memory` and `host_memory`, in bytes: where the model does not
+    fit, its layers are streamed (see `layers`).
 
     Raises `BadInput` for what cannot work, and `Interrupted` on SIGINT, after which the same call goes on.
     """
     out = Path(out)
     if (out / TRACES_SUMMARY).exists():
         raise BadInput(f"{out}: holds finished traces; choose another folder, or remove it")
-    with FolderJob(out, "folder", Path(model)) as job:  # before anything is read: a second process is refused at once
+    # The claim comes before anything is read: a second process is refused at once.
+    with FolderJob(out, "folder", Path(model)) as job, ExitStack() as opened:
         prompts = prompts_of(settings)
         folder = local_folder(model, progress)
-        decoder = open_sampler(folder, device, settings)
+        longest = max((text_bytes(prompt.messages) for prompt in prompts), default=0)
+        limits = device_memory, host_memory
+        decoder = opened.enter_context(closing(open_sampler(folder, device, settings, *limits, text=longest)))
         identity = _identity(decoder, prompts, settings)
         counts = _Counts(settings.tokens)
         moment = moment_of(job.partial / TRACES_JOURNAL, restart)
@@ -130,7 +137,7 @@ def generate(
             counts.budget,
             [*job.notes, *decoder.notes, *notes],
         )
-        _summarize(job, report, settings, identity | decoder.record(), notes)
+        _summarize(job, report, settings, identity | decoder.record(), [*decoder.planned, *notes])
         job.publish()
     return report
 

@@ -20,6 +20,8 @@ from rac_engine.traces.tokenizer import load_tokenizer
 class Sampler(ABC):
     """A model that continues prompts: loaded here (`Decoder`), or run by a server (`ServedModel`)."""
 
+    planned: Sequence[str] = ()
+    """What is done to keep to limits of memory, in a line, for results."""
     embedded: int
     """Tokens that the model has an embedding of."""
 
@@ -79,6 +81,9 @@ class Sampler(ABC):
         Returns a completion a request, in their order. Where there are `snapshots` the batch is written there now and
         then, and one that is found there goes on.
         """
+
+    def close(self) -> None:  # noqa: B027 - not all have something to let go of
+        """Let go of the model. Nothing can be sampled any more."""
 
     def forget_batch(self) -> None:
         """Remove the snapshot of a batch that is in the journal."""

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rac_engine.base.errors import BadInput, Interrupted
 from rac_engine.checkpoint import Checkpoint
 from rac_engine.models import Model
 from rac_engine.recipe import EvalSettings, TraceSettings
+from rac_engine.traces.conversation import Messages
 from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.dialects import PROBE, Asked, Reply
+from rac_engine.traces.memory import Room, Sequences
 from rac_engine.traces.sampler import Sampler
-from rac_engine.traces.sampling import Completion, FinishReason, Progress, Request, Sampling, batch_key
+from rac_engine.traces.sampling import Completion, FinishReason, Progress, Request, Sampling, at_a_time, batch_key
 from rac_engine.traces.servers import Pool, Server, open_server
 
 
-def open_sampler(path: str | Path, device: str, serving: TraceSettings | EvalSettings) -> Sampler:
-    """The model of a local folder, run by the servers in `serving` if there are any, else loaded on `device`."""
-    return ServedModel(path, serving) if serving.server else Decoder(path, device)
+def open_sampler(
+    path: str | Path,
+    device: str,
+    serving: TraceSettings | EvalSettings,
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    text: int = 0,
+) -> Sampler:
+    """The model of a local folder, run by the servers in `serving` if there are any, else here, on `device`.
+
+    Here it keeps to `device_memory` and `host_memory`, in bytes; `text` are the bytes of the longest prompt. Raises
+    `BadInput` where it cannot.
+    """
+    if serving.server:
+        return ServedModel(path, serving)
+    room = Room.here(torch.device(device), device_memory, host_memory)
+    prompt = max(_PROMPT, _AROUND + (text + len(serving.instruction)) // _TOKEN)
+    asked = Sequences(at_a_time(serving.batch_size), prompt + serving.max_new_tokens, prompt)
+    return Decoder(path, device, room=room, asked=asked)
+
+
+# Memory is planned before prompts are rendered: tokens of one at least, those of a template around it, and bytes of
+# text that a token stands for at least, as a rule.
+_PROMPT, _AROUND, _TOKEN = 1024, 512, 3
+
+
+def text_bytes(messages: Messages) -> int:
+    """Bytes of a prompt's text."""
+    return len(json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 class ServedModel(Sampler):

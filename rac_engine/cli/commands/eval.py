@@ -11,6 +11,7 @@ from rac_engine.cli.options import (
     Parser,
     add_device,
     add_fields,
+    add_limits,
     add_model,
     add_restart,
     console_of,
@@ -35,6 +36,7 @@ def _add_options(parser: Parser) -> None:
         help="results of another model on the same problems, to compare with",
     )
     add_device(parser)
+    add_limits(parser)
     add_restart(parser, "evaluation")
 
 
@@ -53,6 +55,8 @@ def _eval(args: argparse.Namespace) -> int:
             baseline=args.baseline,
             device=resolved_device(args.device),
             restart=args.restart,
+            device_memory=args.device_memory,
+            host_memory=args.host_memory,
             progress=console.progress,
         )
     figures = result.summary

@@ -11,6 +11,7 @@ from rac_engine.cli.options import (
     Parser,
     add_device,
     add_fields,
+    add_limits,
     add_model,
     add_restart,
     console_of,
@@ -37,6 +38,7 @@ def _add_options(parser: Parser) -> None:
     names = [name for name in TraceSettings.model_fields if name != "prompts"]
     add_fields(parser, "sampling", TraceSettings, names, _COMMON)
     add_device(parser)
+    add_limits(parser)
     add_restart(parser, "sampling")
 
 
@@ -53,6 +55,8 @@ def _trace(args: argparse.Namespace) -> int:
             args.out,
             device=resolved_device(args.device),
             restart=args.restart,
+            device_memory=args.device_memory,
+            host_memory=args.host_memory,
             progress=console.progress,
         )
     emit(f"{report.out}: {report.describe()}")
