@@ -25,12 +25,13 @@ from rac_engine.models import Matrix, Model
 from rac_engine.plan.memory import MemoryPlan, plan_memory
 from rac_engine.plan.packed import packed_bytes
 from rac_engine.plan.phases import Machine, Tokens
+from rac_engine.plan.sampling import sampled
 from rac_engine.plan.shapes import Shape, dtype_of
 from rac_engine.plan.targets import skipped_matrices
 from rac_engine.plan.work import Work, expert_passes, job_seconds, job_work, stages_of
 from rac_engine.recipe import PruneSettings
 from rac_engine.solve import enough_tokens, expected_gap
-from rac_engine.traces import FEWEST
+from rac_engine.traces import FEWEST, SamplingPlan
 from rac_kernels.measure.roofline import Peaks
 
 
@@ -81,6 +82,8 @@ class Plan:
     """How the checkpoint is read, where that is not plain."""
     seconds: float | None = None
     """About how long it takes, if `peaks` were given."""
+    sampling: SamplingPlan | str = ""
+    """How as many tokens would be sampled from the model, or why they cannot be."""
 
     @property
     def peak(self) -> int:
@@ -155,6 +158,7 @@ def make_plan(
         work=work,
         notes=opened.notes(),
         seconds=seconds,
+        sampling=sampled(opened, max(length, max_length or 0), machine),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rac_engine.base.sizes import format_bytes, format_count, format_seconds, percent
 from rac_engine.plan.memory import MemoryPlan
 from rac_engine.plan.plan import Plan
+from rac_engine.plan.sampling import sampling_lines
 from rac_engine.plan.work import Work
 from rac_engine.solve import MOST
 
@@ -46,6 +47,7 @@ def render(plan: Plan) -> str:
         lines += ["", "Arithmetic", *_columns([(w.name, _flops(w.flops), w.rule) for w in [*plan.work, total]])]
     if plan.seconds is not None:
         lines += ["", f"Time: about {format_seconds(plan.seconds)}, at half of the peaks of what computes"]
+    lines += sampling_lines(plan.sampling, plan.tokens)
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from rac_engine.traces.decoder import Decoder
 from rac_engine.traces.endings import cut_off_notes
 from rac_engine.traces.generation import TRACE_TOKEN_BYTES, TraceReport, generate
 from rac_engine.traces.held_out import FEWEST, HoldingOut, hold_out
+from rac_engine.traces.memory import Rates, Room, SamplingPlan, SamplingShape, Sequences, plan_sampling
 from rac_engine.traces.mixture import mixed, source_of
 from rac_engine.traces.prompts import prompts_of
 from rac_engine.traces.questions import answer_of, id_of, question_of
@@ -33,9 +34,14 @@ __all__ = [
     "Decoder",
     "HoldingOut",
     "Messages",
+    "Rates",
     "Request",
+    "Room",
     "Sampler",
     "Sampling",
+    "SamplingPlan",
+    "SamplingShape",
+    "Sequences",
     "Snapshots",
     "TokenSequence",
     "TraceReport",
@@ -55,6 +61,7 @@ __all__ = [
     "moment_of",
     "open_sampler",
     "ordinary_tokens",
+    "plan_sampling",
     "prompts_of",
     "question_of",
     "read_moment",

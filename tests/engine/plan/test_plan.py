@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -377,3 +378,18 @@ def test_attention_is_counted_in_the_layers_that_have_one(checkpoint, family, co
     found = {work.name: work for work in plan.work}["attention"]
     passes = 2 if "2 models" in plan.work[0].rule else 1
     assert found.flops == 2 * columns * 100 * 1000 * passes
+
+
+def test_a_plan_says_how_tokens_are_sampled(tmp_path: Path) -> None:
+    """7B through 6 GiB of a GPU: a step takes what the weights that are not kept take over the link."""
+    config = {
+        **{"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
+        **{"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "torch_dtype": "bfloat16"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = make_plan(tmp_path, machine=Machine(True, 6 << 30, 32 << 30))
+    assert not isinstance(plan.sampling, str)
+    assert plan.sampling.device_peak <= 6 << 30 and plan.sampling.host_peak <= 32 << 30
+    assert plan.sampling.seconds >= plan.sampling.linked / 25e9
+    text = render(plan)
+    assert "of weights over the link" in text and "tokens/s" in text
