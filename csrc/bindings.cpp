@@ -339,9 +339,9 @@ PYBIND11_MODULE(_native, m) {
            const std::vector<Address>& parts, int w_dtype, int values, int64_t rows, int64_t columns, int64_t group,
            Address bias, int threads) {
             if (!RAC_OP_OF(packed_tiles, expanding_isa())(pointer<void>(Y), y_stride, pointer<const void>(X),
-                                                           static_cast<rac::DType>(dtype), tokens, x_stride,
-                                                           packed_rows(parts, w_dtype, values, rows, columns, group),
-                                                           pointer<const float>(bias), threads))
+                                                          static_cast<rac::DType>(dtype), tokens, x_stride,
+                                                          packed_rows(parts, w_dtype, values, rows, columns, group),
+                                                          pointer<const float>(bias), threads))
                 throw std::bad_alloc();
         },
         NoGil());

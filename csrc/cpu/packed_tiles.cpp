@@ -132,9 +132,9 @@ struct InPairs {
         const __m256i numbers = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(scale)));
         const __m512i table = _mm512_broadcast_i64x4(numbers);
         // Each eight bytes from those that hold eight nibbles, the first of them in the upper half of a byte if at is odd.
-        const __m512i eights = _mm512_set_epi64(0x232221201f1e1d1c, 0x1f1e1d1c1b1a1918,
-                                                0x1b1a191817161514, 0x1716151413121110, 0x131211100f0e0d0c,
-                                                0x0f0e0d0c0b0a0908, 0x0b0a090807060504, 0x0706050403020100);
+        const __m512i eights =
+            _mm512_set_epi64(0x232221201f1e1d1c, 0x1f1e1d1c1b1a1918, 0x1b1a191817161514, 0x1716151413121110,
+                             0x131211100f0e0d0c, 0x0f0e0d0c0b0a0908, 0x0b0a090807060504, 0x0706050403020100);
         const __m512i places = _mm512_set1_epi64(at & 1 ? 0x201c1814100c0804 : 0x1c1814100c080400);
         const __m512i spread = _mm512_permutexvar_epi8(eights, load(values + at / 2));
         const __m512i found = expand_8(mask, _mm512_multishift_epi64_epi8(places, spread));
@@ -296,9 +296,10 @@ bool rac::RAC_ISA::packed_tiles(void* Y, int64_t y_stride, const void* X, DType 
         with_dtype(W.dtype, [&](auto w_zero) {
             using V = decltype(w_zero);
             const auto run = [&](auto way) {
-                done = TileProduct<decltype(way), V, T>{
-                    W, static_cast<const T*>(X), tokens, x_stride, static_cast<T*>(Y), y_stride, bias, threads}
-                           .run();
+                done =
+                    TileProduct<decltype(way), V, T>{
+                        W, static_cast<const T*>(X), tokens, x_stride, static_cast<T*>(Y), y_stride, bias, threads}
+                        .run();
             };
 #if RAC_EXPAND
             if constexpr (__is_same(V, bf16) && __is_same(T, bf16)) return run(InPairs{});
