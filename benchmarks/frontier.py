@@ -1,7 +1,9 @@
-"""Accuracy by bits a weight: sparsity × what kept values are stored as, chosen by the solver and rounded to nearest.
+r"""Accuracy by bits a weight: sparsity × what kept values are stored as, chosen by the solver and rounded to nearest.
 
     python benchmarks/frontier.py --work build/frontier --record                # all cells; stopped, it goes on
     python benchmarks/frontier.py --work build/frontier --sparsities 0.8 1:4 --values same int4 --problems 200
+    python benchmarks/frontier.py --table benchmarks/results/frontier-cpu-DATE.json --into benchmarks/README.md \
+        --plot benchmarks/results/frontier-cpu-DATE.png
 
 The example model is pruned on its own traces and asked as in quality.py. A cell is accuracy with its 95% interval, the
 error of the hidden states behind every layer on traces that were held out (the mean of ‖h′ − h‖² / ‖h‖² over the
@@ -16,7 +18,6 @@ to nearest: no recipe asks for it and no file holds it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import math
@@ -27,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine
+from common import add_record_options, machine, record_file
 from quality import ROOT, finished, own_traces, perplexity
+from real import show
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,10 +45,17 @@ SPARSITIES = ("0", "0.5", "0.6", "2:4", "0.7", "1:4", "0.8")
 VALUES = ("same", "int8", "int4", "int3")
 BITS = {"same": 16, "int8": 8, "int4": 4, "int3": 3}
 MATRICES = "_proj.weight"
+BEGIN, END = "<!-- table of frontier.py -->", "<!-- end of the table of frontier.py -->"
 
 
 def main() -> None:
     args = _arguments()
+    if args.table:
+        cells = json.loads(args.table.read_text())["cells"]
+        show(table(cells), args.into, BEGIN, END)
+        if args.plot:
+            plot(args.plot, cells)
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(args.model)
     lines = args.evaluation.read_text().splitlines()[args.problems :] or args.prompts.read_text().splitlines()[::-1]
@@ -69,13 +78,12 @@ def main() -> None:
     cells = [json.loads(path.read_text()) for path in every]
     cells.sort(key=lambda cell: (SPARSITIES.index(cell["sparsity"]), -BITS[cell["values"]], cell["how"]))
     print(table(cells))
-    out = args.out
-    if args.record:
-        out = RESULTS / f"frontier-cpu-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}.json"
-    if out:
-        record = {"machine": machine(), "model": args.model.name, "tokens": args.tokens, "problems": args.problems}
-        out.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
-        print(f"record: {out}")
+    out = record_file(args, "frontier")
+    record = {"machine": machine(), "model": args.model.name, "tokens": args.tokens, "problems": args.problems}
+    out.write_text(json.dumps({**record, "cells": cells}, indent=1) + "\n")
+    print(f"record: {out}")
+    if args.plot:
+        plot(args.plot, cells)
 
 
 def _made(args: argparse.Namespace, sparsity: str, values: str, how: str, held: list[Any]) -> dict[str, Any]:
@@ -200,13 +208,57 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(path: Path, cells: list[dict[str, Any]]) -> None:
+    """A picture of accuracy over bits a weight: a line for each kind of values, over sparsity; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for values in VALUES:
+        how = "nearest" if values == "int3" else "solver"
+        shown = [
+            cell for cell in cells if (cell["values"], cell["how"]) == (values, how) and ":" not in cell["sparsity"]
+        ]
+        shown.sort(key=lambda cell: cell["bits"])
+        bits, accuracy = [cell["bits"] for cell in shown], [cell["accuracy"] for cell in shown]
+        low, high = ([abs(cell["ci95"][end] - cell["accuracy"]) for cell in shown] for end in (0, 1))
+        label = {"same": "bf16", "int3": "int3, rounded to nearest"}.get(values, f"{values}, by the solver")
+        axes.errorbar(bits, accuracy, yerr=[low, high], marker="o", capsize=2, label=label)
+        for cell in shown:
+            axes.annotate(
+                f"{float(cell['sparsity']):.0%}",
+                (cell["bits"], cell["accuracy"]),
+                (3, 4),
+                fontsize=7,
+                textcoords="offset points",
+            )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator([2, 3, 4, 6, 8, 16]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(
+        xlabel="bits a weight, mask and scales included",
+        ylabel="accuracy",
+        title="Accuracy by bits a weight, by sparsity",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     problems = ROOT / "examples/problems"
     parser.add_argument("--model", type=Path, default=ROOT / "examples/abacus")
-    parser.add_argument("--work", type=Path, required=True, help="folder for traces, cells and models under way")
-    parser.add_argument("--out", type=Path, help="JSON record of all cells")
-    parser.add_argument("--record", action="store_true", help="write results/frontier-cpu-DATE.json")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/frontier"), help="folder for all parts (build/frontier)"
+    )
+    add_record_options(parser)
+    parser.add_argument("--plot", type=Path, help="picture of accuracy over bits a weight to write (matplotlib)")
     parser.add_argument("--prompts", type=Path, default=problems / "calibration.jsonl")
     parser.add_argument("--evaluation", type=Path, default=problems / "evaluation.jsonl")
     parser.add_argument("--sparsities", nargs="+", choices=SPARSITIES, default=list(SPARSITIES))
