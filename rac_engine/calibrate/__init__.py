@@ -19,6 +19,7 @@ from rac_engine.calibrate.recovery import (
     batch_tokens,
     learning_bytes,
     learning_files,
+    next_token_weights,
 )
 from rac_engine.calibrate.statistics import DenseInputs, DenseOutputs, Statistic, match_bytes, statistic_bytes
 from rac_engine.calibrate.stream import KEEP_BYTES, DenseReference, Stream, keeps_inner
@@ -48,6 +49,7 @@ __all__ = [
     "learning_bytes",
     "learning_files",
     "match_bytes",
+    "next_token_weights",
     "statistic_bytes",
     "step_tokens",
     "storing_bytes",

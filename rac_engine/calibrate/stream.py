@@ -8,7 +8,7 @@ always the same chunks, so that the same weights give the same bytes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -197,6 +197,13 @@ class Stream:
         if self._move is not None:
             for _ in self.chunks():
                 pass
+
+    def advance_layer(self, blocks: Sequence[Block]) -> None:
+        """Go through all of a layer's blocks in one pass, with nothing gathered and nothing kept."""
+        for chunk, hidden in self.chunks():
+            for block in blocks:
+                hidden = block.finish(hidden, block.inner(block.norm(hidden), chunk))
+            self.hidden.write(chunk.start, hidden)
 
     def observe_layer(self, blocks: list[Block], statistics: Mapping[str, Statistic]) -> None:
         """Gather statistics of all of a layer's inputs in a pass through its `blocks`; the tokens stay before them."""

@@ -107,7 +107,7 @@ def add_fields(
             options |= (
                 {"action": "append"}
                 if "choices" in options
-                else {"action": "append", "metavar": "URL" if name == "server" else "NAME"}
+                else {"action": "append", "metavar": {"server": "URL", "perplexity": "FILE"}.get(name, "NAME")}
             )
         shown = field.description or ""
         if field.is_required():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rac_engine.engine.card import environment, model_card
 from rac_engine.engine.closing import PruneReport
-from rac_engine.engine.limits import require_memory
+from rac_engine.engine.limits import device_name, limited_gpu, machine_limits, require_memory
 from rac_engine.engine.masks import MaskReport, apply_masks
 from rac_engine.engine.metrics import Metrics, layer_of, load_metrics, place_of, source_name
 from rac_engine.engine.pruning import prune
@@ -20,10 +20,13 @@ __all__ = [
     "apply_masks",
     "arranged_of",
     "calibration_of",
+    "device_name",
     "environment",
     "keep_zeros",
     "layer_of",
+    "limited_gpu",
     "load_metrics",
+    "machine_limits",
     "model_card",
     "place_of",
     "prune",

@@ -37,9 +37,28 @@ class _StoredEvalSettings(Stored):
     max_new_tokens: Natural = 0
 
 
-class _StoredEvaluation(Stored):
+class _StoredLoss(Stored):
+    tokens: Natural
+    loss: float
+
+
+class _StoredPerplexity(Stored):
+    source: str
+    sha256: str
+    mean_loss: float
+    perplexity: float
+    by_sequence: Annotated[list[_StoredLoss], Field(min_length=1)]
+
+
+class _StoredAnswers(Stored):
+    """What results hold of answers."""
+
     summary: _StoredSummary
     rows: Annotated[list[_StoredAnswer], Field(min_length=1)]
+
+
+class _StoredEvaluation(Stored):
+    perplexity: list[_StoredPerplexity] = []
     settings: _StoredEvalSettings = _StoredEvalSettings()
     notes: list[str] = []
 
@@ -47,15 +66,19 @@ class _StoredEvaluation(Stored):
 def load_evaluation(path: Path) -> dict[str, Any]:
     """The results that `rac eval` wrote to `path`. Raises `BadInput` for a file that is missing, damaged or another."""
     found = read_json(path)
-    if mistake := mistake_in(found, _StoredEvaluation):
+    mistake = mistake_in(found, _StoredEvaluation)
+    if not mistake and (not found.get("perplexity") or "rows" in found):
+        mistake = mistake_in(found, _StoredAnswers)
+    if mistake:
         raise BadInput(f"{path}: not a result of `rac eval` ({mistake})")
     made: dict[str, Any] = found
     return made
 
 
 def evaluations(out: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """The results in `out`/rac/eval by name: dense first, then pruned, then `names`, then what else there is."""
+    """The answers in `out`/rac/eval by name: dense first, then pruned, then `names`, then what else there is."""
     found = {path.stem: path for path in sorted((out / RAC / EVAL).glob("*.json"))}
     order = [name for name in (DENSE, PRUNED, *names) if name in found]
     order += [name for name in found if name not in order]
-    return {name: load_evaluation(found[name]) for name in order}
+    loaded = {name: load_evaluation(found[name]) for name in order}
+    return {name: results for name, results in loaded.items() if "rows" in results}

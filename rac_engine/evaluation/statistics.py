@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -56,3 +57,18 @@ def compare(rows: list[dict[str, Any]], earlier: list[dict[str, Any]], name: str
         "mcnemar_p": mcnemar(lost, gained),
         "length_ratio": sum(row["tokens"] for row in rows) / max(sum(row["tokens"] for row in earlier), 1),
     }
+
+
+def mean_of(sums: Sequence[tuple[float, int]]) -> tuple[float, float | None]:
+    """The mean of what tokens of independent sequences have, and its standard error over the sequences.
+
+    `sums` are a sequence's sum and its number of tokens. The mean is a ratio of two sums, whose error is that of its
+    linear approximation (W. G. Cochran, Sampling Techniques, 3rd edition 1977, section 6.4); None for one sequence.
+    """
+    counted = [(total, tokens) for total, tokens in sums if tokens]
+    every, count = sum(tokens for _, tokens in counted), len(counted)
+    mean = math.fsum(total for total, _ in counted) / every
+    if count < 2:
+        return mean, None
+    squares = math.fsum((total - mean * tokens) ** 2 for total, tokens in counted)
+    return mean, math.sqrt(squares * count / (count - 1)) / every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rac_engine.plan.costs import PROGRAM_BYTES
+from rac_engine.plan.forward import plan_forward
 from rac_engine.plan.memory import MemoryPlan, plan_memory
 from rac_engine.plan.packed import packed_bytes
 from rac_engine.plan.phases import Choice, Machine, Tokens
@@ -24,6 +25,7 @@ __all__ = [
     "make_plan",
     "not_finite",
     "packed_bytes",
+    "plan_forward",
     "plan_memory",
     "render",
     "skipped_matrices",

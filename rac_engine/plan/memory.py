@@ -94,14 +94,15 @@ def plan_memory(
     machine: Machine,
     chunk: int | None = None,
     judged: bool | None = None,
+    planner_of: type[PhasePlanner] = PhasePlanner,
 ) -> MemoryPlan:
     """The best way to go within the machine's limits.
 
     Without a limit the chunks are as the settings say, so that results do not depend on the machine, and activations go
     to disk where the host's spare bytes do not hold them; only a device whose spare bytes are too few makes them
     smaller. With `chunk`, so many tokens go through a layer together, as when the job was begun, and with `judged`
-    matrices are judged or not as they were then. Raises `BadInput`,
-    naming the phase, where nothing fits.
+    matrices are judged or not as they were then. `planner_of` knows the
+    job's phases. Raises `BadInput`, naming the phase, where nothing fits.
     """
     best: MemoryPlan | None = None
     free = machine.device_limit is None and machine.host_limit is None
@@ -113,7 +114,7 @@ def plan_memory(
     for choice in choices:
         if judged is not None and choice.judged != judged:
             continue
-        planner = PhasePlanner(
+        planner = planner_of(
             shape, settings, tokens, choice if chunk is None else replace(choice, chunk_tokens=chunk), machine
         )
         phases = planner.phases()
@@ -133,7 +134,7 @@ def plan_memory(
     assert best is not None
     if free and device_room is None:
         return best  # no promise was made: the settings decide
-    raise BadInput(_too_little(best, device_room, host_room))
+    raise BadInput(_too_little(best, device_room, host_room) + planner_of.hint)
 
 
 def _too_little(plan: MemoryPlan, device_room: int | None, host_room: int | None) -> str:
@@ -148,7 +149,7 @@ def _too_little(plan: MemoryPlan, device_room: int | None, host_room: int | None
         if plan.host_limit is None:
             where = f"the machine has {format_bytes(host_room or 0)} of memory free"
         need, phase = plan.host_peak, max(plan.phases, key=lambda phase: sum(phase.host.values()))
-    return f"{where}: at least {format_bytes(need)} is needed ({phase.name}); `rac plan` shows for what"
+    return f"{where}: at least {format_bytes(need)} is needed ({phase.name})"
 
 
 def _excess(plan: MemoryPlan, device: int | None, host: int | None) -> int:

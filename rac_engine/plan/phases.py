@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -105,6 +106,9 @@ class Phase:
 @dataclass
 class PhasePlanner:
     """The phases of a job that is done as a choice says. On a CPU everything is the host's."""
+
+    hint: ClassVar[str] = "; `rac plan` shows for what"
+    """The words behind a refusal for want of memory."""
 
     shape: Shape
     settings: PruneSettings

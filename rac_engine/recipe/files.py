@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from rac_engine.base.errors import BadInput
 from rac_engine.base.hubnames import hub_name
 from rac_engine.recipe.fields import TEXT_PREFIX, Settings
-from rac_engine.recipe.settings import CalibrationSettings, CalibrationSource, Recipe
+from rac_engine.recipe.settings import CalibrationSettings, CalibrationSource, EvalSettings, Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -98,6 +98,8 @@ def absolute(recipe: Recipe) -> Recipe:
         if isinstance(value, CalibrationSettings) and value.source is not None:
             made = [_absolute(source) for source in value.sources]
             return value.model_copy(update={"source": made[0] if isinstance(value.source, str) else made})
+        if isinstance(value, EvalSettings) and value.perplexity:
+            value = value.model_copy(update={"perplexity": [str(_absolute(source)) for source in value.perplexity]})
         if isinstance(value, Settings):
             return value.model_copy(update={name: resolved(getattr(value, name)) for name in value.model_fields_set})
         if isinstance(value, list):

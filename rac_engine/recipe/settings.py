@@ -488,9 +488,18 @@ class PruneSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Sampling and counting of answers."""
+    """Sampling and counting of answers, and tokens that are predicted."""
 
-    problems: FilePath = Field(description=f"file with `problem` and `answer` a record: {RECORDS}")
+    problems: FilePath | None = Field(default=None, description=f"file with `problem` and `answer` a record: {RECORDS}")
+    perplexity: list[SourceText] = Field(
+        default=[],
+        max_length=MOST_SOURCES,
+        description="traces folder or file or other records, whose completions the model has to predict, or text:FILE, "
+        "of which all tokens: mean loss and perplexity, a layer at a time; may be repeated",
+    )
+    perplexity_tokens: Count | None = Field(
+        default=None, description="for perplexity: at most N tokens of each file (all by default)"
+    )
     column: Columns = Field(default={}, description=COLUMN)
     limit: Count | None = Field(default=None, description="only the first N problems (all by default)")
     samples: Count = Field(default=1, description="answers a problem")
@@ -511,6 +520,12 @@ class EvalSettings(Settings):
     server: list[ServerURL] = Field(default=[], description=SERVER)
     in_flight: Count = Field(default=64, le=4096, description=IN_FLIGHT)
     request_seconds: float = Field(default=3600, gt=0, le=1e6, description=REQUEST_SECONDS)
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> EvalSettings:
+        if self.problems is None and not self.perplexity:
+            raise ValueError("give problems, or files for perplexity, or both")
+        return self
 
 
 class Variant(Settings):
@@ -550,6 +565,12 @@ class Recipe(Settings):
             raise ValueError(
                 "evaluate.server: one server runs one model, and here several are compared; use rac eval for each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _models_are_compared_by_answers(self) -> Recipe:
+        if self.evaluate is not None and self.evaluate.problems is None:
+            raise ValueError("evaluate.problems: is missing; models are compared by their answers")
         return self
 
     @model_validator(mode="after")

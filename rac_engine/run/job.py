@@ -27,7 +27,7 @@ from rac_engine.jobs.layout import PRUNED, RAC, REPORT, RUN_JOURNAL
 from rac_engine.jobs.surroundings import surroundings
 from rac_engine.models import Model
 from rac_engine.plan import not_finite, skipped_matrices
-from rac_engine.recipe import Recipe, dump
+from rac_engine.recipe import TEXT_PREFIX, Recipe, dump
 from rac_engine.report import Row
 from rac_engine.run.steps import Limits, Run, models_of
 from rac_engine.solve import find_method
@@ -144,9 +144,14 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
         sources = recipe.trace.sources
         for source in sources:
             digests["prompts" if len(sources) == 1 else f"prompts {source.file}"] = _sha256(source.file)
-    if recipe.evaluate:
+    if recipe.evaluate and recipe.evaluate.problems:
         load_problems(recipe.evaluate.problems, recipe.evaluate.column)
         digests["problems"] = _sha256(recipe.evaluate.problems)
+        for source in recipe.evaluate.perplexity:
+            file = Path(source.removeprefix(TEXT_PREFIX))
+            if not file.exists():
+                raise BadInput(f"perplexity {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
+            digests[f"perplexity {source}"] = _sha256(file)
     return digests
 
 

@@ -141,6 +141,7 @@ def load_calibration(
     weighting: Weighting = Weighting(),
     columns: Mapping[str, str] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
+    role: str = "calibration",
 ) -> Calibration:
     """Calibration sequences from traces, JSONL or text.
 
@@ -150,15 +151,15 @@ def load_calibration(
     `template_arguments` what the chat template is told where they hold no tokens. Of part "prompt"
     the completion is left away; of "completion" the whole sequence is run, but only the completion's tokens count.
     Sequences are taken in order until `tokens` count, the last one cut so that just as many do, whatever the
-    `weighting` says that they count for.
+    `weighting` says that they count for. `role` is what errors call it.
 
     Raises `BadInput` for a source that is missing, broken (by its line) or empty, and for tokens the model lacks.
     """
     tally = Tally()
-    path = _source_path(source, part, weighting)
+    path = _source_path(source, part, weighting, role)
     traces: Iterable[Trace]
     if source.startswith(TEXT_PREFIX):
-        traces, kind = from_text(path, tokenizer, sequence_length), "pieces of text"
+        traces, kind = from_text(path, tokenizer, sequence_length, role), "pieces of text"
     else:
         kind = "traces" if path.is_dir() or path.suffix == ".parquet" else "sequences"
         traces = from_records(path, tokenizer, weighting.column, columns or {}, template_arguments or {}, tally)
@@ -174,7 +175,7 @@ def load_calibration(
         ids = sequence.token_ids
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise BadInput(
-                f"{where or f'calibration {source}: piece {number}'}: token ids from {ids.min()} to {ids.max()}, but "
+                f"{where or f'{role} {source}: piece {number}'}: token ids from {ids.min()} to {ids.max()}, but "
                 f"the model has {size}; was it made by another model?"
             )
         counted = sequence.counted
@@ -187,25 +188,25 @@ def load_calibration(
         if left is not None:
             left -= counted
     if sequences and not any(sequence.weights is None or sequence.weights.any() for sequence in sequences):
-        raise BadInput(f"calibration {source}: every token has weight 0")
+        raise BadInput(f"{role} {source}: every token has weight 0")
     if not sequences:
         missing = "completions" if part == "completion" else "tokens"
-        raise BadInput(f"calibration {source}: holds no {missing}")
+        raise BadInput(f"{role} {source}: holds no {missing}")
     if not completions and (kind == "sequences" or (kind == "traces" and part == "all")):
         kind = "prompts"
     remarks = tally.remarks() if part != "prompt" else []
     return Calibration(source, kind, part, sequences, weighting.describe(), tuple(remarks), frozenset(tally.models))
 
 
-def _source_path(source: str, part: Part, weighting: Weighting) -> Path:
+def _source_path(source: str, part: Part, weighting: Weighting, role: str) -> Path:
     """The file or folder of a `source` (see `load_calibration`); `BadInput` where it cannot be what is asked for."""
     if source.startswith(TEXT_PREFIX):
         if part != "all":
-            raise BadInput(f"calibration {source}: text has no {part}; leave the part at all")
+            raise BadInput(f"{role} {source}: text has no {part}; leave the part at all")
         if weighting.describe():
-            raise BadInput(f"calibration {source}: text has no completions to weight; leave the weights at 1")
+            raise BadInput(f"{role} {source}: text has no completions to weight; leave the weights at 1")
     elif not Path(source).exists():
-        raise BadInput(f"calibration {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
+        raise BadInput(f"{role} {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
     return Path(source.removeprefix(TEXT_PREFIX))
 
 

@@ -20,9 +20,9 @@ Trace = tuple[Sequence[int], Sequence[int], Any, str]
 """Ids of prompt and completion, what the column of weights holds, and where it was read."""
 
 
-def from_text(path: Path, tokenizer: Any, length: int) -> Iterator[Trace]:
-    """A text file in pieces of `length` tokens, read as far as they are taken."""
-    for ids in text_sequences(path, tokenizer, length):
+def from_text(path: Path, tokenizer: Any, length: int, role: str) -> Iterator[Trace]:
+    """A text file in pieces of `length` tokens, read as far as they are taken; errors call it by its `role`."""
+    for ids in text_sequences(path, tokenizer, length, role):
         yield (), ids, None, ""
 
 

@@ -20,15 +20,16 @@ OVERLAP = 1 << 12
 _AGREED = 8  # tokens in a row that two pieces are joined by
 
 
-def text_sequences(path: Path, tokenizer: Any, length: int) -> Iterator[list[int]]:
+def text_sequences(path: Path, tokenizer: Any, length: int, role: str = "calibration") -> Iterator[list[int]]:
     """Token ids of a UTF-8 file in sequences of `length`, the last one shorter; read no further than they are taken.
 
     A file of up to `PIECE` characters is tokenized whole. A longer one is tokenized in pieces that overlap and are
     joined where they agree, so that the tokens are those of the whole; by a tokenizer that does not tell where a token
-    lies in the text, in pieces side by side. Raises `BadInput` for what is not a regular file, or not UTF-8.
+    lies in the text, in pieces side by side. Raises `BadInput` for what is not a regular file, or not UTF-8;
+    `role` is what it is called then.
     """
     held: list[int] = []
-    for ids in _tokens(path, tokenizer):
+    for ids in _tokens(path, tokenizer, role):
         held += ids
         whole = len(held) // length * length
         yield from (held[at : at + length] for at in range(0, whole, length))
@@ -37,9 +38,9 @@ def text_sequences(path: Path, tokenizer: Any, length: int) -> Iterator[list[int
         yield held
 
 
-def _tokens(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+def _tokens(path: Path, tokenizer: Any, role: str) -> Iterator[list[int]]:
     """Token ids of a file, a run of them for each piece."""
-    characters = _characters(path)
+    characters = _characters(path, role)
     if not tokenizer.is_fast:
         yield from (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in characters)
         return
@@ -85,9 +86,9 @@ def _joint(
     return sum(start < middle for start in starts), sum(place < middle for place in places)
 
 
-def _characters(path: Path) -> Iterator[str]:
+def _characters(path: Path, role: str) -> Iterator[str]:
     """The text of a UTF-8 file in pieces that make `PIECE` characters with the overlap."""
-    where = f"calibration {TEXT_PREFIX}{path}"
+    where = f"{role} {TEXT_PREFIX}{path}"
     try:
         with open(path, encoding="utf-8", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -1,10 +1,11 @@
-"""`rac eval`: measure accuracy and decode lengths on problems with answers."""
+"""`rac eval`: measure accuracy and decode lengths on problems with answers, and perplexity on traces or text."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from rac_engine.base.errors import BadInput
 from rac_engine.cli.options import (
     SAMPLING,
     Command,
@@ -20,7 +21,7 @@ from rac_engine.cli.options import (
 )
 from rac_engine.cli.output import emit
 
-_COMMON = ("problems", "limit", *SAMPLING)
+_COMMON = ("problems", "perplexity", "limit", *SAMPLING)
 
 
 def _add_options(parser: Parser) -> None:
@@ -28,12 +29,14 @@ def _add_options(parser: Parser) -> None:
 
     add_model(parser, "folder of a Hugging Face checkpoint, dense or pruned")
     parser.add_argument("--out", type=Path, required=True, metavar="RESULTS", help="JSON file for the results")
-    add_fields(parser, "problems and sampling", EvalSettings, list(EvalSettings.model_fields), _COMMON)
+    add_fields(
+        parser, "problems and sampling, and what is predicted", EvalSettings, list(EvalSettings.model_fields), _COMMON
+    )
     parser.add_argument(
         "--baseline",
         type=Path,
         metavar="RESULTS0",
-        help="results of another model on the same problems, to compare with",
+        help="results of another model on the same problems or tokens, to compare with",
     )
     add_device(parser)
     add_limits(parser)
@@ -43,9 +46,11 @@ def _add_options(parser: Parser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from rac_engine.recipe import EvalSettings
 
+    if not (hasattr(args, "problems") or hasattr(args, "perplexity")):
+        raise BadInput("give --problems or --perplexity, or both; see `rac eval --help`")
     settings = settings_of(args, EvalSettings)
     from rac_engine.base.sizes import percent
-    from rac_engine.evaluation import evaluate
+    from rac_engine.evaluation import evaluate, perplexity_table
 
     with console_of(args) as console:
         result = evaluate(
@@ -59,19 +64,21 @@ def _eval(args: argparse.Namespace) -> int:
             host_memory=args.host_memory,
             progress=console.progress,
         )
-    figures = result.summary
-    low, high = figures["ci95"]
-    emit(
-        f"{args.model}: {percent(figures['accuracy'])} of {figures['problems']} right "
-        f"[{percent(low)}, {percent(high)}], decode length mean {figures['mean_tokens']:.0f}, "
-        f"p95 {figures['p95_tokens']}, {percent(figures['cut_off_share'])} cut off"
-    )
+    if figures := result.summary:
+        low, high = figures["ci95"]
+        emit(
+            f"{args.model}: {percent(figures['accuracy'])} of {figures['problems']} right "
+            f"[{percent(low)}, {percent(high)}], decode length mean {figures['mean_tokens']:.0f}, "
+            f"p95 {figures['p95_tokens']}, {percent(figures['cut_off_share'])} cut off"
+        )
     if result.comparison:
         against = result.comparison
         emit(
             f"against {against['baseline']}: {against['lost']} lost, {against['gained']} gained "
             f"(McNemar p = {against['mcnemar_p']:.2g}), {against['length_ratio']:.2f} × as long"
         )
+    if result.perplexity:
+        emit(perplexity_table(result.perplexity))
     for note in result.notes:
         emit(f"note     {note}")
     emit(f"results  {result.path}")
@@ -79,10 +86,11 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 EVAL = Command(
-    "measure accuracy and decode lengths on problems with answers",
+    "measure accuracy and decode lengths on problems with answers, and perplexity",
     [
         "rac eval MODEL --problems problems.jsonl --out dense.json",
         "rac eval OUT --problems problems.jsonl --out pruned.json --baseline dense.json",
+        "rac eval OUT --perplexity TRACES --perplexity text:book.txt --out loss.json --host-memory 4GiB",
     ],
     _add_options,
     _eval,
