@@ -71,7 +71,8 @@ SECTIONS = {
     "prune.experts": "See [families](families.md#mixtures-of-experts).",
     "prune.overrides[]": "A list; of several entries that fit a matrix the last one wins. "
     "See [methods](methods.md#how-sparse-each-matrix-is).",
-    "evaluate": "Leave the section out to skip the evaluation.",
+    "evaluate": "Leave the section out to skip the evaluation. A recipe has to give `problems`: "
+    "models are compared by their answers.",
     "compare[]": "Each entry is pruned and evaluated beside the main model. Its weights are not kept.",
 }
 NAMES: list[tuple[Any, str]] = [

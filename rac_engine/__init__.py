@@ -142,13 +142,14 @@ def evaluate(
     host_memory: int | None = None,
     progress: Callable[[Any], None] = _silent,
 ) -> EvalResult:
-    """Let `model` answer problems, and write the results to the new JSON file `out`.
+    """Let `model` answer problems or predict tokens, and write the results to the new JSON file `out`.
 
     Args:
         model: Folder of a Hugging Face checkpoint, dense or pruned, or `org/name[@revision]` on the hub.
-        settings: Problems and sampling: `rac_engine.recipe.EvalSettings(problems="Q.jsonl", ...)`.
-        out: File for accuracy, decode lengths and every answer.
-        baseline: Results of another model on the same problems, to be compared with problem by problem.
+        settings: Problems and sampling: `rac_engine.recipe.EvalSettings(problems="Q.jsonl", ...)`; or files whose
+            tokens are to be predicted, a layer at a time: `EvalSettings(perplexity=["TRACES", "text:FILE"])`; or both.
+        out: File for accuracy, decode lengths and every answer, and for perplexity.
+        baseline: Results of another model on the same problems or tokens, to be compared with one by one.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         restart: Start afresh where an unfinished evaluation in OUT.partial would go on.
         device_memory: Bytes of the GPU that the job keeps to; where the model does not fit, its layers are streamed.

@@ -147,11 +147,13 @@ def _check(recipe: Recipe, limits: Limits) -> dict[str, str]:
     if recipe.evaluate and recipe.evaluate.problems:
         load_problems(recipe.evaluate.problems, recipe.evaluate.column)
         digests["problems"] = _sha256(recipe.evaluate.problems)
-        for source in recipe.evaluate.perplexity:
-            file = Path(source.removeprefix(TEXT_PREFIX))
+        for predicted in recipe.evaluate.perplexity:
+            file = Path(predicted.removeprefix(TEXT_PREFIX))
             if not file.exists():
-                raise BadInput(f"perplexity {source}: not found; give a traces folder or file, a .jsonl or text:FILE")
-            digests[f"perplexity {source}"] = _sha256(file)
+                raise BadInput(
+                    f"perplexity {predicted}: not found; give a traces folder or file, a .jsonl or text:FILE"
+                )
+            digests[f"perplexity {predicted}"] = _sha256(file)
     return digests
 
 

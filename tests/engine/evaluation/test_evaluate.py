@@ -279,6 +279,7 @@ def test_a_baseline_must_have_answered_the_same_problems(tmp_path: Path) -> None
             against_it(**changes)
     with pytest.raises(BadInput, match="other problems"):
         against_it(limit=1)
+    assert wanted.problems is not None
     same_answers = wanted.problems.read_text().replace('"problem": "', '"problem": "Please: ')
     (tmp_path / "q.jsonl").write_text(same_answers)
     with pytest.raises(BadInput, match="other problems"):

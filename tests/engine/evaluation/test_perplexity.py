@@ -197,7 +197,7 @@ def test_bad_files_are_refused(
 
 def test_weights_that_are_no_numbers_are_told(tmp_path: Path) -> None:
     made = AutoModelForCausalLM.from_pretrained(model(tmp_path))
-    made.get_input_embeddings().weight.data[7] = math.nan
+    dict(made.named_parameters())["model.embed_tokens.weight"].data[7] = math.nan
     made.save_pretrained(tmp_path / "broken")
     tiny.save_tokenizer(tmp_path / "broken")
     with pytest.raises(BadInput, match="loss that is no number"):
@@ -205,6 +205,7 @@ def test_weights_that_are_no_numbers_are_told(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_mean() -> None:
-    assert mean_of([(2.0, 1), (4.0, 1), (6.0, 1)]) == (4.0, pytest.approx(2 / math.sqrt(3)))
+    mean, error = mean_of([(2.0, 1), (4.0, 1), (6.0, 1)])
+    assert mean == 4 and error == pytest.approx(2 / math.sqrt(3))
     assert mean_of([(3.0, 2), (0.0, 0)]) == (1.5, None)
     assert perplexity(0) == 1 and math.isfinite(perplexity(1e6))
