@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.quantizers import auto
 
 import rac_engine
+from rac_engine.pack.packing import pack as pack_folder
+from rac_engine.pack.unpacking import unpack as unpack_folder
 from rac_kernels.ops.packed import Values, pack, unpack
 from tests import tiny
+from tests.engine.pruned import pruned
 
 DENSE = ("embed", "lm_head", "conv", "norm", "router", ".gate.weight", "bias", "sinks")
 """Parts of names of tensors that stay dense."""
@@ -81,6 +84,26 @@ def test_logits_are_those_of_the_dense_model_and_it_saves_what_it_loaded(
     assert config["quantization_config"] == {"quant_method": "rac", "version": 1, "note": "kept"}
 
 
+@pytest.mark.parametrize("family", [family for family in tiny.FAMILIES if family != "gpt_oss"])
+def test_packed_folders_of_all_families_answer_as_the_unpacked_ones(tmp_path: Path, family: str) -> None:
+    """What `rac pack` writes, by tokens that are few and that are many for the kernels; gpt_oss has its own test."""
+    source = tiny.save_tokenizer(pruned(tmp_path / "source", family, grid=True))  # exact as "same" and as int4
+    models = {}
+    for values in ("same", "int4"):
+        made = pack_folder(source, tmp_path / values, values)
+        models[values], _ = rac_engine.load(tmp_path / values)
+        assert made.matrices == sum(p.dtype == torch.uint8 for p in models[values].parameters())
+    unpack_folder(tmp_path / "int4", tmp_path / "unpacked")
+    dense, exact = (rac_engine.load(tmp_path / "unpacked", dtype=dtype)[0] for dtype in ("auto", torch.float32))
+    for ids in (torch.arange(3, 6).view(1, 3), torch.arange(3, 25).view(2, 11)):
+        with torch.no_grad():
+            wanted = exact(ids).logits
+            rounding = float((dense(ids).logits - wanted).norm())
+            assert 0 < rounding < 0.05 * float(wanted.norm())
+            for values, model in models.items():
+                assert float((model(ids).logits - wanted).norm()) < 3 * rounding, values
+
+
 def test_what_no_packed_layer_stands_for_is_unpacked_with_a_warning(tmp_path: Path) -> None:
     packed, dense = packed_folder(tmp_path, "gpt_oss")
     with pytest.warns(
@@ -120,6 +143,16 @@ def test_it_compiles_in_one_graph(tmp_path: Path) -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert_close(compiled(x).float(), layer(x).float())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_whole_model_compiles_in_one_graph(tmp_path: Path, backend: str) -> None:
+    """Packed products among the rest; with aot_eager by the shapes that the operator says it makes."""
+    model = AutoModelForCausalLM.from_pretrained(packed_folder(tmp_path, "llama", "int4", num_hidden_layers=1)[0])
+    torch._dynamo.reset()
+    wanted = logits(model)
+    assert_close(logits(torch.compile(model, backend=backend, fullgraph=True)), wanted)
+    torch._dynamo.reset()
 
 
 def test_damaged_and_foreign_matrices_are_refused(tmp_path: Path) -> None:
