@@ -155,6 +155,8 @@ def test_damaged_folders_are_refused(packed: Path, tmp_path: Path, capsys: pytes
 
     assert "version 9; this release knows version 1" in damaged("version", 8, 9)
     assert "contradicts its mask" in damaged("index", 64 + 4, 200)
+    assert "values, and its header says" in damaged("mask", 64 + 384, 255)  # behind the index of 80 rows
+    assert "bits beyond column 48" in damaged("beyond", 64 + 384 + 6, 1)
     assert "bytes, and header and row index ask for" in damaged("rows", 17, 200)
     assert "does not begin as a packed matrix" in damaged("magic", 0, 0)
     assert any("contradicts its mask" in problem for problem in verify(tmp_path / "index").problems)
