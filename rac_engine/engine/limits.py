@@ -16,7 +16,7 @@ from rac_engine.models import Model
 from rac_engine.plan import PROGRAM_BYTES, Machine, Shape, Tokens, plan_memory
 from rac_engine.recipe import PruneSettings
 
-_PROGRAM_STEP = 256 << 20
+_PROGRAM_STEP = 64 << 20
 
 
 def machine_limits(device: str, device_memory: int | None, host_memory: int | None, begun: int) -> Machine:

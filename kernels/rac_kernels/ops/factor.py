@@ -375,5 +375,5 @@ def limit(n: int, matrices: int = 1) -> Limit:
 
 
 def workspace(n: int, device: torch.device, exact: bool = True) -> int:
-    """Bytes that `factor_` takes for an H [n, n] where a CPU factors it in fp64: two copies, and some of LAPACK's."""
-    return 20 * n * n if exact and device.type == "cpu" and n <= EXACT else 0
+    """Bytes that `factor_` takes for an H [n, n] where a CPU factors it in fp64: two copies."""
+    return 16 * n * n if exact and device.type == "cpu" and n <= EXACT else 0
