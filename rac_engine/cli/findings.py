@@ -172,6 +172,7 @@ def _gpus() -> list[Finding]:
     import torch
 
     from rac_kernels.backends import cuda
+    from rac_kernels.backends import gpu as triton_kernels
 
     if torch.cuda.is_available():
         found = []
@@ -179,6 +180,10 @@ def _gpus() -> list[Finding]:
             gpu = torch.cuda.get_device_properties(i)
             what = f"{gpu.name}, {format_bytes(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
             found.append(Finding(f"GPU {i}", "ok", what))
+            if why := triton_kernels.why_unusable(torch.device("cuda", i)):
+                costs = "everything on it runs in plain torch: as good, but slower, and in more memory"
+                found.append(Finding(f"kernels on GPU {i}", "note", f"not used: {why}", costs))
+                continue
             if why := cuda.why_unusable(torch.device("cuda", i)):
                 found.append(
                     Finding(

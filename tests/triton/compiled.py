@@ -29,6 +29,9 @@ TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: 
 # for all others, and then results and weights begin anywhere.
 LAUNCHES = [(dtype, weighted, 16) for dtype in TYPES for weighted in (False, True)]
 LAUNCHES += [(torch.bfloat16, False, 1), (torch.bfloat16, False, 7), (torch.float32, True, 7)]
+#: What is compiled for whom: (capability, launch).
+SUMS = [(capability, launch) for capability in CAPABILITIES for launch in LAUNCHES]
+SUMS += [] if 120 in CAPABILITIES else [(120, LAUNCHES[0])]
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -131,7 +134,7 @@ def check_sums(
     """A kernel that sums over tokens, in the configuration that a launch of LAUNCHES chooses: no spills, its programs
     fit the multiprocessor, and the tensor cores of the capability at work. `stride` names the result's row stride."""
     dtype, weighted, value = launch
-    chosen = hessian.config(dtype, weighted)
+    chosen = hessian.config(dtype, weighted, capability)
     constants: dict[str, object] = {"WEIGHTED": weighted, "BLOCK": chosen.block, "STEP": chosen.step}
     constants |= {"RUN": chosen.run, "GROUP": group} | ({stride: 1} if value == 1 else {})
     multiples = {*aligned, "weights", "partial", *([stride] if value == 16 else [])}
@@ -149,9 +152,11 @@ def check_sums(
     )
     assert found.fits(chosen.warps * 32, chosen.resident, capability), found.usage()
     assert found.tensor_cores() == TENSOR_CORES[capability]
+    assert not found.conversions((chosen.block, chosen.block))
     if dtype != torch.float32 and not weighted:
         assert "cp.async.cg.shared.global" in found.ptx  # whole vectors, straight into shared memory
         assert "tf32" not in found.ptx
+        assert set(copies(found.main_loop())) == {16}
     else:
         assert "tf32" in found.ptx
 

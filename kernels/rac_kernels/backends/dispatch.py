@@ -28,7 +28,7 @@ def choose(backend: str, device: torch.device, triton: bool = False, cuda: bool 
     if backend == "auto":
         if device.type == "cpu":
             return "native" if native.available() else "reference"
-        if device.type != "cuda" or not triton or not gpu.LOADED:
+        if device.type != "cuda" or not triton or not gpu.LOADED or gpu.why_unusable(device):
             return "reference"
         return "cuda" if cuda and cuda_kernels.usable(device) else "triton"
     if backend == "native":
@@ -44,6 +44,8 @@ def choose(backend: str, device: torch.device, triton: bool = False, cuda: bool 
             raise ValueError(f"backend {backend!r} needs tensors on a GPU, not on {device}")
         if not gpu.LOADED:
             raise ValueError(f"backend {backend!r} needs Triton: pip install triton")
+        if device.type == "cuda" and (why := gpu.why_unusable(device)):
+            raise ValueError(f"backend {backend!r} does not run on {device}: {why}")
     if backend == "cuda" and (why := cuda_kernels.why_unusable(device)):
         raise native.NativeMissing(f"backend 'cuda' on {device}: {why}")
     return backend

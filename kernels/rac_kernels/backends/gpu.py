@@ -26,9 +26,23 @@ if INTERPRETED or "triton" in sys.modules or torch.cuda.device_count():
     with suppress(ImportError):
         triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
 
-__all__ = ["INTERPRETED", "LOADED", "capability", "capturing", "compiler", "jit", "kept", "processors", "tl"]
+__all__ = [
+    "INTERPRETED",
+    "LOADED",
+    "OLDEST",
+    "capability",
+    "capturing",
+    "compiler",
+    "jit",
+    "kept",
+    "processors",
+    "tl",
+    "why_unusable",
+]
 
 LOADED = triton is not None
+
+OLDEST = 80  # the first capability with tensor cores for bf16 and TF32, and with asynchronous copies
 
 P = ParamSpec("P")
 
@@ -59,6 +73,36 @@ def capability(device: torch.device) -> int:
     """80, 90, 100 …; of a CPU, where the interpreter runs, 80."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
+
+
+def why_unusable(device: torch.device) -> str:
+    """Why the Triton kernels do not run on this GPU, or "" if they do. Whether Triton is there is `LOADED`."""
+    return _refusal(-1 if device.index is None else device.index)
+
+
+_refusals: dict[int, str] = {}
+
+
+def _refusal(index: int) -> str:
+    """`why_unusable` of the device of that number (-1: the current one), asked once of each."""
+    if index not in _refusals:
+        device = torch.device("cuda") if index < 0 else torch.device("cuda", index)
+        _refusals[index] = refusal(capability(device), torch.version.hip)
+    return _refusals[index]
+
+
+# Not traced into, as that of backends/cuda.py.
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refusal(capability: int, hip: str | None) -> str:
+    """Why the Triton kernels do not run on a GPU of that capability, with that version of ROCm if it is an AMD GPU, or
+    "" if they do."""
+    if hip is not None:
+        return f"Triton for ROCm (here {hip}) does not make fp32 products of three in TF32"
+    if capability < OLDEST:
+        return f"compute capability {capability / 10:.1f} is older than {OLDEST / 10:.1f}"
+    return ""
 
 
 def capturing() -> bool:

@@ -220,7 +220,7 @@ def _triton(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None) -> None:
     (tokens, n), m = X.shape, Y.shape[1]
     if not tokens or not n or not m:
         return
-    chosen: Config = config(X.dtype, weights is not None)
+    chosen: Config = config(X.dtype, weights is not None, gpu.capability(C.device))
     down, across = -(-n // chosen.block), -(-m // chosen.block)
     tiles = down * across
     parts = split(tokens, tiles, gpu.processors(C.device) * chosen.resident)

@@ -250,11 +250,14 @@ PART_ROWS = 16  # rows of a tile that a program of `add_parts_kernel` adds
 ALIGNED = 16  # Triton loads whole vectors where sizes, strides and addresses in bytes are multiples of this
 
 
-def config(dtype: torch.dtype, weighted: bool) -> Config:
-    """16-bit tokens go to the tensor cores as they are; fp32 and weighted ones need more registers for each product."""
+def config(dtype: torch.dtype, weighted: bool, capability: int) -> Config:
+    """16-bit tokens go to the tensor cores as they are; fp32 and weighted ones need more registers for each product.
+
+    From capability 12.0 on longer steps would spill registers.
+    """
     if dtype == torch.float32 or weighted:
         return Config(block=64, step=16, run=1024, warps=4, stages=4, resident=2)
-    return Config(block=128, step=64, run=1024, warps=8, stages=4, resident=1)
+    return Config(block=128, step=32 if capability >= 120 else 64, run=1024, warps=8, stages=4, resident=1)
 
 
 def split(tokens: int, tiles: int, slots: int) -> tuple[int, int]:
@@ -302,7 +305,7 @@ def _triton(H: Tensor, X: Tensor, weights: Tensor | None) -> None:
     tokens, n = X.shape
     if not tokens or not n:
         return
-    chosen = config(X.dtype, weights is not None)
+    chosen = config(X.dtype, weights is not None, gpu.capability(H.device))
     work = layout(tokens, n, chosen, gpu.processors(H.device))
     partial = torch.empty(work.shared * work.parts * chosen.block**2, dtype=torch.float32, device=H.device)
     X = aligned(X)

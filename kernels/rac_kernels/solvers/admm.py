@@ -150,7 +150,7 @@ class _Floats(_State):
     def invert(self, factor: Factor, added: Tensor) -> None:
         """The factor's U becomes the upper triangle of (H + λI + diag(added))⁻¹."""
         refactor_(factor, added, backend=self.backend)
-        inverse_(factor.U, backend="reference")
+        inverse_(factor.U, backend=self.backend)
 
     def scale(self, U: Tensor, scale: Tensor, share: float = 1.0) -> None:
         """M goes by `share` towards the symmetric matrix in U's upper triangle, its rows and columns times `scale`
@@ -227,4 +227,4 @@ class _Int16(_State):
 
 def workspace(weights: int, n: int, device: torch.device) -> int:
     """Bytes that `admm_` holds of so many weights in rows of n, the fp32 result included, and M beside U."""
-    return (20 if device.type == "cuda" else 23) * weights + 2 * n * n + inverse.workspace(n)
+    return (20 if device.type == "cuda" else 23) * weights + 2 * n * n + inverse.workspace(n, device)

@@ -17,6 +17,7 @@ from rac_engine.evaluation import judge as answers
 from rac_engine.jobs import surroundings as found
 from rac_engine.jobs.surroundings import code_sha256, surroundings
 from rac_kernels.backends import cuda, native
+from rac_kernels.backends import gpu as triton_kernels
 
 
 def _by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -96,12 +97,32 @@ def test_the_code_is_told_by_its_digests() -> None:
 
 
 def test_whether_the_cuda_kernels_run_is_asked_of_each_gpu(monkeypatch):
-    gpu = SimpleNamespace(name="Some GPU", total_memory=80 << 30, major=7, minor=5)
+    gpu = SimpleNamespace(name="Some GPU", total_memory=80 << 30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(triton_kernels, "_refusals", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "why_unusable", lambda device: "no code for it" if device.index else "")
     found = _by_name(doctor._gpus())
     assert found["GPU 1"].status == found["CUDA kernels on GPU 0"].status == "ok"
     assert found["CUDA kernels on GPU 1"].found == "not used: no code for it"
     assert "Triton" in found["CUDA kernels on GPU 1"].costs and found["CUDA kernels on GPU 1"].mend
+
+
+@pytest.mark.parametrize(
+    ("minor", "hip", "why"), [(5, None, "compute capability 7.5 is older than 8.0"), (0, "6.4.0", "Triton for ROCm")]
+)
+def test_a_gpu_without_kernels_is_noted(monkeypatch, minor, hip, why):
+    gpu = SimpleNamespace(name="Some GPU", total_memory=8 << 30, major=7, minor=minor)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, minor))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton_kernels, "_refusals", {})
+    found = _by_name(doctor._gpus())
+    assert found.keys() == {"GPU 0", "kernels on GPU 0"}
+    assert found["kernels on GPU 0"].status == "note" and why in found["kernels on GPU 0"].found
+    assert "plain torch" in found["kernels on GPU 0"].costs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rac_kernels import Factor, FactorError, admm_, alps, factor_, objective, refactor_, refine, sweep
+from rac_kernels.solvers import admm
 from rac_kernels.solvers.admm import _Floats, _Int16, inversions
 from rac_kernels.testing import CPU, running
 
@@ -74,6 +75,16 @@ def test_stacked_matrices_have_zeros_of_their_own() -> None:
 def run_of(kind: str, goal: Tensor, groups: list[int] | None = None) -> _Int16 | _Floats:
     groups = groups or [len(goal)]
     return _Int16(goal, groups) if kind == "int16" else _Floats(goal, groups, "reference")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_factor_and_inverse_take_the_same_backend(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    taken = list[str]()
+    monkeypatch.setattr(admm, "refactor_", lambda factor, added, backend: taken.append(backend))
+    monkeypatch.setattr(admm, "inverse_", lambda U, backend: taken.append(backend))
+    W, H = problem(4, 8)
+    _Floats(W, [4], backend).invert(factor_(H, 0.01), torch.zeros(8))
+    assert taken == [backend, backend]
 
 
 @pytest.fixture(params=CPU[1:])
