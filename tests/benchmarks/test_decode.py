@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +20,23 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def decode() -> Iterator[ModuleType]:
     """benchmarks/decode.py, as a script of its folder."""
-    sys.path.insert(0, str(BENCHMARKS))
+    folders = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
+    sys.path[:0] = folders
     try:
         import decode
 
         yield decode
     finally:
-        sys.path.remove(str(BENCHMARKS))
+        for folder in folders:
+            sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("script", ["decode_peers", "interop_peers"])
+def test_scripts_of_other_environments_start(script: str) -> None:
+    """They run by themselves, where nothing of this project is on the path."""
+    around = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(BENCHMARKS / "peers" / f"{script}.py"), "--help"]
+    assert "--given" in subprocess.run(command, env=around, check=True, capture_output=True, text=True).stdout
 
 
 def test_every_form_is_made_once_and_measured(decode: ModuleType, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The parts of `decode.py` that load a model and generate: one form of it a process, in the environment of its engine.
 
-python -P benchmarks/decode_peers.py transformers MODEL --given settings.json --found times.json
+python benchmarks/peers/decode_peers.py transformers MODEL --given settings.json --found times.json
 """
 
 from __future__ import annotations

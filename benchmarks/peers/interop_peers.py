@@ -1,6 +1,6 @@
 """The parts of `interop.py` that run in the environments of other tools, one at a time: they read and write JSON.
 
-python -P benchmarks/interop_peers.py vllm MODEL --given questions.json --found answers.json
+python benchmarks/peers/interop_peers.py vllm MODEL --given questions.json --found answers.json
 """
 
 from __future__ import annotations
