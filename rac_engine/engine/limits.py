@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from rac_engine.base.devices import free_device_memory
 from rac_engine.base.errors import BadInput
 from rac_engine.base.process import GPU_ALLOCATOR, resident, set_gpu_allocator
-from rac_engine.base.sizes import format_bytes
 from rac_engine.models import Model
 from rac_engine.plan import PROGRAM_BYTES, Machine, Shape, Tokens, plan_memory
 from rac_engine.recipe import PruneSettings
@@ -25,17 +25,7 @@ def machine_limits(device: str, device_memory: int | None, host_memory: int | No
     `begun` are the bytes that this process has already. Raises `BadInput` for limits that do not fit the device.
     """
     on_gpu = torch.device(device).type == "cuda"
-    if device_memory is not None and not on_gpu:
-        raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
-    free = None
-    if on_gpu:
-        # What torch holds in reserve of this device, from an earlier job in this process, is free as well.
-        available, total = torch.cuda.mem_get_info(device)
-        free = available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if device_memory is not None and device_memory > total:
-            raise BadInput(
-                f"--device-memory {format_bytes(device_memory)}: {device} has {format_bytes(total)}; give no more"
-            )
+    free = free_device_memory(torch.device(device), device_memory)
     # In steps, so that a job that goes on elsewhere on the same machine finds the same plan.
     program = max(PROGRAM_BYTES, -(-begun // _PROGRAM_STEP) * _PROGRAM_STEP)
     return Machine(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rac_engine.base.devices import free_device_memory
 from rac_engine.base.errors import BadInput
 from rac_engine.base.process import resident
 from rac_engine.base.sizes import format_bytes
@@ -70,16 +71,7 @@ class Room:
         """The room on this machine. Raises `BadInput` for a limit that the device cannot have."""
         import psutil
 
-        begun, free = resident(), None
-        if device.type == "cuda":
-            available, total = torch.cuda.mem_get_info(device)
-            free = available + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            if device_limit is not None and device_limit > total:
-                raise BadInput(
-                    f"--device-memory {format_bytes(device_limit)}: {device} has {format_bytes(total)}; give no more"
-                )
-        elif device_limit is not None:
-            raise BadInput(f"--device-memory is for a GPU, and the job runs on {device}; give --host-memory")
+        begun, free = resident(), free_device_memory(device, device_limit)
         return cls(device_limit, host_limit, free, psutil.virtual_memory().available + begun, begun)
 
     @property
